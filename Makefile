@@ -1,0 +1,51 @@
+# Everything runs from .venv, which holds exactly what requirements/lock.txt names.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help demo test check bench pictures lock clean
+
+help:
+	@echo "make demo      train and compare every mechanism on real handwritten digits (about five minutes after the install)"
+	@echo "make test      checks and tests"
+	@echo "make check     lint, format, types, import floors, examples in the documentation"
+	@echo "make bench     time narrows against upstream and record the rows under benchmarks/results/"
+	@echo "make pictures  redraw the pictures of the README"
+	@echo "make lock      resolve requirements/lock.txt anew (needs uv)"
+
+$(INSTALLED): requirements/lock.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "narrows needs Python 3.11 or newer, $(PYTHON) is `$(PYTHON) --version 2>&1`. Name another: make PYTHON=python3.12 demo"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --disable-pip-version-check --quiet --require-hashes --requirement requirements/lock.txt
+	$(BIN)/pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation --editable .
+	@touch $(INSTALLED)
+
+demo: $(INSTALLED)
+	$(BIN)/narrows compare --data digits
+
+check: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+	$(BIN)/pytest --quiet tests/test_docs.py
+
+test: check
+	$(BIN)/pytest --numprocesses 2 --cov --ignore tests/test_docs.py
+
+bench: $(INSTALLED)
+	$(BIN)/narrows bench --record benchmarks/results
+
+pictures: $(INSTALLED)
+	$(BIN)/python docs/make_pictures.py
+
+lock:
+	uv pip compile pyproject.toml --universal --python-version 3.11 \
+		--extra timm --extra transformers --extra train --extra onnx --group dev \
+		--generate-hashes --no-emit-index-url --no-emit-find-links --no-annotate --no-header \
+		--output-file requirements/lock.txt
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .coverage runs

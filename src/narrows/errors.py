@@ -1,0 +1,50 @@
+"""Every error narrows raises on purpose, under one base class.
+
+A message says which argument was wrong, what was expected, what came, and what to do about it.
+"""
+
+
+class NarrowsError(Exception):
+    """Base class of all errors narrows raises on purpose."""
+
+
+class _Explained(NarrowsError):
+    def __init__(self, argument: str, *, expected: str, got: object, hint: str = "") -> None:
+        super().__init__(f"{argument}: expected {expected}, got {got}. {hint}".strip())
+        self.argument = argument
+
+
+class InvalidArgument(_Explained, ValueError):
+    """A value that an argument cannot take.
+
+    >>> raise InvalidArgument("num_slots", expected="a positive integer", got=0)
+    Traceback (most recent call last):
+    narrows.errors.InvalidArgument: num_slots: expected a positive integer, got 0.
+    """
+
+
+class InvalidType(_Explained, TypeError):
+    """An argument of a kind that is not understood, a mask of floats for instance."""
+
+
+class ImplementationUnavailable(NarrowsError, RuntimeError):
+    """An implementation asked for by name that cannot run on this machine or these arguments."""
+
+
+class MissingExtra(NarrowsError, ImportError):
+    """An optional dependency that is needed now and is not installed.
+
+    Args:
+        package: what could not be imported.
+        extra: the extra of narrows that brings it.
+        purpose: what it is needed for, as the end of "... is needed to ...".
+    """
+
+    def __init__(self, package: str, *, extra: str, purpose: str) -> None:
+        super().__init__(
+            f"{package} is needed to {purpose} and is not installed. Install it with: pip install 'narrows[{extra}]'"
+        )
+
+
+class DataError(NarrowsError):
+    """Data that cannot be used: an empty folder, a single class, too many unreadable images."""

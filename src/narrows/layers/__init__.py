@@ -1,0 +1,1 @@
+"""Layers: parameters, initialisation and shapes. The mathematics is in `narrows.ops`."""

@@ -1,0 +1,1 @@
+"""What a module costs: multiply-accumulates with the tokens really kept, memory, speed."""

@@ -1,0 +1,39 @@
+"""How `impl=` is resolved, the same way for every operation."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from narrows.errors import ImplementationUnavailable, InvalidArgument
+
+
+def _runs_everywhere() -> str | None:
+    return None
+
+
+class Implementation(NamedTuple):
+    """One way to compute an operation.
+
+    Args:
+        run: the function; all implementations of an operation share its signature.
+        summary: one line for `narrows info`: what it does differently.
+        why_not: the reason why it cannot run on this machine, or None where it can.
+    """
+
+    run: Callable[..., Any]
+    summary: str
+    why_not: Callable[[], str | None] = _runs_everywhere
+
+
+def resolve(
+    operation: str, impl: str, implementations: Mapping[str, Implementation], *, auto: str
+) -> Callable[..., Any]:
+    """The function behind `impl`. Only "auto" may choose (it takes `auto`); a name runs as named or raises."""
+    name = auto if impl == "auto" else impl
+    if name not in implementations:
+        raise InvalidArgument("impl", expected=f"'auto' or one of {sorted(implementations)}", got=repr(impl))
+    reason = implementations[name].why_not()
+    if reason is not None:
+        raise ImplementationUnavailable(
+            f"{operation}: impl={name!r} cannot run here: {reason}. Use impl='auto', or see `narrows info`."
+        )
+    return implementations[name].run

@@ -1,0 +1,69 @@
+"""The one record of where tokens went: `Routing`."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from jaxtyping import Float
+from torch import Tensor
+
+from narrows.errors import InvalidArgument
+
+
+@dataclass(frozen=True)
+class Routing:
+    r"""Which token feeds which carrier.
+
+    Every mechanism of narrows makes N tokens pass through K carriers; `weights[b, h, k, n]` is the share of token n
+    that carrier k reads in head h. What the weights sum to is the mechanism's own affair (slot attention: over the
+    carriers for each token; soft mixture of experts: over the tokens for each carrier).
+
+    Args:
+        weights: `[B, H, K, N]`, not negative, 0 at masked tokens.
+        carriers: what a carrier is called, in the plural: "slots", "expert slots", "windows", "latents", "kept tokens".
+        grid: `(height, width)` of the tokens that stand on a grid, or None.
+        prefix: how many tokens before the grid stand on no grid (a class token).
+        name: where in a model it was recorded, as `named_modules` spells it.
+    """
+
+    weights: Float[Tensor, "B H K N"]
+    carriers: str
+    grid: tuple[int, int] | None = None
+    prefix: int = 0
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        if self.weights.ndim != 4:
+            raise InvalidArgument("weights", expected="shape [B, H, K, N]", got=tuple(self.weights.shape))
+        if self.grid is not None and self.prefix + self.grid[0] * self.grid[1] != self.weights.shape[-1]:
+            raise InvalidArgument(
+                "grid",
+                expected=f"height * width + prefix equal to the {self.weights.shape[-1]} tokens",
+                got=f"grid {self.grid} and prefix {self.prefix}",
+            )
+
+    @property
+    def num_carriers(self) -> int:
+        """K, the number of carriers."""
+        return self.weights.shape[2]
+
+    def with_grid(self, grid: tuple[int, int], *, prefix: int = 0) -> "Routing":
+        """The same routing, its tokens placed on a grid of `(height, width)` after `prefix` tokens off it."""
+        return replace(self, grid=grid, prefix=prefix)
+
+    def maps(self) -> Float[Tensor, "B K h w"]:
+        """The weights as one picture for each carrier, averaged over heads: `[B, K, height, width]`."""
+        if self.grid is None:
+            raise InvalidArgument("grid", expected="a routing whose tokens stand on a grid", got=None)
+        return self.weights.mean(1)[..., self.prefix :].unflatten(-1, self.grid)
+
+    def detach(self) -> "Routing":
+        """The same routing in float32 on the CPU, cut from the graph: what pictures and reports want."""
+        return replace(self, weights=self.weights.detach().float().cpu())
+
+
+def select(routings: Iterable[Routing], name: str) -> Routing:
+    """The routing recorded under `name`; an error that lists the names there are otherwise."""
+    known = {routing.name: routing for routing in routings}
+    if name not in known:
+        raise InvalidArgument("name", expected=f"one of {sorted(known)}", got=repr(name))
+    return known[name]
