@@ -1,0 +1,97 @@
+"""What every image classifier of narrows offers."""
+
+from typing import Any, cast
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from narrows.errors import InvalidArgument
+from narrows.routing import Routing
+
+
+class ImageClassifier(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name="narrows",
+    license="apache-2.0",
+    pipeline_tag="image-classification",
+    tags=["narrows", "token-bottleneck"],
+):
+    """Base class: images `[B, C, H, W]` in, logits `[B, num_classes]` out.
+
+    A subclass implements `forward_features`, `forward_head` and `token_grid`. Saving and loading come from
+    `huggingface_hub`: `save_pretrained(folder)` writes safetensors and the constructor's arguments as `config.json`,
+    `from_pretrained(folder)` reads both.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Saved with the constructor's arguments: without its class a folder could not be opened by `load_model`.
+        arguments = cast(dict[str, Any], self._hub_mixin_config or {})
+        self._hub_mixin_config = {**arguments, "architecture": type(self).__name__}
+
+    def forward_features(self, images: Float[Tensor, "B C H W"]) -> Tensor:
+        """What the head reads."""
+        raise NotImplementedError
+
+    def forward_head(self, features: Tensor) -> Float[Tensor, "B classes"]:
+        """Logits from what `forward_features` returns."""
+        raise NotImplementedError
+
+    def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B classes"]:
+        """Logits `[B, num_classes]`, one row for each image."""
+        return self.forward_head(self.forward_features(images))
+
+    def token_grid(self, images: Float[Tensor, "B C H W"]) -> tuple[int, int]:
+        """`(height, width)` of the grid of tokens that these images become."""
+        raise NotImplementedError
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that weight decay should leave alone, beside biases and norms."""
+        return set()
+
+    @torch.no_grad()
+    def routing(self, images: Float[Tensor, "B C H W"]) -> tuple[Routing, ...]:
+        """Where the tokens of these images go: one `Routing` for each bottleneck, in the order they are passed.
+
+        Every submodule with a method `routing` is asked with the arguments its `forward` gets. Where that routing
+        stands on no grid and counts the model's tokens, it is placed on the model's grid.
+        """
+        recorded: list[Routing] = []
+        names = {module: name for name, module in self.named_modules()}
+        asking = False
+
+        def ask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            nonlocal asking
+            if asking:  # a routing() that calls submodules must not record those again
+                return
+            asking = True
+            answer: Routing = module.routing(*args, **kwargs)  # pyright: ignore[reportCallIssue]
+            asking = False
+            recorded.append(self._placed(answer, names[module], self.token_grid(images)))
+
+        bottlenecks = [module for module in names if module is not self and hasattr(module, "routing")]
+        handles = [module.register_forward_pre_hook(ask, with_kwargs=True) for module in bottlenecks]
+        try:
+            self(images)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return tuple(recorded)
+
+    @staticmethod
+    def _placed(routing: Routing, name: str, grid: tuple[int, int]) -> Routing:
+        placed = Routing(routing.weights, routing.carriers, routing.grid, routing.prefix, name)
+        prefix = routing.weights.shape[-1] - grid[0] * grid[1]
+        # A model has at most a class token before its grid; anything else is not the model's own token sequence.
+        return placed.with_grid(grid, prefix=prefix) if routing.grid is None and prefix in (0, 1) else placed
+
+
+def check_images(images: Tensor, channels: int) -> None:
+    """Raise unless `images` is `[B, channels, H, W]`."""
+    if images.ndim != 4 or images.shape[1] != channels:
+        raise InvalidArgument(
+            "images", expected=f"shape [B, C, H, W] with C = {channels}", got=f"shape {tuple(images.shape)}"
+        )

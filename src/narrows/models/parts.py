@@ -1,0 +1,210 @@
+"""What the transformers of narrows are made of: stems, position embedding, attention, feed-forward, block."""
+
+from collections.abc import Iterable
+from itertools import pairwise
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from narrows.errors import InvalidArgument
+from narrows.models.base import ImageClassifier, check_images
+from narrows.ops.validation import check_choice, check_positive
+
+
+class PatchStem(nn.Sequential):
+    """Patches to tokens: one strided convolution, `[B, C, H, W] -> [B, dim, H / patch, W / patch]`."""
+
+    def __init__(self, channels: int, dim: int, patch_size: int) -> None:
+        super().__init__(nn.Conv2d(channels, dim, patch_size, patch_size))
+
+
+class ConvStem(nn.Sequential):
+    """Patches to tokens through overlapping 3x3 convolutions of stride 2 (Xiao et al. 2021, arXiv 2106.14881).
+
+    Small images on small data do not train without it. `patch_size` is a power of two.
+    """
+
+    def __init__(self, channels: int, dim: int, patch_size: int) -> None:
+        steps = patch_size.bit_length() - 1
+        if patch_size != 2**steps or steps < 1:
+            raise InvalidArgument("patch_size", expected="a power of two for the convolutional stem", got=patch_size)
+        widths = [channels, *(max(8, dim // 2 ** (steps - 1 - step)) for step in range(steps))]
+        layers: list[nn.Module] = []
+        for incoming, outgoing in pairwise(widths):
+            layers += [nn.Conv2d(incoming, outgoing, 3, 2, 1), nn.GroupNorm(1, outgoing), nn.GELU()]
+        super().__init__(*layers, nn.Conv2d(dim, dim, 1))
+
+
+STEMS: dict[str, type[PatchStem] | type[ConvStem]] = {"patch": PatchStem, "conv": ConvStem}
+
+
+class TokenEmbedding(nn.Module):
+    """Images `[B, C, H, W]` to tokens `[B, prefix + height * width, dim]` with learned positions.
+
+    Images of another size than `image_size` get interpolated positions; their sides must be multiples of `patch_size`.
+
+    Args:
+        dim: token width.
+        image_size: side of the square images the positions are learned on.
+        patch_size: side of a patch.
+        channels: channels of the images.
+        stem: "patch" (one strided convolution) or "conv" (overlapping 3x3 convolutions).
+        class_token: put a learned token before the grid.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        image_size: int,
+        patch_size: int,
+        channels: int = 3,
+        stem: str = "patch",
+        class_token: bool = False,
+    ) -> None:
+        super().__init__()
+        check_positive(dim=dim, image_size=image_size, patch_size=patch_size, channels=channels)
+        check_choice("stem", stem, tuple(STEMS))
+        self.channels, self.patch_size = channels, patch_size
+        self.side = self._grid(image_size, image_size)[0]
+        self.stem = STEMS[stem](channels, dim, patch_size)
+        self.class_token = nn.Parameter(torch.randn(1, 1, dim) * 0.02) if class_token else None
+        self.positions = nn.Parameter(torch.randn(1, int(class_token) + self.side**2, dim) * 0.02)
+
+    @property
+    def prefix(self) -> int:
+        """How many tokens stand before the grid."""
+        return 0 if self.class_token is None else 1
+
+    def grid(self, images: Float[Tensor, "B C H W"]) -> tuple[int, int]:
+        """`(height, width)` of the token grid of these images."""
+        return self._grid(images.shape[-2], images.shape[-1])
+
+    def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B N dim"]:
+        """Tokens, the class token first where there is one."""
+        check_images(images, self.channels)
+        grid = self.grid(images)
+        tokens = self.stem(images).flatten(2).transpose(1, 2)
+        if self.class_token is not None:
+            tokens = torch.cat((self.class_token.expand(len(tokens), -1, -1), tokens), 1)
+        return tokens + self._positions(grid)
+
+    def _grid(self, height: int, width: int) -> tuple[int, int]:
+        if height % self.patch_size or width % self.patch_size:
+            raise InvalidArgument(
+                "images", expected=f"sides that are multiples of patch_size = {self.patch_size}", got=(height, width)
+            )
+        return height // self.patch_size, width // self.patch_size
+
+    def _positions(self, grid: tuple[int, int]) -> Tensor:
+        if grid == (self.side, self.side):
+            return self.positions
+        prefix, on_grid = self.positions.split((self.prefix, self.side**2), 1)
+        square = on_grid.transpose(1, 2).unflatten(2, (self.side, self.side))
+        resized = F.interpolate(square, grid, mode="bicubic", antialias=True, align_corners=False)
+        return torch.cat((prefix, resized.flatten(2).transpose(1, 2)), 1)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention on `[B, N, dim]`, fused; `mask [B, N]` says which tokens are real."""
+
+    def __init__(self, dim: int, *, heads: int, head_dim: int | None = None, qkv_bias: bool = True) -> None:
+        super().__init__()
+        check_positive(dim=dim, heads=heads)
+        if head_dim is None and dim % heads:
+            raise InvalidArgument("heads", expected=f"a divisor of dim = {dim}", got=heads)
+        inner = heads * (head_dim or dim // heads)
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * inner, bias=qkv_bias)
+        self.out = nn.Linear(inner, dim)
+        self.apply(initialise_linear)
+
+    def forward(self, tokens: Float[Tensor, "B N D"], mask: Tensor | None = None) -> Float[Tensor, "B N D"]:
+        """Attended tokens."""
+        query, key, value = self.qkv(tokens).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        attention_mask = None if mask is None else mask[:, None, None, :]
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
+        return self.out(attended.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Sequential):
+    """Linear, GELU, Linear."""
+
+    def __init__(self, dim: int, hidden_dim: int, *, dropout: float = 0.0) -> None:
+        super().__init__(
+            nn.Linear(dim, hidden_dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden_dim, dim), nn.Dropout(dropout)
+        )
+        self.apply(initialise_linear)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block on `[B, N, dim]`; its second half may be any module on tokens (an expert layer)."""
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        heads: int,
+        mlp_dim: int,
+        dropout: float = 0.0,
+        feed_forward: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(dim)
+        self.attention = SelfAttention(dim, heads=heads)
+        self.feed_forward_norm = nn.LayerNorm(dim)
+        self.feed_forward = feed_forward or FeedForward(dim, mlp_dim, dropout=dropout)
+
+    def forward(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+        """The tokens after attention and feed-forward."""
+        tokens = tokens + self.attention(self.attention_norm(tokens))
+        return tokens + self.feed_forward(self.feed_forward_norm(tokens))
+
+
+def initialise_linear(module: nn.Module) -> None:
+    """Truncated normal of 0.02 for linear weights, zero biases: the usual start of a vision transformer."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+class TransformerClassifier(ImageClassifier):
+    """Embedding, blocks one after another, norm, mean over the tokens that are left, linear head.
+
+    A block is any module from tokens `[B, N, D]` to tokens `[B, N', D]`: a bottleneck is a block that returns fewer.
+    A subclass builds its blocks from its own constructor arguments, which are what gets saved with the weights.
+
+    Args:
+        embedding: images to tokens.
+        blocks: modules from tokens to tokens.
+        dim: token width.
+        num_classes: width of the logits.
+    """
+
+    def __init__(self, embedding: TokenEmbedding, blocks: Iterable[nn.Module], *, dim: int, num_classes: int) -> None:
+        super().__init__()
+        check_positive(num_classes=num_classes)
+        self.embedding = embedding
+        self.blocks = nn.Sequential(*blocks)
+        self.norm = nn.LayerNorm(dim)
+        self.head = nn.Linear(dim, num_classes)
+        initialise_linear(self.head)
+
+    def forward_features(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D"]:
+        """The mean of the tokens that are left after the last block, normalised: `[B, dim]`."""
+        return self.norm(self.blocks(self.embedding(images))).mean(1)
+
+    def forward_head(self, features: Float[Tensor, "B D"]) -> Float[Tensor, "B classes"]:
+        """Logits `[B, num_classes]`."""
+        return self.head(features)
+
+    def token_grid(self, images: Float[Tensor, "B C H W"]) -> tuple[int, int]:
+        """`(height, width)` of the patch grid."""
+        return self.embedding.grid(images)
+
+    def no_weight_decay(self) -> set[str]:
+        """Positions and the class token are not decayed."""
+        return {"embedding.positions", "embedding.class_token"}

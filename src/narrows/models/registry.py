@@ -1,0 +1,77 @@
+"""Models by name."""
+
+import difflib
+import fnmatch
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from narrows.errors import InvalidArgument
+from narrows.models import vit
+from narrows.models.base import ImageClassifier
+
+PRESETS: Mapping[type[ImageClassifier], Mapping[str, Mapping[str, Any]]] = {
+    vit.ViT: vit.PRESETS,
+}
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Names that `create_model` takes, those that match a shell-style pattern.
+
+    >>> list_models("vit_*")
+    ['vit_mini', 'vit_small']
+    """
+    return fnmatch.filter(sorted(name for presets in PRESETS.values() for name in presets), pattern)
+
+
+def create_model(name: str, **kwargs: Any) -> ImageClassifier:
+    """A model by its registry name; keyword arguments replace those of the preset.
+
+    >>> model = create_model("vit_mini", num_classes=3)
+
+    Raises:
+        InvalidArgument: no such name, or no such argument of that model.
+    """
+    for architecture, presets in PRESETS.items():
+        if name in presets:
+            return _construct(architecture, name, {**presets[name], **kwargs})
+    close = difflib.get_close_matches(name, list_models(), n=1)
+    raise InvalidArgument(
+        "name",
+        expected=f"one of {', '.join(list_models())}",
+        got=repr(name),
+        hint=f"Did you mean {close[0]!r}?" if close else "",
+    )
+
+
+def load_model(folder: str | Path) -> ImageClassifier:
+    """The model that `save_pretrained` wrote into `folder`, in evaluation mode.
+
+    Raises:
+        InvalidArgument: `folder` holds no model saved by narrows.
+    """
+    config_file = Path(folder) / "config.json"
+    if not config_file.is_file():
+        raise InvalidArgument(
+            "folder", expected="a folder written by save_pretrained, with config.json", got=repr(str(folder))
+        )
+    architectures = {architecture.__name__: architecture for architecture in PRESETS}
+    name = json.loads(config_file.read_text(encoding="utf-8")).get("architecture")
+    if name not in architectures:
+        raise InvalidArgument("config.json", expected=f"'architecture' among {sorted(architectures)}", got=repr(name))
+    return architectures[name].from_pretrained(str(folder)).eval()
+
+
+def _construct(architecture: type[ImageClassifier], name: str, arguments: Mapping[str, Any]) -> ImageClassifier:
+    known = architecture._hub_mixin_init_parameters
+    unknown = [argument for argument in arguments if argument not in known]
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], known, n=1)
+        raise InvalidArgument(
+            f"create_model({name!r}, ...)",
+            expected=f"arguments among {', '.join(key for key in known if key != 'self')}",
+            got=repr(unknown[0]),
+            hint=f"Did you mean {close[0]!r}?" if close else "",
+        )
+    return architecture(**arguments)
