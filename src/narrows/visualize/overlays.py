@@ -1,0 +1,208 @@
+"""Pictures of a `Routing` over the image whose tokens it routes."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from textwrap import fill
+from typing import TYPE_CHECKING, Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from narrows.errors import InvalidArgument
+from narrows.routing import Routing
+from narrows.validation import check_positive
+from narrows.visualize import paint
+from narrows.visualize.canvas import new_figure
+from narrows.visualize.images import to_image
+from narrows.visualize.palette import CARRIERS, INK, MUTED, carrier_colour
+from narrows.visualize.shares import carried, keeps_tokens, neighbour_colours, owners
+
+if TYPE_CHECKING:
+    import matplotlib.figure
+
+PANELS_PER_ROW = 5
+PANEL = 2.1
+
+
+def overlay(
+    image: object, routing: Routing, *, sample: int = 0, max_carriers: int = 8, title: str | None = None
+) -> "matplotlib.figure.Figure":
+    """Where the tokens of an image went, drawn over the image.
+
+    The routing alone chooses the picture. Where every carrier reads one token at most, tokens were kept or dropped:
+    one panel shows the kept ones and dims the rest. Otherwise the image stands first, then every token in the colour of
+    the carrier with the greatest share of it, then for each carrier the weights with which it reads the tokens, each
+    map scaled to its own maximum. Of many carriers, those that carry most tokens are shown.
+
+    Args:
+        image: a tensor `[3|1, H, W]`, an array `[H, W]` or `[H, W, 3|1]` (floats in 0..1 or bytes), or a PIL image.
+        routing: with the `grid` on which its tokens stand over the image.
+        sample: which sample of the routing's batch the image is.
+        max_carriers: at most so many carriers get a panel and a colour.
+        title: above the picture; by default says how many tokens went to how many carriers.
+
+    Returns:
+        A matplotlib figure; `visualize.save` writes it.
+
+    Raises:
+        InvalidArgument: a routing without a grid, a sample it does not have, an image it cannot read.
+        MissingExtra: without matplotlib.
+    """
+    check_positive(max_carriers=max_carriers)
+    canvas = paint.fit(to_image(image))
+    maps = _maps_of(routing, sample)
+    if keeps_tokens(routing):
+        return _kept_figure(canvas, maps, title)
+    return _mixed_figure(canvas, maps, routing, max_carriers, title)
+
+
+def gallery(
+    images: Iterable[object], columns: Mapping[str, Routing], *, captions: Sequence[str] | None = None
+) -> "matplotlib.figure.Figure":
+    """Several mechanisms on several images: a row for each image, and in it one picture for each routing.
+
+    The pictures are `overlay`'s summary: kept tokens, or every token in the colour of the carrier with the greatest
+    share of it. With more carriers than colours, colours repeat, though never in carriers that touch.
+
+    Args:
+        images: as `overlay` takes them, or a tensor `[B, 3|1, H, W]`.
+        columns: a routing over the batch of these images, in their order, under the heading of its column.
+        captions: a line for each image, to stand left of its row.
+
+    Raises:
+        InvalidArgument: a routing without grid or with fewer samples than images, no image, captions of other number.
+        MissingExtra: without matplotlib.
+    """
+    canvases = [paint.fit(to_image(image, name=f"images[{i}]")) for i, image in enumerate(images)]
+    if not canvases:
+        raise InvalidArgument("images", expected="at least one image", got="none")
+    if captions is not None and len(captions) != len(canvases):
+        raise InvalidArgument("captions", expected=f"one for each of the {len(canvases)} images", got=len(captions))
+    ratios = [_ratio(canvas) for canvas in canvases]
+    figure = new_figure(PANEL * (1 + len(columns)) + 0.3, sum(PANEL * ratio + 0.25 for ratio in ratios) + 0.8)
+    axes = figure.subplots(len(canvases), 1 + len(columns), squeeze=False, height_ratios=ratios)
+    for row, canvas in enumerate(canvases):
+        _show(axes[row][0], canvas)
+        if captions is not None:
+            axes[row][0].set_ylabel(fill(captions[row], 26), fontsize=9, color=INK)
+    _heading(axes[0][0], "image", "")
+    for column, (heading, routing) in enumerate(columns.items(), start=1):
+        for row, canvas in enumerate(canvases):
+            maps = _maps_of(routing, row, name=f"columns[{heading!r}]")
+            _show(axes[row][column], _summary(canvas, maps, routing))
+            if keeps_tokens(routing):
+                axes[row][column].set_xlabel(_kept_count(maps), fontsize=8, color=MUTED, labelpad=3)
+        _heading(axes[0][column], heading, _passage(routing))
+    _note(figure, "Colour: the carrier with the greatest share of the token. Grey: dropped tokens, read by no carrier.")
+    return figure
+
+
+def _ratio(canvas: Tensor) -> float:
+    """Height of a panel for its width: the image's own, though a tall image does not make a tower of the figure."""
+    return min(canvas.shape[1] / canvas.shape[2], 1.5)
+
+
+def _maps_of(routing: Routing, sample: int, name: str = "routing") -> Float[Tensor, "K h w"]:
+    if routing.grid is None:
+        raise InvalidArgument(
+            name,
+            expected="a routing whose tokens stand on a grid over the image",
+            got="one without grid",
+            hint="Place them with routing.with_grid((height, width)).",
+        )
+    batch = routing.weights.shape[0]
+    if not 0 <= sample < batch:
+        raise InvalidArgument("sample", expected=f"one of the {batch} samples of {name}, counted from 0", got=sample)
+    return routing.maps()[sample].detach().float().cpu()
+
+
+def _summary(canvas: Tensor, maps: Tensor, routing: Routing) -> Tensor:
+    """One picture that tells where all tokens went."""
+    if keeps_tokens(routing):
+        return paint.kept(canvas, maps.amax(0) > 0)
+    owner = owners(maps)
+    own = {carrier: carrier for carrier in range(len(maps))} if len(maps) <= len(CARRIERS) else neighbour_colours(owner)
+    return paint.owned(canvas, owner, {carrier: carrier_colour(rank) for carrier, rank in own.items()})
+
+
+def _kept_count(maps: Tensor) -> str:
+    keep = maps.amax(0) > 0
+    return f"{int(keep.sum())} of {keep.numel()} tokens kept"
+
+
+def _passage(routing: Routing) -> str:
+    tokens = routing.weights.shape[-1] - routing.prefix
+    if keeps_tokens(routing):
+        return f"{tokens} tokens, kept or dropped"
+    carriers = routing.carriers if routing.num_carriers > 1 else routing.carriers.removesuffix("s")
+    return f"{tokens} tokens → {routing.num_carriers} {carriers}"
+
+
+def _kept_figure(canvas: Tensor, maps: Tensor, title: str | None) -> "matplotlib.figure.Figure":
+    figure = new_figure(4.0, 4.0 * _ratio(canvas) + 0.7)
+    _show(figure.subplots(), paint.kept(canvas, maps.amax(0) > 0))
+    _title(figure, title or _kept_count(maps))
+    _note(figure, "Grey: dropped tokens.")
+    return figure
+
+
+def _mixed_figure(
+    canvas: Tensor, maps: Tensor, routing: Routing, max_carriers: int, title: str | None
+) -> "matplotlib.figure.Figure":
+    parts = carried(maps)
+    # Rounded, so that carriers that carry the same stay in their order.
+    shown = parts.mul(1e4).round().argsort(descending=True, stable=True)[:max_carriers].tolist()
+    colours = {carrier: carrier_colour(rank) for rank, carrier in enumerate(sorted(shown))}
+    one = routing.carriers.removesuffix("s")
+
+    panels = 2 + len(shown)
+    rows = -(-panels // PANELS_PER_ROW)
+    columns = -(-panels // rows)
+    figure = new_figure(PANEL * columns, (PANEL * _ratio(canvas) + 0.28) * rows + 0.75)
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    _show(axes[0], canvas, "image")
+    _show(axes[1], paint.owned(canvas, owners(maps), colours), "owner of each token")
+    for axis, (carrier, colour) in zip(axes[2:], colours.items(), strict=False):
+        part = parts[carrier].item()
+        name = f"{one} {carrier} · {part:.0%}" if part >= 0.095 else f"{one} {carrier} · {part:.1%}"
+        _show(axis, paint.over(canvas, maps[carrier], colour), name, colour)
+    for axis in axes[panels:]:
+        axis.set_axis_off()
+    _title(figure, title or _passage(routing))
+    note = (
+        f"Owner: the {one} with the greatest share of the token. Maps: where each {one} reads, against its own "
+        "maximum, and the part of all tokens it carries."
+    )
+    if len(shown) < len(maps):
+        note += (
+            f" Not shown, and grey: the other {len(maps) - len(shown)} of {len(maps)} {routing.carriers}; "
+            "none carries more than these."
+        )
+    _note(figure, note)
+    return figure
+
+
+def _show(axis: Any, picture: Tensor, title: str = "", frame: str | None = None) -> None:
+    """A picture in its panel, with `frame` as the colour of a line around it."""
+    axis.imshow(picture.movedim(0, -1).numpy(), interpolation="auto")
+    axis.set_xticks([])
+    axis.set_yticks([])
+    axis.spines[:].set_visible(frame is not None)
+    if frame is not None:
+        axis.spines[:].set(color=frame, linewidth=2.5)
+    if title:
+        axis.set_title(title, fontsize=9, color=INK, loc="left", pad=5)
+
+
+def _heading(axis: Any, text: str, detail: str) -> None:
+    axis.set_title(text, fontsize=10, fontweight="bold", color=INK, pad=18)
+    axis.annotate(detail, (0.5, 1), (0, 6), "axes fraction", "offset points", ha="center", fontsize=8, color=MUTED)
+
+
+def _title(figure: "matplotlib.figure.Figure", text: str) -> None:
+    text = fill(text, int(9 * figure.get_figwidth()))
+    figure.suptitle(text, x=0.012, ha="left", fontsize=12, fontweight="bold", color=INK)
+
+
+def _note(figure: "matplotlib.figure.Figure", text: str) -> None:
+    text = fill(text, int(16 * figure.get_figwidth()))
+    figure.supxlabel(text, x=0.012, ha="left", fontsize=8, color=MUTED)

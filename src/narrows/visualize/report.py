@@ -1,0 +1,114 @@
+"""The report: one HTML file that opens offline, on a phone, in the dark and on paper."""
+
+from base64 import b64encode
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment, StrictUndefined
+
+from narrows._version import __version__
+from narrows.errors import InvalidArgument
+from narrows.visualize.canvas import render
+from narrows.visualize.tables import best_cells, check_best, read_columns
+
+if TYPE_CHECKING:
+    import matplotlib.figure
+
+
+class Report:
+    """Collects text, tables and figures and writes them as one self-contained HTML file.
+
+    Texts are plain and are escaped. Figures are embedded twice, for light and for dark screens.
+
+    Args:
+        title: heading of the page.
+        subtitle: a line below it.
+    """
+
+    def __init__(self, title: str, subtitle: str = "") -> None:
+        self.title = title
+        self.subtitle = subtitle
+        self._blocks: list[dict[str, Any]] = []
+
+    def section(self, title: str) -> None:
+        """Begin a section."""
+        self._blocks.append({"kind": "section", "text": title})
+
+    def paragraph(self, text: str) -> None:
+        """Add a paragraph."""
+        self._blocks.append({"kind": "paragraph", "text": text})
+
+    def table(
+        self,
+        columns: Sequence[str],
+        rows: Sequence[Sequence[object]],
+        caption: str = "",
+        *,
+        best: Mapping[str, str] | None = None,
+    ) -> None:
+        """Add a table that a click on a column's name sorts.
+
+        Args:
+            columns: their names.
+            rows: in each row a cell for each column: a text, a number, a `Cell`, or None for nothing.
+            caption: what the table shows.
+            best: for columns whose best value is to stand out, whether that is the "max" or the "min".
+
+        Raises:
+            InvalidArgument: a row with more or fewer cells than columns; `best` for a column that is not there.
+        """
+        best = best or {}
+        check_best(columns, best)
+        read = read_columns(columns, rows)
+        winners = [best_cells(column, best[column.name]) if column.name in best else set() for column in read]
+        self._blocks.append(
+            {
+                "kind": "table",
+                "caption": caption,
+                "columns": [(column.name, column.numeric, best.get(column.name) == "max") for column in read],
+                "rows": [
+                    [
+                        (column.cells[i], column.numeric, i in winner)
+                        for column, winner in zip(read, winners, strict=True)
+                    ]
+                    for i in range(len(rows))
+                ],
+                "has_best": any(winners),
+            }
+        )
+
+    def figure(self, figure: "matplotlib.figure.Figure", caption: str = "") -> None:
+        """Add a matplotlib figure as it is now; the caption also describes it to those who cannot see it."""
+        pictures = render(figure)
+        self._blocks.append(
+            {
+                "kind": "figure",
+                "caption": caption,
+                "light": b64encode(pictures.light).decode(),
+                "dark": b64encode(pictures.dark).decode(),
+                "width": round(figure.get_figwidth() * 96),
+            }
+        )
+
+    def write(self, path: str | Path) -> Path:
+        """Write the file, and the folders it lies in where they are missing.
+
+        Raises:
+            InvalidArgument: a file name that does not end in .html.
+        """
+        path = Path(path)
+        if path.suffix.lower() not in (".html", ".htm"):
+            raise InvalidArgument("path", expected="a file name ending in .html", got=repr(str(path)))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(self.html(), encoding="utf-8")
+        return path
+
+    def html(self) -> str:
+        """The page as text."""
+        source = files("narrows.visualize").joinpath("report.html.j2").read_text(encoding="utf-8")
+        environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+        return environment.from_string(source).render(
+            title=self.title, subtitle=self.subtitle, blocks=self._blocks, version=__version__
+        )
