@@ -1,4 +1,4 @@
-"""Checks of shapes and masks that several operations share. They trace under `torch.compile` and `torch.export`."""
+"""Checks of arguments that several rooms share. They trace under `torch.compile` and `torch.export`."""
 
 import torch
 from torch import Tensor

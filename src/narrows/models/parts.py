@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from narrows.errors import InvalidArgument
 from narrows.models.base import ImageClassifier, check_images
-from narrows.ops.validation import check_choice, check_positive
+from narrows.validation import check_choice, check_positive
 
 
 class PatchStem(nn.Sequential):
@@ -18,6 +18,22 @@ class PatchStem(nn.Sequential):
 
     def __init__(self, channels: int, dim: int, patch_size: int) -> None:
         super().__init__(nn.Conv2d(channels, dim, patch_size, patch_size))
+
+
+class NormedPatchStem(nn.Module):
+    """Patches to tokens through LayerNorm, Linear, LayerNorm: the same map as `PatchStem` between two norms."""
+
+    def __init__(self, channels: int, dim: int, patch_size: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.patch_norm = nn.LayerNorm(channels * patch_size**2)
+        self.linear = nn.Linear(channels * patch_size**2, dim)
+        self.token_norm = nn.LayerNorm(dim)
+
+    def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B dim h w"]:
+        """Tokens on their grid."""
+        patches = F.pixel_unshuffle(images, self.patch_size).movedim(1, -1)
+        return self.token_norm(self.linear(self.patch_norm(patches))).movedim(-1, 1)
 
 
 class ConvStem(nn.Sequential):
@@ -37,7 +53,11 @@ class ConvStem(nn.Sequential):
         super().__init__(*layers, nn.Conv2d(dim, dim, 1))
 
 
-STEMS: dict[str, type[PatchStem] | type[ConvStem]] = {"patch": PatchStem, "conv": ConvStem}
+STEMS: dict[str, type[PatchStem] | type[NormedPatchStem] | type[ConvStem]] = {
+    "patch": PatchStem,
+    "normed_patch": NormedPatchStem,
+    "conv": ConvStem,
+}
 
 
 class TokenEmbedding(nn.Module):
@@ -50,7 +70,8 @@ class TokenEmbedding(nn.Module):
         image_size: side of the square images the positions are learned on.
         patch_size: side of a patch.
         channels: channels of the images.
-        stem: "patch" (one strided convolution) or "conv" (overlapping 3x3 convolutions).
+        stem: "patch" (one strided convolution), "normed_patch" (between two norms) or "conv" (overlapping 3x3
+            convolutions).
         class_token: put a learned token before the grid.
     """
 
@@ -88,7 +109,7 @@ class TokenEmbedding(nn.Module):
         grid = self.grid(images)
         tokens = self.stem(images).flatten(2).transpose(1, 2)
         if self.class_token is not None:
-            tokens = torch.cat((self.class_token.expand(len(tokens), -1, -1), tokens), 1)
+            tokens = torch.cat((self.class_token.expand(tokens.shape[0], -1, -1), tokens), 1)
         return tokens + self._positions(grid)
 
     def _grid(self, height: int, width: int) -> tuple[int, int]:
@@ -110,13 +131,15 @@ class TokenEmbedding(nn.Module):
 class SelfAttention(nn.Module):
     """Multi-head self-attention on `[B, N, dim]`, fused; `mask [B, N]` says which tokens are real."""
 
-    def __init__(self, dim: int, *, heads: int, head_dim: int | None = None, qkv_bias: bool = True) -> None:
+    def __init__(
+        self, dim: int, *, heads: int, head_dim: int | None = None, qkv_bias: bool = True, dropout: float = 0.0
+    ) -> None:
         super().__init__()
         check_positive(dim=dim, heads=heads)
         if head_dim is None and dim % heads:
             raise InvalidArgument("heads", expected=f"a divisor of dim = {dim}", got=heads)
         inner = heads * (head_dim or dim // heads)
-        self.heads = heads
+        self.heads, self.dropout = heads, dropout
         self.qkv = nn.Linear(dim, 3 * inner, bias=qkv_bias)
         self.out = nn.Linear(inner, dim)
         self.apply(initialise_linear)
@@ -125,8 +148,9 @@ class SelfAttention(nn.Module):
         """Attended tokens."""
         query, key, value = self.qkv(tokens).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         attention_mask = None if mask is None else mask[:, None, None, :]
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
-        return self.out(attended.transpose(1, 2).flatten(2))
+        dropout = self.dropout if self.training else 0.0
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, dropout_p=dropout)
+        return F.dropout(self.out(attended.transpose(1, 2).flatten(2)), dropout)
 
 
 class FeedForward(nn.Sequential):

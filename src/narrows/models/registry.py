@@ -8,11 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from narrows.errors import InvalidArgument
-from narrows.models import vit
+from narrows.models import ats_vit, resampler_vit, sepvit, slot_vit, soft_moe_vit, vit
 from narrows.models.base import ImageClassifier
 
 PRESETS: Mapping[type[ImageClassifier], Mapping[str, Mapping[str, Any]]] = {
     vit.ViT: vit.PRESETS,
+    ats_vit.ATSViT: ats_vit.PRESETS,
+    soft_moe_vit.SoftMoEViT: soft_moe_vit.PRESETS,
+    sepvit.SepViT: sepvit.PRESETS,
+    slot_vit.SlotViT: slot_vit.PRESETS,
+    resampler_vit.ResamplerViT: resampler_vit.PRESETS,
 }
 
 

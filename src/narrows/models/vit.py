@@ -3,7 +3,7 @@
 from typing import Any
 
 from narrows.models.parts import Block, TokenEmbedding, TransformerClassifier
-from narrows.ops.validation import check_positive
+from narrows.validation import check_positive
 
 
 class ViT(TransformerClassifier):
