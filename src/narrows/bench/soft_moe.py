@@ -1,0 +1,46 @@
+"""SoftMoE and DynamicSlotsSoftMoE against soft-moe-pytorch."""
+
+import torch
+
+from narrows.bench.case import BenchCase, Contest
+from narrows.checkpoints import from_upstream
+
+
+def dynamic(batch: int, num_tokens: int, dim: int, num_experts: int, targets: dict[str, float]) -> BenchCase:
+    """Slots made from the tokens, about as many as there are tokens."""
+
+    def prepare(device: torch.device) -> Contest:
+        from soft_moe_pytorch import DynamicSlotsSoftMoE
+
+        torch.manual_seed(0)
+        rival = DynamicSlotsSoftMoE(dim, num_experts=num_experts).to(device).eval()
+        tokens = torch.randn(batch, num_tokens, dim, device=device, requires_grad=True)
+        return Contest(from_upstream(rival), rival, lambda module: module(tokens), (tokens,))
+
+    name = f"soft_moe/dynamic/{batch}x{num_tokens}x{dim}/experts{num_experts}"
+    return BenchCase(name, "soft_moe_pytorch.DynamicSlotsSoftMoE", prepare, targets)
+
+
+def fixed(batch: int, num_tokens: int, dim: int, num_experts: int) -> BenchCase:
+    """The paper's form: one slot for each expert."""
+
+    def prepare(device: torch.device) -> Contest:
+        from soft_moe_pytorch import SoftMoE
+
+        torch.manual_seed(0)
+        rival = SoftMoE(dim, num_experts=num_experts, num_slots=1).to(device).eval()
+        tokens = torch.randn(batch, num_tokens, dim, device=device, requires_grad=True)
+        return Contest(from_upstream(rival), rival, lambda module: module(tokens), (tokens,))
+
+    name = f"soft_moe/fixed/{batch}x{num_tokens}x{dim}/experts{num_experts}"
+    return BenchCase(name, "soft_moe_pytorch.SoftMoE", prepare)
+
+
+CASES = (
+    dynamic(8, 196, 384, 28, {"forward": 1.4}),
+    dynamic(2, 1024, 384, 64, {"forward": 1.3}),
+    dynamic(8, 196, 384, 4, {"forward": 1.0, "forward+backward": 1.0}),
+    dynamic(8, 196, 384, 8, {"forward": 1.0, "forward+backward": 1.0}),
+    dynamic(1, 4096, 64, 4, {"saved": 7.0}),
+    fixed(8, 196, 384, 64),
+)

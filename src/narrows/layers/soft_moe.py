@@ -1,0 +1,336 @@
+"""Soft mixture of experts as layers: slots that are parameters, or slots made from the tokens."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from narrows.errors import InvalidArgument
+from narrows.layers.experts import make_experts
+from narrows.ops.soft_moe import (
+    Segments,
+    dispatch_weights,
+    rms_vectors,
+    segments_in_number,
+    segments_of_length,
+    soft_moe,
+    unit_vectors,
+)
+from narrows.routing import Routing
+from narrows.validation import check_choice, check_mask, check_positive, check_tokens
+
+
+class UnitNormalization(nn.Module):
+    """The paper's: logits from unit vectors times one learned scale; the tokens that are mixed stay as they are."""
+
+    def __init__(self, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones((), device=device, dtype=dtype))
+
+    def values(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+        """What is mixed."""
+        return tokens
+
+    def token_keys(self, values: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+        """What the logits read of a token."""
+        return unit_vectors(values)
+
+    def slot_keys(self, slots: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
+        """What the logits read of a slot."""
+        return unit_vectors(slots, self.scale)
+
+
+class GainNormalization(nn.Module):
+    """Upstream's: root mean square 1, or layer normalisation, each with a gain; normalised tokens are mixed.
+
+    Logits have a standard deviation of about sqrt(D), so that the softmax is nearly one-hot before training begins.
+    """
+
+    def __init__(
+        self, dim: int, *, center: bool, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.center = center
+        self.token_gain = nn.Parameter(torch.ones(dim, device=device, dtype=dtype))
+        self.slot_gain = nn.Parameter(torch.ones(dim, device=device, dtype=dtype))
+
+    def _normalize(self, vectors: Tensor, gain: Tensor) -> Tensor:
+        return F.layer_norm(vectors, gain.shape, gain) if self.center else rms_vectors(vectors, gain)
+
+    def values(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+        """What is mixed."""
+        return self._normalize(tokens, self.token_gain)
+
+    def token_keys(self, values: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+        """What the logits read of a token."""
+        return values
+
+    def slot_keys(self, slots: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
+        """What the logits read of a slot."""
+        return self._normalize(slots, self.slot_gain)
+
+
+def _make_normalization(
+    name: str, dim: int, *, device: torch.device | str | None, dtype: torch.dtype | None
+) -> UnitNormalization | GainNormalization:
+    check_choice("normalization", name, ("unit", "rms", "layer"))
+    if name == "unit":
+        return UnitNormalization(dim, device=device, dtype=dtype)
+    return GainNormalization(dim, center=name == "layer", device=device, dtype=dtype)
+
+
+class _Keys(NamedTuple):
+    values: Tensor
+    token_keys: Tensor
+    slot_keys: Tensor
+    mask: Tensor | None
+    slot_mask: Tensor | None
+
+
+class _SoftMixture(nn.Module):
+    """What both layers share: normalisation, experts, and tokens or images in and out."""
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_experts: int,
+        experts: str | Callable[[int], nn.Module],
+        expert_mult: float,
+        dropout: float,
+        normalization: str,
+        impl: str,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        check_positive(dim=dim, num_experts=num_experts)
+        self.dim, self.num_experts, self.impl = dim, num_experts, impl
+        self.normalization = _make_normalization(normalization, dim, device=device, dtype=dtype)
+        self.experts = make_experts(
+            experts, dim, num_experts, mult=expert_mult, dropout=dropout, device=device, dtype=dtype
+        )
+
+    def _slots(self, values: Tensor, mask: Tensor | None) -> Segments:
+        """Slot parameters `[..., E * P, D]`, expert by expert, and which of them take part."""
+        raise NotImplementedError
+
+    def _keys(self, tokens: Tensor, mask: Tensor | None) -> _Keys:
+        if tokens.ndim == 4:
+            if tokens.shape[1] != self.dim:
+                raise InvalidArgument("tokens", expected=f"images [B, {self.dim}, H, W]", got=tuple(tokens.shape))
+            check_mask("mask", mask, (tokens.shape[0], *tokens.shape[2:]), layout="[B, H, W]")
+            tokens, mask = tokens.flatten(2).mT.contiguous(), None if mask is None else mask.flatten(1)
+        check_tokens("tokens", tokens, dim=self.dim, layout="[B, N, D]")
+        check_mask("mask", mask, tokens.shape[:2])
+        values = self.normalization.values(tokens if mask is None else tokens.masked_fill(~mask[..., None], 0))
+        slots, slot_mask = self._slots(values, mask)
+        return _Keys(
+            values, self.normalization.token_keys(values), self.normalization.slot_keys(slots), mask, slot_mask
+        )
+
+    def forward(
+        self,
+        tokens: Float[Tensor, "B N D"] | Float[Tensor, "B D H W"],
+        mask: Bool[Tensor, "B N"] | Bool[Tensor, "B H W"] | None = None,
+    ) -> Float[Tensor, "B N D"] | Float[Tensor, "B D H W"]:
+        """Mix `tokens`, or the pixels of an image, through the experts.
+
+        Args:
+            tokens: `[B, N, D]`, or an image `[B, D, H, W]` whose pixels are tokens in rows.
+            mask: `[B, N]` or `[B, H, W]`, True at real tokens.
+
+        Returns:
+            The shape of `tokens`; 0 at masked tokens.
+
+        Raises:
+            InvalidArgument, InvalidType: an argument of the wrong shape or dtype.
+        """
+        keys = self._keys(tokens, mask)
+        mixed = soft_moe(
+            keys.values, keys.token_keys, keys.slot_keys, self._run_experts, keys.mask, keys.slot_mask, impl=self.impl
+        )
+        return mixed.mT.unflatten(2, tokens.shape[2:]) if tokens.ndim == 4 else mixed
+
+    def _run_experts(self, slots: Tensor) -> Tensor:
+        return self.experts(slots.unflatten(1, (self.num_experts, -1))).flatten(1, 2)
+
+    def routing(
+        self,
+        tokens: Float[Tensor, "B N D"] | Float[Tensor, "B D H W"],
+        mask: Bool[Tensor, "B N"] | Bool[Tensor, "B H W"] | None = None,
+    ) -> Routing:
+        """The dispatch weights, `[B, 1, E * P, N]` expert by expert: what each slot reads, 1 in sum over the tokens."""
+        keys = self._keys(tokens, mask)
+        weights = dispatch_weights(keys.token_keys, keys.slot_keys, keys.mask, keys.slot_mask)
+        grid = (tokens.shape[2], tokens.shape[3]) if tokens.ndim == 4 else None
+        return Routing(weights.mT[:, None], carriers="expert slots", grid=grid)
+
+
+class SoftMoE(_SoftMixture):
+    r"""Every expert reads a few weighted means of the tokens; every token reads a weighted mean of their outputs.
+
+    \[ L = \hat X (s \hat\Phi)^T, \quad Y = \mathrm{softmax}_{slots}(L) \; f(\mathrm{softmax}_{tokens}(L)^T X) \]
+
+    with unit vectors \(\hat X, \hat\Phi\) and one learned scale s. Permuting the tokens permutes the outputs. Cost and
+    memory are linear in the number of tokens, of which there may be any.
+
+    Args:
+        dim: D, width of the tokens.
+        num_experts: E.
+        slots_per_expert: P, at least 1. `for_tokens` chooses it by capacity.
+        experts: "gelu" or "geglu", which run as batched products whose number does not grow with E; or a function from
+            the number of an expert to any module from `[B, P, D]` to `[B, P, D]`, which run one after another.
+        expert_mult: hidden width of "gelu" experts in multiples of `dim`; "geglu" experts have 2/3 of it.
+        dropout: share of hidden values that "gelu" and "geglu" experts drop in training.
+        normalization: "unit" is the paper's. "rms" and "layer" are those of soft-moe-pytorch, which mix normalised
+            tokens and make logits so large that the softmax starts nearly one-hot.
+        impl: "auto", "reference", "shared" or "chunked".
+        device: where parameters are made.
+        dtype: of the parameters.
+
+    >>> import torch
+    >>> from narrows.layers.soft_moe import SoftMoE
+    >>> SoftMoE(64, num_experts=8, slots_per_expert=4)(torch.randn(2, 100, 64)).shape
+    torch.Size([2, 100, 64])
+
+    Puigcerver et al., "From Sparse to Soft Mixtures of Experts", 2023: https://arxiv.org/abs/2308.00951
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_experts: int,
+        slots_per_expert: int = 1,
+        experts: str | Callable[[int], nn.Module] = "gelu",
+        expert_mult: float = 4.0,
+        dropout: float = 0.0,
+        normalization: str = "unit",
+        impl: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            dim,
+            num_experts=num_experts,
+            experts=experts,
+            expert_mult=expert_mult,
+            dropout=dropout,
+            normalization=normalization,
+            impl=impl,
+            device=device,
+            dtype=dtype,
+        )
+        check_positive(slots_per_expert=slots_per_expert)
+        self.slots = nn.Parameter(torch.empty(num_experts, slots_per_expert, dim, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    @classmethod
+    def for_tokens(
+        cls, dim: int, *, num_tokens: int, num_experts: int, capacity_factor: float = 1.0, **options: object
+    ) -> "SoftMoE":
+        """The layer with `capacity_factor` slots for each of the `num_tokens` tokens that are expected.
+
+        Each expert gets `ceil(capacity_factor * num_tokens / num_experts)` slots, so at least one. The layer takes any
+        other number of tokens as well; its slots stay as many.
+        """
+        check_positive(num_tokens=num_tokens, num_experts=num_experts)
+        _check_capacity(capacity_factor)
+        slots_per_expert = math.ceil(capacity_factor * num_tokens / num_experts)
+        return cls(dim, num_experts=num_experts, slots_per_expert=slots_per_expert, **options)  # type: ignore[arg-type]
+
+    def reset_parameters(self) -> None:
+        """Draw new slot parameters, of length about 1."""
+        nn.init.normal_(self.slots, std=self.dim**-0.5)
+
+    def _slots(self, values: Tensor, mask: Tensor | None) -> Segments:
+        return Segments(self.slots.flatten(0, 1), None)
+
+
+class DynamicSlotsSoftMoE(_SoftMixture):
+    r"""A soft mixture of experts whose slots follow the tokens: each is made from the mean of consecutive tokens.
+
+    \[ \Phi_{e,p} = W_e \, \mathrm{mean}(X_{segment\ p}), \quad \text{then as in `SoftMoE`} \]
+
+    Segments are counted over the real tokens of each sample, as if the masked ones were not there, so that a padded
+    sample gets what it gets alone. By default a segment has `round(num_experts / capacity_factor)` tokens and at least
+    1, the last one what is left: n tokens make about `capacity_factor * n` slots in all and at least one for each
+    expert, and cost grows with the square of n. With `slots_per_expert` there are that many even segments (the windows
+    of adaptive average pooling) however many tokens there are, and cost is linear. The order of the tokens matters.
+
+    Args:
+        dim: D, width of the tokens.
+        num_experts: E.
+        slots_per_expert: a fixed number of segments, or None to let it follow the number of tokens.
+        capacity_factor: slots for each token, where `slots_per_expert` is None; 1 if None.
+        experts: as in `SoftMoE`.
+        expert_mult: as in `SoftMoE`.
+        dropout: as in `SoftMoE`.
+        normalization: as in `SoftMoE`.
+        impl: "auto", "reference", "shared" or "chunked".
+        device: where parameters are made.
+        dtype: of the parameters.
+
+    >>> import torch
+    >>> from narrows.layers.soft_moe import DynamicSlotsSoftMoE
+    >>> DynamicSlotsSoftMoE(64, num_experts=4)(torch.randn(2, 64, 7, 9)).shape
+    torch.Size([2, 64, 7, 9])
+
+    https://arxiv.org/abs/2308.00951
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_experts: int,
+        slots_per_expert: int | None = None,
+        capacity_factor: float | None = None,
+        experts: str | Callable[[int], nn.Module] = "gelu",
+        expert_mult: float = 4.0,
+        dropout: float = 0.0,
+        normalization: str = "unit",
+        impl: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            dim,
+            num_experts=num_experts,
+            experts=experts,
+            expert_mult=expert_mult,
+            dropout=dropout,
+            normalization=normalization,
+            impl=impl,
+            device=device,
+            dtype=dtype,
+        )
+        if slots_per_expert is not None:
+            check_positive(slots_per_expert=slots_per_expert)
+            if capacity_factor is not None:
+                raise InvalidArgument(
+                    "capacity_factor", expected="None where slots_per_expert is given", got=capacity_factor
+                )
+        capacity_factor = 1.0 if capacity_factor is None else capacity_factor
+        _check_capacity(capacity_factor)
+        self.slots_per_expert = slots_per_expert
+        self.segment_length = max(1, round(num_experts / capacity_factor))
+        self.to_slots = nn.Linear(dim, num_experts * dim, bias=False, device=device, dtype=dtype)
+
+    def _slots(self, values: Tensor, mask: Tensor | None) -> Segments:
+        if self.slots_per_expert is None:
+            means, means_mask = segments_of_length(values, self.segment_length, mask)
+        else:
+            means, means_mask = segments_in_number(values, self.slots_per_expert, mask)
+        slots = self.to_slots(means).unflatten(-1, (self.num_experts, self.dim)).transpose(1, 2).flatten(1, 2)
+        return Segments(slots, None if means_mask is None else means_mask.repeat(1, self.num_experts))
+
+
+def _check_capacity(capacity_factor: float) -> None:
+    if not 0 < capacity_factor < math.inf:
+        raise InvalidArgument("capacity_factor", expected="a positive number", got=capacity_factor)

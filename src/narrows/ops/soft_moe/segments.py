@@ -1,0 +1,68 @@
+"""Means of consecutive tokens, from which dynamic slots are made. Masked tokens are as if they were not there."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from narrows.validation import check_mask, check_positive, check_tokens
+
+
+class Segments(NamedTuple):
+    """The means of P segments.
+
+    Args:
+        means: `[B, P, D]`, 0 where there is no token to average.
+        mask: `[B, P]`, False at segments without a token; None where every segment has one.
+    """
+
+    means: Tensor
+    mask: Tensor | None
+
+
+def _compacted(tokens: Tensor, mask: Tensor) -> Tensor:
+    """The real tokens of each sample moved to the front in their order, zeros behind them."""
+    order = mask.int().argsort(dim=-1, descending=True, stable=True)
+    return tokens.masked_fill(~mask[..., None], 0).gather(1, order[..., None].expand_as(tokens))
+
+
+def segments_of_length(
+    tokens: Float[Tensor, "B N D"], length: int, mask: Bool[Tensor, "B N"] | None = None
+) -> Segments:
+    """Means of every `length` consecutive tokens, the last segment of what is left: `P = ceil(N / length)`.
+
+    A sample with n real tokens fills `ceil(n / length)` segments, whatever the width it is padded to.
+    """
+    check_tokens("tokens", tokens)
+    check_mask("mask", mask, tokens.shape[:2])
+    check_positive(length=length)
+    num_tokens = tokens.shape[1]
+    count = (num_tokens + length - 1) // length
+    tokens = tokens if mask is None else _compacted(tokens, mask)
+    sums = F.pad(tokens, (0, 0, 0, count * length - num_tokens)).unflatten(1, (count, length)).sum(2)
+    starts = torch.arange(count, device=tokens.device) * length
+    if mask is None:
+        return Segments(sums / (num_tokens - starts).clamp(max=length)[:, None], None)
+    sizes = (mask.sum(-1, keepdim=True) - starts).clamp(0, length)
+    return Segments(sums / sizes.clamp(min=1)[..., None], sizes > 0)
+
+
+def segments_in_number(tokens: Float[Tensor, "B N D"], count: int, mask: Bool[Tensor, "B N"] | None = None) -> Segments:
+    """Means of `count` even segments: segment p takes tokens `floor(p n / P)` to `ceil((p + 1) n / P)` of n real ones.
+
+    These are the windows of adaptive average pooling: neighbours share a token where n is no multiple of P, and no
+    segment is empty, however few tokens there are.
+    """
+    check_tokens("tokens", tokens)
+    check_mask("mask", mask, tokens.shape[:2])
+    check_positive(count=count)
+    mask = tokens.new_ones(tokens.shape[:2], dtype=torch.bool) if mask is None else mask
+    rank = (mask.cumsum(-1) - 1)[:, None]
+    size = mask.sum(-1)[:, None, None]
+    segment = torch.arange(count, device=tokens.device)[:, None]
+    starts, ends = segment * size // count, ((segment + 1) * size + count - 1) // count
+    inside = (rank >= starts) & (rank < ends) & mask[:, None]
+    sums = inside.to(tokens.dtype) @ tokens.masked_fill(~mask[..., None], 0)
+    return Segments(sums / (ends - starts).clamp(min=1), None)

@@ -1,0 +1,347 @@
+import jaxtyping
+import pytest
+import soft_moe_pytorch as upstream
+import torch
+from torch import Tensor, nn
+
+from narrows.errors import InvalidArgument, InvalidType
+from narrows.layers.soft_moe import DynamicSlotsSoftMoE, SoftMoE
+from tests.layers.test_experts import CountOperations
+from tests.support import assert_close, gradients
+
+DIM = 16
+Layer = SoftMoE | DynamicSlotsSoftMoE
+
+every_form = pytest.mark.parametrize(
+    "make",
+    [
+        lambda **options: SoftMoE(DIM, num_experts=3, slots_per_expert=2, **options),
+        lambda **options: DynamicSlotsSoftMoE(DIM, num_experts=3, **options),
+        lambda **options: DynamicSlotsSoftMoE(DIM, num_experts=3, capacity_factor=0.4, **options),
+        lambda **options: DynamicSlotsSoftMoE(DIM, num_experts=3, slots_per_expert=2, **options),
+    ],
+    ids=["fixed", "dynamic", "dynamic, fewer slots", "dynamic, 2 slots"],
+)
+every_normalization = pytest.mark.parametrize("normalization", ["unit", "rms", "layer"])
+every_impl = pytest.mark.parametrize("impl", ["reference", "shared", "chunked"])
+
+
+def by_hand(layer: SoftMoE, x: Tensor) -> Tensor:
+    """Algorithm 1 and 2 of the paper for one image of tokens `[N, D]`, expert by expert and slot by slot."""
+    phi = layer.slots.flatten(0, 1)
+    x_unit = x / x.norm(dim=-1, keepdim=True)
+    logits = x_unit @ (layer.normalization.scale * phi / phi.norm(dim=-1, keepdim=True)).T
+    slots = logits.softmax(0).T @ x
+    experts = layer.experts
+    outputs = []
+    for index, slot in enumerate(slots):
+        e = index // layer.slots.shape[1]
+        hidden = nn.functional.gelu(slot @ experts.weight_in[e] + experts.bias_in[e])
+        outputs.append(hidden @ experts.weight_out[e] + experts.bias_out[e])
+    return logits.softmax(1) @ torch.stack(outputs)
+
+
+def test_soft_moe_is_the_algorithm_of_the_paper() -> None:
+    layer = SoftMoE(DIM, num_experts=3, slots_per_expert=2).double()
+    nn.init.constant_(layer.normalization.scale, 1.7)
+    x = torch.randn(2, 7, DIM, dtype=torch.float64)
+    assert_close(layer(x), torch.stack([by_hand(layer, sample) for sample in x]), 1e-6)
+
+
+@every_form
+@every_impl
+@every_normalization
+def test_a_masked_token_is_as_if_it_were_not_there_even_with_holes_and_nan(
+    make: object, impl: str, normalization: str
+) -> None:
+    layer = make(impl=impl, normalization=normalization).double()  # type: ignore[operator]
+    x = torch.randn(2, 14, DIM, dtype=torch.float64)
+    mask = torch.rand(2, 14) < 0.6
+    x = x.masked_fill(~mask[..., None], torch.nan).requires_grad_()
+    output = layer(x, mask)
+    assert (output.masked_select(~mask[..., None]) == 0).all()
+    input_gradient, *others = gradients(output, x, *layer.parameters())
+    assert (input_gradient.masked_select(~mask[..., None]) == 0).all()
+    assert all(torch.isfinite(gradient).all() for gradient in (input_gradient, *others))
+    for b in range(2):
+        assert_close(output[b, mask[b]], layer(x[b : b + 1, mask[b]])[0], 1e-9)
+
+
+@every_form
+def test_a_sample_without_any_token_gives_zeros_and_no_gradient(make: object) -> None:
+    layer = make()  # type: ignore[operator]
+    x = torch.randn(2, 9, DIM)
+    mask = torch.tensor([True, False])[:, None].expand(2, 9)
+    output = layer(x, mask)
+    assert (output[1] == 0).all()
+    for both, first in zip(
+        gradients(output[:1], *layer.parameters()), gradients(layer(x[:1]), *layer.parameters()), strict=True
+    ):
+        assert_close(both, first, 1e-5)
+    empty = layer(x, torch.zeros(2, 9, dtype=torch.bool))
+    assert (empty == 0).all()
+    assert all((gradient == 0).all() for gradient in gradients(empty, *layer.parameters()))
+
+
+@every_form
+@every_impl
+@pytest.mark.parametrize("num_tokens", [1, 2, 3, 5, 6, 31])
+def test_any_number_of_tokens_is_taken_and_mixed(make: object, impl: str, num_tokens: int) -> None:
+    layer = make(impl=impl)  # type: ignore[operator]
+    output = layer(torch.randn(2, num_tokens, DIM))
+    assert output.shape == (2, num_tokens, DIM)
+    assert (output.abs().amax(-1) > 0).all()
+
+
+@every_form
+def test_an_image_is_its_pixels_in_rows(make: object) -> None:
+    layer = make()  # type: ignore[operator]
+    image, mask = torch.randn(2, DIM, 3, 5), torch.rand(2, 3, 5) < 0.7
+    for own_mask in (None, mask):
+        tokens = layer(image.flatten(2).mT, None if own_mask is None else own_mask.flatten(1))
+        assert_close(layer(image, own_mask).flatten(2).mT, tokens, 1e-6)
+
+
+@every_normalization
+def test_permuting_tokens_permutes_what_fixed_slots_give(normalization: str) -> None:
+    layer, x, order = (
+        SoftMoE(DIM, num_experts=3, normalization=normalization).double(),
+        torch.randn(2, 9, DIM).double(),
+        torch.randperm(9),
+    )
+    assert_close(layer(x[:, order]), layer(x)[:, order], 1e-12)
+
+
+def test_permuting_the_parts_of_even_segments_permutes_what_dynamic_slots_give() -> None:
+    """Segments are sets: only the order between segments matters (M8), and that order only names the slots."""
+    layer, x = DynamicSlotsSoftMoE(DIM, num_experts=3).double(), torch.randn(1, 9, DIM).double()
+    inside = torch.tensor([2, 0, 1, 4, 3, 5, 6, 8, 7])
+    between = torch.tensor([6, 7, 8, 0, 1, 2, 3, 4, 5])
+    for order in (inside, between):
+        assert_close(layer(x[:, order]), layer(x)[:, order], 1e-12)
+    across = torch.tensor([3, 1, 2, 0, 4, 5, 6, 7, 8])
+    assert (layer(x[:, across]) - layer(x)[:, across]).abs().max() > 1e-6
+
+
+def test_slots_per_expert_by_capacity_are_never_zero() -> None:
+    counts = {
+        n: SoftMoE.for_tokens(DIM, num_tokens=n, num_experts=4, capacity_factor=1.5).slots.shape[1] for n in (1, 4, 5)
+    }
+    assert counts == {1: 1, 4: 2, 5: 2}
+    assert SoftMoE.for_tokens(DIM, num_tokens=196, num_experts=8, experts="geglu").slots.shape == (8, 25, DIM)
+
+
+@pytest.mark.parametrize(("capacity_factor", "slots"), [(None, 12), (1.0, 12), (2.0, 24), (0.5, 8), (100.0, 44)])
+def test_dynamic_slots_by_capacity(capacity_factor: float | None, slots: int) -> None:
+    layer = DynamicSlotsSoftMoE(DIM, num_experts=4, capacity_factor=capacity_factor)
+    assert layer.routing(torch.randn(1, 11, DIM)).num_carriers == slots
+
+
+def test_any_module_can_be_an_expert() -> None:
+    layer = SoftMoE(DIM, num_experts=3, slots_per_expert=2, experts=lambda index: nn.Linear(DIM, DIM))
+    x = torch.randn(2, 5, DIM)
+    assert len(list(layer.experts)) == 3
+    keys = layer._keys(x, None)
+    logits = keys.token_keys @ keys.slot_keys.mT
+    slots = (logits.softmax(1).mT @ x).unflatten(1, (3, 2))
+    outputs = torch.stack([layer.experts[e](slots[:, e]) for e in range(3)], 1).flatten(1, 2)
+    assert_close(layer(x), logits.softmax(-1) @ outputs, 1e-6)
+
+
+def test_routing_is_what_slots_read() -> None:
+    layer, x = SoftMoE(DIM, num_experts=3, slots_per_expert=2), torch.randn(2, DIM, 3, 4)
+    routing = layer.routing(x)
+    assert routing.carriers == "expert slots"
+    assert routing.grid == (3, 4)
+    assert routing.weights.shape == (2, 1, 6, 12)
+    read: list[Tensor] = []
+    layer.experts.register_forward_pre_hook(lambda module, args: read.append(args[0]))
+    layer(x)
+    assert_close(routing.weights[:, 0] @ x.flatten(2).mT, read[0].flatten(1, 2), 1e-5)
+
+
+def test_a_slot_whose_tokens_are_all_masked_takes_no_part() -> None:
+    layer, mask = DynamicSlotsSoftMoE(DIM, num_experts=3), torch.arange(9)[None] < 4
+    weights = layer.routing(torch.randn(1, 9, DIM), mask).weights[0, 0].unflatten(0, (3, 3))
+    assert_close(weights.sum(-1), torch.tensor([1.0, 1.0, 0.0]).expand(3, 3), 1e-5)
+    assert (weights[..., 4:] == 0).all()
+
+
+# What soft-moe-pytorch gets wrong, by its number in the notes this project started from.
+
+
+@pytest.mark.parametrize("size", [(4, 4), (16, 8), (3, 5)], ids=str)
+@pytest.mark.parametrize("layer", [SoftMoE(DIM, num_experts=4), DynamicSlotsSoftMoE(DIM, num_experts=4)], ids=type)
+def test_m1_m2_images_keep_their_channels_and_may_have_any_size(layer: Layer, size: tuple[int, int]) -> None:
+    image = torch.randn(2, DIM, *size)
+    assert layer(image).shape == image.shape
+    assert_close(layer(image), layer(image.flatten(2).mT).mT.unflatten(2, size), 1e-6)
+
+
+def test_m3_padding_to_whole_segments_does_not_count_as_tokens() -> None:
+    layer = DynamicSlotsSoftMoE(DIM, num_experts=4).double()
+    x = torch.randn(2, 13, DIM, dtype=torch.float64)
+    wide = nn.functional.pad(x, (0, 0, 0, 3))
+    mask = (torch.arange(16) < 13).expand(2, 16)
+    assert_close(layer(wide, mask)[:, :13], layer(x), 1e-12)
+    assert_close(layer.routing(x).weights.sum(-1), torch.ones(2, 1, 16, dtype=torch.float64), 1e-12)
+    assert (layer(wide)[:, :13] - layer(x)).abs().max() > 1e-6
+
+
+@every_form
+@every_impl
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_m4_low_precision_takes_masks_and_any_number_of_tokens(make: object, impl: str, dtype: torch.dtype) -> None:
+    layer, x = make(impl=impl).to(dtype), torch.randn(2, 13, DIM, dtype=dtype)  # type: ignore[operator]
+    for mask in (None, torch.rand(2, 13) < 0.6):
+        output = layer(x, mask)
+        assert output.dtype == dtype
+        assert all(torch.isfinite(g).all() for g in gradients(output, *layer.parameters()))
+
+
+def test_m4_upstream_does_not() -> None:
+    theirs = upstream.DynamicSlotsSoftMoE(DIM, num_experts=4).bfloat16()
+    with pytest.raises(RuntimeError):
+        theirs(torch.randn(2, 13, DIM, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda **o: SoftMoE(256, num_experts=8, **o), lambda **o: DynamicSlotsSoftMoE(256, num_experts=8, **o)],
+    ids=["fixed", "dynamic"],
+)
+def test_m5_the_softmax_does_not_start_saturated(make: object) -> None:
+    x = torch.randn(2, 196, 256)
+    largest = {
+        name: make(normalization=name).routing(x).weights.amax(-1).mean().item()  # type: ignore[operator]
+        for name in ("unit", "rms")
+    }
+    assert largest["unit"] < 0.02
+    assert largest["rms"] > 0.7
+
+
+def test_m6_memory_for_backward_is_linear_in_the_number_of_tokens() -> None:
+    layer = DynamicSlotsSoftMoE(8, num_experts=4, impl="chunked")
+
+    def saved(num_tokens: int) -> int:
+        sizes: dict[int, int] = {}
+        x = torch.randn(1, num_tokens, 8, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: sizes.update({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()}) or t, lambda t: t
+        ):
+            layer(x)
+        own = {p.untyped_storage().data_ptr() for p in layer.parameters()}
+        return sum(size for pointer, size in sizes.items() if pointer not in own)
+
+    assert saved(4096) < 4.2 * saved(1024)
+
+
+@pytest.mark.parametrize("impl", ["shared", "chunked"])
+def test_m7_the_number_of_operations_does_not_grow_with_the_number_of_experts(impl: str) -> None:
+    counts = []
+    for num_experts in (4, 64):
+        layer, x = (
+            DynamicSlotsSoftMoE(8, num_experts=num_experts, impl=impl),
+            torch.randn(2, 256, 8, requires_grad=True),
+        )
+        with CountOperations() as operations:
+            layer(x).sum().backward()
+        counts.append(operations.count)
+    assert counts[0] == counts[1]
+
+
+def test_m9_m11_the_number_of_dynamic_slots_can_be_chosen_and_few_tokens_are_not_many_slots() -> None:
+    layer = DynamicSlotsSoftMoE(DIM, num_experts=4, slots_per_expert=3)
+    assert [layer.routing(torch.randn(1, n, DIM)).num_carriers for n in (1, 3, 50, 1000)] == [12] * 4
+
+
+def test_m10_masked_tokens_get_zeros_where_upstream_gives_garbage() -> None:
+    x, mask = torch.randn(2, 8, DIM), torch.tensor([[True] * 4 + [False] * 4, [False] * 8])
+    for layer in (SoftMoE(DIM, num_experts=4), DynamicSlotsSoftMoE(DIM, num_experts=4)):
+        assert (layer(x, mask).masked_select(~mask[..., None]) == 0).all()
+    theirs = upstream.DynamicSlotsSoftMoE(DIM, num_experts=4)
+    assert (theirs(x, mask=mask).masked_select(~mask[..., None]) != 0).any()
+
+
+def test_m12_fewer_tokens_than_experts_still_have_slots() -> None:
+    layer = SoftMoE.for_tokens(DIM, num_tokens=3, num_experts=8)
+    assert layer.slots.shape == (8, 1, DIM)
+    assert (layer(torch.randn(2, 3, DIM)) != 0).all()
+    assert (upstream.SoftMoE(DIM, num_experts=8, seq_len=3)(torch.randn(2, 3, DIM)) == 0).all()
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("impl", ["auto", "chunked"])
+def test_dynamic_slots_export_for_any_number_of_tokens_above_one_segment(impl: str) -> None:
+    layer, x = DynamicSlotsSoftMoE(DIM, num_experts=3, impl=impl).eval(), torch.randn(2, 11, DIM)
+    shapes = {name: {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO} for name in ("tokens", "mask")}
+    with torch.no_grad():
+        program = torch.export.export(
+            layer, (x, torch.ones(2, 11, dtype=torch.bool)), dynamic_shapes=shapes, strict=False
+        ).module()
+        for batch, num_tokens in ((2, 4), (3, 12), (5, 50)):
+            x, mask = torch.randn(batch, num_tokens, DIM), torch.rand(batch, num_tokens) < 0.7
+            assert_close(program(x, mask), layer(x, mask), 1e-5)
+
+
+# What users are told.
+
+
+@pytest.fixture
+def without_shape_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Messages to users come from narrows itself, not from the checks the tests run under."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_experts": 0}, "num_experts: expected a positive integer, got 0"),
+        ({"slots_per_expert": 0}, "slots_per_expert: expected a positive integer, got 0"),
+        ({"normalization": "l2"}, r"normalization: expected one of \('unit', 'rms', 'layer'\), got 'l2'"),
+        ({"experts": "relu"}, r"experts: expected one of \('gelu', 'geglu'\), got 'relu'"),
+        ({"dropout": -0.1}, "dropout: expected a share from 0 to below 1, got -0.1"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("layer", [SoftMoE, DynamicSlotsSoftMoE])
+def test_a_constructor_names_what_does_not_fit(layer: type[Layer], options: dict[str, object], message: str) -> None:
+    with pytest.raises(InvalidArgument, match=message):
+        layer(DIM, **{"num_experts": 4, **options})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("capacity_factor", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_capacity_factor_is_positive(capacity_factor: float) -> None:
+    message = f"capacity_factor: expected a positive number, got {capacity_factor}"
+    with pytest.raises(InvalidArgument, match=message):
+        DynamicSlotsSoftMoE(DIM, num_experts=4, capacity_factor=capacity_factor)
+    with pytest.raises(InvalidArgument, match=message):
+        SoftMoE.for_tokens(DIM, num_tokens=8, num_experts=4, capacity_factor=capacity_factor)
+
+
+def test_slots_are_given_by_number_or_by_capacity() -> None:
+    with pytest.raises(
+        InvalidArgument, match=r"capacity_factor: expected None where slots_per_expert is given, got 2.0"
+    ):
+        DynamicSlotsSoftMoE(DIM, num_experts=4, slots_per_expert=2, capacity_factor=2.0)
+
+
+@pytest.mark.usefixtures("without_shape_checks")
+def test_a_call_names_what_does_not_fit() -> None:
+    layer = DynamicSlotsSoftMoE(DIM, num_experts=4)
+    with pytest.raises(InvalidArgument, match=r"tokens: expected shape \[B, N, D\] with D = 16, got shape \(2, 5, 8\)"):
+        layer(torch.randn(2, 5, 8))
+    with pytest.raises(InvalidArgument, match=r"tokens: expected images \[B, 16, H, W\], got \(2, 8, 3, 3\)"):
+        layer(torch.randn(2, 8, 3, 3))
+    with pytest.raises(InvalidArgument, match=r"tokens: expected shape \[B, N, D\] with D = 16, got shape \(5, 16\)"):
+        layer(torch.randn(5, DIM))
+    with pytest.raises(InvalidType, match=r"tokens: expected a floating-point tensor .* got dtype torch.int64"):
+        layer(torch.ones(2, 5, DIM, dtype=torch.long))
+    with pytest.raises(InvalidArgument, match=r"mask: expected shape \[B, H, W\] = \(2, 3, 3\), got shape \(2, 9\)"):
+        layer(torch.randn(2, DIM, 3, 3), torch.ones(2, 9, dtype=torch.bool))
+    with pytest.raises(InvalidType, match=r"mask: expected a boolean tensor.*Use mask.bool\(\)"):
+        layer(torch.randn(2, 5, DIM), torch.ones(2, 5))
+    with pytest.raises(
+        InvalidArgument, match=r"impl: expected 'auto' or one of \['chunked', 'reference', 'shared'\], got 'fast'"
+    ):
+        SoftMoE(DIM, num_experts=2, impl="fast")(torch.randn(1, 2, DIM))
