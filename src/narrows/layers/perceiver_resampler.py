@@ -1,0 +1,265 @@
+"""The Perceiver resampler: any number of media tokens in, a fixed number of latents out."""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from narrows.errors import InvalidArgument
+from narrows.ops.perceiver_resampler import (
+    PerceiverAttentionWeights,
+    perceiver_attention,
+    perceiver_attention_weights,
+    time_embeddings,
+)
+from narrows.routing import Routing
+from narrows.validation import check_choice, check_mask, check_positive, check_tokens
+
+
+class SquaredReLU(nn.Module):
+    """The square of the positive part, the paper's activation."""
+
+    def forward(self, x: Float[Tensor, "*layout D"]) -> Float[Tensor, "*layout D"]:
+        """`relu(x) ** 2`."""
+        return F.relu(x).square()
+
+
+ACTIVATIONS = {"gelu": nn.GELU, "squared_relu": SquaredReLU}
+
+
+def feed_forward(
+    dim: int,
+    *,
+    mlp_ratio: int | float,
+    activation: str,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Sequential:
+    """LayerNorm, Linear, activation, Linear, without biases: the feed-forward of every Flamingo block."""
+    check_choice("activation", activation, tuple(ACTIVATIONS))
+    if round(dim * mlp_ratio) < 1:
+        raise InvalidArgument("mlp_ratio", expected="a positive number of token widths", got=mlp_ratio)
+    hidden = round(dim * mlp_ratio)
+    return nn.Sequential(
+        nn.LayerNorm(dim, device=device, dtype=dtype),
+        nn.Linear(dim, hidden, bias=False, device=device, dtype=dtype),
+        ACTIVATIONS[activation](),
+        nn.Linear(hidden, dim, bias=False, device=device, dtype=dtype),
+    )
+
+
+class PerceiverAttention(nn.Module):
+    """One attention of the resampler: latents read standardised media and each other."""
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        heads: int = 8,
+        head_dim: int = 64,
+        impl: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_positive(dim=dim, heads=heads, head_dim=head_dim)
+        self.heads, self.impl = heads, impl
+        inner = heads * head_dim
+        self.norm_media = nn.LayerNorm(dim, device=device, dtype=dtype)
+        self.norm_latents = nn.LayerNorm(dim, device=device, dtype=dtype)
+        self.to_q = nn.Linear(dim, inner, bias=False, device=device, dtype=dtype)
+        self.to_kv = nn.Linear(dim, 2 * inner, bias=False, device=device, dtype=dtype)
+        self.to_out = nn.Linear(inner, dim, bias=False, device=device, dtype=dtype)
+
+    def weights(self) -> PerceiverAttentionWeights:
+        """The parameters as `narrows.ops` takes them."""
+        return PerceiverAttentionWeights(
+            self.norm_media.weight,
+            self.norm_media.bias,
+            self.norm_latents.weight,
+            self.norm_latents.bias,
+            self.to_q.weight,
+            self.to_kv.weight,
+            self.to_out.weight,
+        )
+
+    def forward(
+        self, latents: Float[Tensor, "B K D"], media: Float[Tensor, "B N D"], mask: Bool[Tensor, "B N"] | None = None
+    ) -> Float[Tensor, "B K D"]:
+        """What the latents read: `narrows.ops.perceiver_resampler.perceiver_attention`."""
+        return perceiver_attention(latents, media, self.weights(), heads=self.heads, mask=mask, impl=self.impl)
+
+    def attention_weights(
+        self, latents: Float[Tensor, "B K D"], media: Float[Tensor, "B N D"], mask: Bool[Tensor, "B N"] | None = None
+    ) -> Float[Tensor, "B H K N"]:
+        """The share of each media token in what a latent reads."""
+        return perceiver_attention_weights(latents, media, self.weights(), heads=self.heads, mask=mask)
+
+
+class PerceiverBlock(nn.Module):
+    """One layer of the resampler: an attention and a feed-forward, each added to the latents."""
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        heads: int = 8,
+        head_dim: int = 64,
+        mlp_ratio: int | float = 4,
+        activation: str = "gelu",
+        impl: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.attn = PerceiverAttention(dim, heads=heads, head_dim=head_dim, impl=impl, device=device, dtype=dtype)
+        self.ff = feed_forward(dim, mlp_ratio=mlp_ratio, activation=activation, device=device, dtype=dtype)
+
+    def forward(
+        self, latents: Float[Tensor, "B K D"], media: Float[Tensor, "B N D"], mask: Bool[Tensor, "B N"] | None = None
+    ) -> Float[Tensor, "B K D"]:
+        """Latents that have read standardised media."""
+        latents = latents + self.attn(latents, media, mask)
+        return latents + self.ff(latents)
+
+
+class PerceiverResampler(nn.Module):
+    r"""Resample each medium, an image or a clip of any length, to `num_latents` latents (Flamingo, figure 5).
+
+    $$x \leftarrow x + \operatorname{attn}(q = x,\; kv = [x_f; x]), \qquad x \leftarrow x + \operatorname{ffw}(x)$$
+
+    `depth` times from learned latents x, with $x_f$ the tokens of all frames of a medium plus the embedding of their
+    frame, flattened. A LayerNorm follows (upstream and OpenFlamingo; the paper has none).
+
+    The layout of the media says what they are, and each medium gives one set of latents:
+
+    | media | meaning | latents |
+    | --- | --- | --- |
+    | `[B, N, D]` | one image per sample | `[B, K, D]` |
+    | `[B, M, N, D]` | M images per sample | `[B, M, K, D]` |
+    | `[B, M, F, N, D]` | M clips of F frames per sample; one clip is `[B, 1, F, N, D]` | `[B, M, K, D]` |
+
+    Args:
+        dim: width D of media tokens and latents.
+        depth: number of attentions, each with a feed-forward.
+        num_latents: K.
+        heads: number of heads.
+        head_dim: width of a head; the inner width is heads * head_dim, whatever D.
+        mlp_ratio: hidden width of the feed-forward, in D.
+        activation: "gelu", or the paper's "squared_relu".
+        num_time_embeddings: how many time embeddings are learned. More frames than that interpolate them linearly.
+        time_axis: what the embeddings count. "frames": the frames of a clip, an image being a clip of one frame
+            (paper), so that a medium means the same wherever it stands. "media": the media of a sample (upstream).
+        impl: "auto" or an implementation of `perceiver_attention`.
+        device, dtype: where and in what precision parameters are made.
+
+    Raises:
+        InvalidArgument: media that are of none of the three layouts, or a mask that is not of theirs.
+
+    >>> resampler = PerceiverResampler(64, depth=2, num_latents=16)
+    >>> resampler(torch.randn(1, 3, 8, 49, 64)).shape  # 3 clips of 8 frames
+    torch.Size([1, 3, 16, 64])
+
+    Paper: Alayrac et al. 2022, Flamingo: a Visual Language Model for Few-Shot Learning, arXiv 2204.14198.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        depth: int,
+        num_latents: int = 64,
+        heads: int = 8,
+        head_dim: int = 64,
+        mlp_ratio: int | float = 4,
+        activation: str = "gelu",
+        num_time_embeddings: int = 8,
+        time_axis: str = "frames",
+        impl: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_positive(dim=dim, depth=depth, num_latents=num_latents, num_time_embeddings=num_time_embeddings)
+        check_choice("time_axis", time_axis, ("frames", "media"))
+        self.dim, self.time_axis = dim, time_axis
+        self.latents = nn.Parameter(torch.empty(num_latents, dim, device=device, dtype=dtype))
+        self.time_embeddings = nn.Parameter(torch.empty(num_time_embeddings, dim, device=device, dtype=dtype))
+        self.layers = nn.ModuleList(
+            PerceiverBlock(
+                dim,
+                heads=heads,
+                head_dim=head_dim,
+                mlp_ratio=mlp_ratio,
+                activation=activation,
+                impl=impl,
+                device=device,
+                dtype=dtype,
+            )
+            for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(dim, device=device, dtype=dtype)
+        nn.init.trunc_normal_(self.latents, std=0.02)
+        nn.init.trunc_normal_(self.time_embeddings, std=0.02)
+
+    def forward(
+        self, media: Float[Tensor, "B *layout N D"], mask: Bool[Tensor, "B *layout N"] | None = None
+    ) -> Float[Tensor, "B *medium K D"]:
+        """Latents `[B, K, D]` or `[B, M, K, D]`.
+
+        Args:
+            media: in one of the three layouts above.
+            mask: in the layout of media without D, True at real tokens; a frame or a medium that is not there has none.
+                A medium without any token gives what the latents say to each other, the same for all such media.
+        """
+        tokens, readable = self._tokens(media, mask)
+        latents = self.latents.expand(tokens.shape[0], -1, -1)
+        for layer in self.layers:
+            latents = layer(latents, tokens, readable)
+        latents = self.norm(latents)
+        return latents if media.ndim == 3 else latents.unflatten(0, media.shape[:2])
+
+    def routing(
+        self, media: Float[Tensor, "B *layout N D"], mask: Bool[Tensor, "B *layout N"] | None = None
+    ) -> Routing:
+        """What the latents read in the last layer: weights `[B, H, K, N]` for one image per sample.
+
+        With M media each is a sample of the routing, `[B * M, H, K, F * N]`, medium m of sample b at b * M + m and its
+        frames one after the other. A row sums to 1 less what the latents read of each other.
+        """
+        tokens, readable = self._tokens(media, mask)
+        latents = self.latents.expand(tokens.shape[0], -1, -1)
+        *layers, last = self.layers
+        assert isinstance(last, PerceiverBlock)
+        for layer in layers:
+            latents = layer(latents, tokens, readable)
+        return Routing(last.attn.attention_weights(latents, tokens, readable), "latents")
+
+    def _tokens(self, media: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Tokens of each medium with their time, standardised: `[B * M, F * N, D]` and their mask."""
+        layouts = {3: "[B, N, D]", 4: "[B, M, N, D]", 5: "[B, M, F, N, D]"}
+        if media.ndim not in layouts:
+            raise InvalidArgument("media", expected=f"one of {list(layouts.values())}", got=tuple(media.shape))
+        layout = layouts[media.ndim]
+        check_tokens("media", media, dim=self.dim, layout=layout)
+        check_mask("mask", mask, tuple(media.shape[:-1]), layout=layout.replace(", D", ""))
+        clips = media[(slice(None),) * (media.ndim - 2) + (None,) * (5 - media.ndim)]
+        readable = None if mask is None else mask.reshape(clips.shape[:-1])
+        clips = clips + self._time(clips, readable)
+        if readable is not None:
+            clips = clips.masked_fill(~readable[..., None], 0.0)
+            readable = readable.flatten(0, 1).flatten(1)
+        # Every layer's LayerNorm of the media has the same statistics: they are taken here, once.
+        return F.layer_norm(clips, (self.dim,)).flatten(0, 1).flatten(1, 2), readable
+
+    def _time(self, clips: Tensor, readable: Tensor | None) -> Tensor:
+        """Time embeddings, to be added to clips `[B, M, F, N, D]`."""
+        num_media, num_frames = clips.shape[1:3]
+        steps = num_frames if self.time_axis == "frames" else num_media
+        if readable is None:
+            count = torch.tensor(steps, device=clips.device)
+        else:
+            real = readable.any(-1) if self.time_axis == "frames" else readable.flatten(2).any(-1)
+            count = (real * torch.arange(1, steps + 1, device=clips.device)).amax(-1)
+        embeddings = time_embeddings(self.time_embeddings, steps, count)
+        return embeddings[..., None, :] if self.time_axis == "frames" else embeddings[..., None, None, :]

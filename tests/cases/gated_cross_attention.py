@@ -1,0 +1,88 @@
+"""Masked cross attention and the gated block, with more media tokens than media in some samples."""
+
+import torch
+from torch import Tensor, nn
+
+from narrows.layers.gated_cross_attention import GatedCrossAttentionBlock, MaskedCrossAttention
+from tests.cases import LayerCase
+
+
+def masked(**kwargs: object) -> nn.Module:
+    return MaskedCrossAttention(16, media_dim=12, heads=2, head_dim=8, **kwargs)
+
+
+def gated(attend: str, **kwargs: object) -> nn.Module:
+    block = GatedCrossAttentionBlock(16, heads=2, head_dim=4, mlp_ratio=2, attend=attend, **kwargs)
+    nn.init.constant_(block.attn_gate, 0.7)
+    nn.init.constant_(block.ff_gate, -0.6)
+    return block
+
+
+def gated_last(**kwargs: object) -> nn.Module:
+    return gated("last", **kwargs)
+
+
+def gated_previous(**kwargs: object) -> nn.Module:
+    return gated("previous", **kwargs)
+
+
+def interleaved(batch: int, media_dim: int = 16) -> dict[str, Tensor]:
+    locations = torch.zeros(batch, 11, dtype=torch.bool)
+    locations[:, [2, 5, 6]] = True
+    locations[::2, 9] = True
+    return {
+        "text": torch.randn(batch, 11, 16),
+        "media": torch.randn(batch, 3, 5, media_dim),
+        "media_locations": locations,
+    }
+
+
+def narrower_media(batch: int) -> dict[str, Tensor]:
+    return interleaved(batch, media_dim=12)
+
+
+def without_locations(batch: int) -> dict[str, Tensor]:
+    return {"text": torch.randn(batch, 5, 16), "media": torch.randn(batch, 2, 3, 16)}
+
+
+def outputs(result: object) -> dict[str, Tensor]:
+    assert isinstance(result, Tensor)
+    return {"text": result}
+
+
+PADDED = {"media_mask": "media"}
+
+CASES = [
+    LayerCase(
+        "MaskedCrossAttention",
+        masked,
+        narrower_media,
+        outputs,
+        padded=PADDED,
+        impls=("reference", "fused", "segmented"),
+    ),
+    LayerCase(
+        "GatedCrossAttentionBlock-last",
+        gated_last,
+        interleaved,
+        outputs,
+        padded=PADDED,
+        impls=("reference", "fused", "segmented"),
+    ),
+    LayerCase(
+        "GatedCrossAttentionBlock-previous",
+        gated_previous,
+        interleaved,
+        outputs,
+        padded=PADDED,
+        impls=("reference", "fused"),
+    ),
+    LayerCase(
+        "GatedCrossAttentionBlock-all",
+        gated_last,
+        without_locations,
+        outputs,
+        padded=PADDED,
+        impls=("reference", "fused"),
+    ),
+]

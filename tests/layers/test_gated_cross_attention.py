@@ -1,0 +1,240 @@
+"""Which text reads which medium: what narrows promises, and where upstream breaks it."""
+
+import pytest
+import torch
+from flamingo_pytorch.flamingo_pytorch import MaskedCrossAttention as UpstreamAttention
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from narrows.checkpoints import from_upstream
+from narrows.errors import InvalidArgument, InvalidType
+from narrows.layers.gated_cross_attention import GatedCrossAttentionBlock, MaskedCrossAttention
+from tests.support import assert_close, gradients
+
+IMPLS = ("reference", "fused", "segmented")
+both_policies = pytest.mark.parametrize("attend", ["last", "previous"])
+
+
+def attention(**kwargs: object) -> nn.Module:
+    return MaskedCrossAttention(16, heads=2, head_dim=4, **kwargs).double()
+
+
+def opened(block: nn.Module) -> nn.Module:
+    nn.init.constant_(block.attn_gate, 0.8)
+    nn.init.constant_(block.ff_gate, -0.5)
+    return block
+
+
+def draw(media: int = 3, text: int = 9, batch: int = 1) -> tuple[Tensor, Tensor]:
+    return tuple(torch.randn(batch, *shape, 16, dtype=torch.float64) for shape in ((text,), (media, 4)))
+
+
+def places(*positions: int, length: int = 9) -> Tensor:
+    locations = torch.zeros(1, length, dtype=torch.bool)
+    locations[0, list(positions)] = True
+    return locations
+
+
+def upstream(**kwargs: object) -> nn.Module:
+    return UpstreamAttention(dim=16, heads=2, dim_head=4, **kwargs).double()
+
+
+def moved(module: nn.Module, text: Tensor, media: Tensor, locations: Tensor, medium: int) -> Tensor:
+    """Which text positions change, by however little, when a medium does."""
+    changed = media.clone()
+    changed[:, medium] += torch.randn_like(changed[:, medium])
+    return (module(text, media, locations) != module(text, changed, locations)).any(-1)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_text_reads_its_last_medium_as_if_there_were_no_other(impl: str) -> None:
+    module, (text, media) = attention(impl=impl), draw()
+    output = module(text, media, places(2, 4, 5))
+    assert (output[:, :2] == 0).all()
+    for medium, span in enumerate([slice(2, 4), slice(4, 5), slice(5, 9)]):
+        assert_close(output[:, span], module_without_locations(module)(text, media[:, medium : medium + 1])[:, span])
+
+
+def module_without_locations(module: nn.Module) -> nn.Module:
+    plain = attention()
+    plain.load_state_dict(module.state_dict())
+    return plain
+
+
+@pytest.mark.parametrize("impl", IMPLS[:2])
+def test_text_reads_all_media_before_it_and_none_after(impl: str) -> None:
+    module, (text, media) = attention(impl=impl, attend="previous"), draw()
+    output = module(text, media, places(2, 4, 5))
+    assert (output[:, :2] == 0).all()
+    for count, span in enumerate([slice(2, 4), slice(4, 5), slice(5, 9)], start=1):
+        assert_close(output[:, span], module(text, media[:, :count])[:, span], 1e-12)
+
+
+def test_defect_3_text_before_any_medium_reads_nothing_when_all_previous_are_seen() -> None:
+    """Upstream: a uniform average over all media, future ones included."""
+    theirs, (text, media) = upstream(only_attend_immediate_media=False), draw()
+    locations = places(2, 4, 5)
+    ours = from_upstream(theirs)
+    assert moved(theirs, text, media, locations, 2)[0, :2].all()
+    assert moved(ours, text, media, locations, 2)[0].tolist() == 5 * [False] + 4 * [True]
+    assert (ours(text, media, locations)[:, :2] == 0).all()
+    assert_close(ours(text, media, locations)[:, 2:], theirs(text, media, locations)[:, 2:], 1e-12)
+
+
+def test_defect_4_text_after_a_medium_that_was_not_given_reads_nothing() -> None:
+    """Upstream: more media tokens than media give the average over all media, without an error."""
+    theirs, (text, media) = upstream(), draw(media=2)
+    locations = places(0, 3, 6)
+    ours = from_upstream(theirs)
+    average = theirs.to_out(theirs.to_kv(media.flatten(1, 2)).chunk(2, -1)[1].mean(1))
+    assert_close(theirs(text, media, locations)[:, 6:], average[:, None].expand(1, 3, 16), 1e-12)
+    assert (ours(text, media, locations)[:, 6:] == 0).all()
+    assert not moved(ours, text, media, locations, 0)[0, 3:].any()
+    assert_close(ours(text, media, locations)[:, :6], theirs(text, media, locations)[:, :6], 1e-12)
+
+
+def test_more_locations_than_media_leave_all_previous_media_in_sight() -> None:
+    module, (text, media) = attention(attend="previous"), draw(media=2)
+    assert_close(module(text, media, places(0, 3, 6))[:, 6:], module(text, media)[:, 6:], 1e-12)
+
+
+def test_defect_5_upstreams_own_example_reads_the_wrong_media_for_almost_all_text() -> None:
+    """Random locations with two media, as in upstream's README: past the second location nothing is to be read."""
+    theirs = UpstreamAttention(dim=16, heads=2, dim_head=4)
+    text, media = torch.randn(1, 512, 16), torch.randn(1, 2, 4, 16)
+    locations = torch.randint(0, 2, (1, 512)).bool()
+    surplus = locations.cumsum(-1) > 2
+    assert surplus.float().mean() > 0.9
+    assert moved(theirs, text, media, locations, 0)[surplus].all()
+    assert not moved(from_upstream(theirs), text, media, locations, 0)[surplus].any()
+
+
+def test_defect_7_padded_media_take_no_part_without_locations() -> None:
+    theirs, (text, media) = upstream(), draw(media=2)
+    padded = torch.cat((media, torch.zeros(1, 1, 4, 16, dtype=torch.float64)), 1)
+    ours = from_upstream(theirs)
+    mask = torch.tensor([[True, True, False]])
+    assert (theirs(text, padded) - theirs(text, media)).abs().max() > 1e-2
+    assert_close(ours(text, padded, media_mask=mask), theirs(text, media), 1e-12)
+
+
+def test_defect_14_media_may_have_a_width_of_their_own() -> None:
+    block = opened(GatedCrossAttentionBlock(16, media_dim=6, heads=2, head_dim=4))
+    text, media = torch.randn(1, 9, 16), torch.randn(1, 3, 4, 6)
+    assert moved(block, text, media, places(2, 4, 5), 0)[0].tolist() == [False, False, True, True] + 5 * [False]
+
+
+@both_policies
+def test_defect_15_masked_media_do_not_poison_even_as_nan(attend: str) -> None:
+    """Neither a closed gate nor a mask on scores stops NaN: 0 * NaN. Masked media are taken out before anything."""
+    block = GatedCrossAttentionBlock(16, heads=2, head_dim=4, attend=attend).double()
+    text, media = draw()
+    locations, mask = places(2, 4, 5), torch.tensor([[True, False, True]])
+    poisoned = media.clone()
+    poisoned[:, 1] = torch.nan
+    assert torch.equal(block(text, poisoned, locations, mask), text)
+    opened(block)
+    poisoned.requires_grad_()
+    output = block(text, poisoned, locations, mask)
+    assert_close(output, block(text, media, locations, mask), 1e-12)
+    of_media, *of_parameters = gradients(output, poisoned, *block.parameters())
+    assert (of_media[:, 1] == 0).all()
+    assert all(torch.isfinite(gradient).all() for gradient in of_parameters)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_latents_may_be_masked_one_by_one(impl: str) -> None:
+    module, (text, media) = attention(impl=impl), draw()
+    mask = (torch.arange(4) < 3).expand(1, 3, 4)
+    assert_close(module(text, media, places(0, 4), mask), module(text, media[:, :, :3], places(0, 4)), 1e-12)
+
+
+@st.composite
+def layouts(draw_from: st.DrawFn) -> tuple[Tensor, int, Tensor]:
+    """Locations, a number of media from none to more than there are locations, and a mask of media padded anywhere."""
+    length = draw_from(st.integers(1, 17))
+    locations = torch.tensor([draw_from(st.lists(st.booleans(), min_size=length, max_size=length))])
+    num_media = draw_from(st.integers(0, 5))
+    mask = draw_from(st.lists(st.booleans(), min_size=num_media, max_size=num_media))
+    return locations, num_media, torch.tensor([mask], dtype=torch.bool).view(1, num_media)
+
+
+@settings(derandomize=True, max_examples=25, deadline=None)
+@given(layouts())
+def test_no_layout_leaks(layout: tuple[Tensor, int, Tensor]) -> None:
+    """Whatever the layout, the gradient of a text position reaches the media it may see and is 0 at all others."""
+    locations, num_media, mask = layout
+    text, media = draw(num_media, locations.shape[1])
+    media.requires_grad_()
+    time = locations.cumsum(-1)[0]
+    for attend in ("last", "previous"):
+        output = attention(attend=attend)(text, media, locations, mask)
+        for position in range(len(time)):
+            (gradient,) = torch.autograd.grad(output[0, position].sum(), media, retain_graph=True, allow_unused=True)
+            reached = [] if gradient is None else [m for m in range(num_media) if (gradient[0, m] != 0).any()]
+            first = 0 if attend == "previous" else max(0, int(time[position]) - 1)
+            seen = [m for m in range(first, min(num_media, int(time[position]))) if mask[0, m]]
+            assert reached == seen
+            assert seen or (output[0, position] == 0).all()
+
+
+@both_policies
+def test_a_closed_block_is_the_identity_and_its_gates_learn(attend: str) -> None:
+    block = GatedCrossAttentionBlock(16, attend=attend)
+    text, media = torch.randn(2, 9, 16), torch.randn(2, 3, 4, 16)
+    output = block(text, media, places(2, 4, 5).expand(2, 9))
+    assert torch.equal(output, text)
+    assert all(gradient != 0 for gradient in gradients(output, block.attn_gate, block.ff_gate))
+
+
+def test_an_open_block_is_the_figure_of_the_paper() -> None:
+    block = opened(GatedCrossAttentionBlock(16, heads=2, head_dim=4, activation="squared_relu")).double()
+    text, media = draw()
+    y = text + block.attn_gate.tanh() * block.attn(text, media, places(2, 4))
+    normed = nn.functional.layer_norm(y, (16,), block.ff[0].weight, block.ff[0].bias)
+    hidden = (normed @ block.ff[1].weight.T).clamp(min=0) ** 2
+    assert_close(block(text, media, places(2, 4)), y + block.ff_gate.tanh() * (hidden @ block.ff[3].weight.T), 1e-12)
+
+
+@both_policies
+def test_routing_says_which_media_a_token_reads(attend: str) -> None:
+    module, (text, media) = attention(attend=attend), draw()
+    routing = module.routing(text, media, places(2, 4, 5))
+    assert (routing.carriers, routing.weights.shape) == ("media", (1, 2, 3, 9))
+    assert_close(routing.weights.sum(2), torch.tensor([0.0, 0, 1, 1, 1, 1, 1, 1, 1]).double().expand(1, 2, 9), 1e-12)
+    seen = (routing.weights > 0)[0, 0].T.int().tolist()
+    last = 2 * [[0, 0, 0]] + 2 * [[1, 0, 0]] + [[0, 1, 0]] + 4 * [[0, 0, 1]]
+    previous = 2 * [[0, 0, 0]] + 2 * [[1, 0, 0]] + [[1, 1, 0]] + 4 * [[1, 1, 1]]
+    assert seen == (last if attend == "last" else previous)
+    block = GatedCrossAttentionBlock(16, heads=2, head_dim=4, attend=attend).double()
+    block.attn.load_state_dict(module.state_dict())
+    assert torch.equal(block.routing(text, media, places(2, 4, 5)).weights, routing.weights)
+
+
+def test_what_is_wrong_is_said() -> None:
+    module = MaskedCrossAttention(16, media_dim=12)
+    with pytest.raises(InvalidArgument, match=r"text: expected shape \[B, T, D\] with D = 16, got shape \(1, 5, 12\)"):
+        module(torch.randn(1, 5, 12), torch.randn(1, 2, 3, 12))
+    with pytest.raises(InvalidArgument, match=r"media: expected shape \[B, M, N, D\] with D = 12"):
+        module(torch.randn(1, 5, 16), torch.randn(1, 2, 3, 16))
+    with pytest.raises(InvalidArgument, match=r"media_mask: expected shape \[B, M, N\] = \(1, 2, 3\)"):
+        module(torch.randn(1, 5, 16), torch.randn(1, 2, 3, 12), media_mask=torch.ones(1, 2, 4, dtype=torch.bool))
+    with pytest.raises(InvalidArgument, match="attend: expected one of"):
+        MaskedCrossAttention(16, attend="next")
+    for name in ("media_dim", "heads", "head_dim"):
+        with pytest.raises(InvalidArgument, match=f"{name}: expected a positive integer, got 0"):
+            GatedCrossAttentionBlock(16, **{name: 0})
+
+
+@pytest.mark.compiled  # jaxtyping would speak first
+def test_what_is_wrong_with_a_shape_or_a_type_is_said() -> None:
+    module, text, media = MaskedCrossAttention(16), torch.randn(2, 5, 16), torch.randn(2, 2, 3, 16)
+    with pytest.raises(InvalidArgument, match="media: expected the batch of text, 2, got"):
+        module(text, media[:1])
+    with pytest.raises(InvalidType, match="media_locations: expected a boolean tensor"):
+        module(text, media, torch.zeros(2, 5, dtype=torch.int64))
+    with pytest.raises(InvalidArgument, match=r"media_locations: expected shape \[B, T\] = \(2, 5\)"):
+        module(text, media, torch.zeros(2, 4, dtype=torch.bool))
+    with pytest.raises(InvalidArgument, match=r"media_mask: expected shape \[B, M\] = \(2, 2\)"):
+        module(text, media, media_mask=torch.ones(2, 3, dtype=torch.bool))

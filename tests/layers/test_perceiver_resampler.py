@@ -1,0 +1,216 @@
+"""What the resampler says about images, clips and time, and where upstream says otherwise."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from flamingo_pytorch import PerceiverResampler as UpstreamResampler
+from torch import Tensor, nn
+from torch.nn.functional import layer_norm, relu
+
+from narrows.errors import InvalidArgument, InvalidType
+from narrows.layers.perceiver_resampler import PerceiverResampler, SquaredReLU
+from tests.cases.perceiver_resampler import build as build_small
+from tests.support import assert_close, gradients
+
+
+def build(**kwargs: object) -> nn.Module:
+    return build_small(**kwargs).double()
+
+
+def draw(*shape: int) -> Tensor:
+    return torch.randn(*shape, 16, dtype=torch.float64)
+
+
+def test_it_is_the_pseudo_code_of_the_paper() -> None:
+    """Figure 5, with the LayerNorms and the final LayerNorm that the code has and the figure leaves out."""
+    resampler, clip = build(), draw(1, 1, 3, 5)
+    x_f = (clip[0, 0] + resampler.time_embeddings[:3, None]).flatten(0, 1)
+    x = resampler.latents
+    for layer in resampler.layers:
+        attn = layer.attn
+        normed = attn.norm_latents(x)
+        kv = torch.cat((attn.norm_media(x_f), normed)) @ attn.to_kv.weight.T
+        heads = []
+        for h in range(2):
+            query = normed @ attn.to_q.weight.T[:, 8 * h : 8 * h + 8]
+            key, value = kv[:, 8 * h : 8 * h + 8], kv[:, 16 + 8 * h : 24 + 8 * h]
+            heads.append((query @ key.T / 8**0.5).softmax(-1) @ value)
+        x = x + torch.cat(heads, -1) @ attn.to_out.weight.T
+        x = x + layer.ff(x)
+    expected = layer_norm(x, (16,), resampler.norm.weight, resampler.norm.bias)
+    assert_close(resampler(clip)[0, 0], expected, 1e-12)
+
+
+def test_squared_relu_is_the_papers_activation() -> None:
+    x = torch.randn(5, 16)
+    assert_close(SquaredReLU()(x), relu(x) ** 2, 0.0)
+    assert isinstance(PerceiverResampler(16, depth=1, activation="squared_relu").layers[0].ff[2], SquaredReLU)
+    assert isinstance(PerceiverResampler(16, depth=1).layers[0].ff[2], nn.GELU)
+
+
+def test_the_layout_says_what_the_media_are() -> None:
+    """[B, N, D] is one image, [B, M, N, D] are images, [B, M, F, N, D] are clips; an image is a clip of one frame."""
+    resampler, images = build(), draw(2, 3, 5)
+    latents = resampler(images)
+    assert latents.shape == (2, 3, 3, 16)
+    assert_close(resampler(images[:, :, None]), latents, 1e-12)
+    for m in range(3):
+        assert_close(resampler(images[:, m]), latents[:, m], 1e-12)
+
+
+def test_frames_of_a_clip_go_into_one_set_of_latents() -> None:
+    """Upstream gives each frame latents of its own; the paper flattens a clip's frames."""
+    resampler, clips = build(), draw(2, 1, 4, 5)
+    latents = resampler(clips)
+    assert latents.shape == (2, 1, 3, 16)
+    frames_moved = clips.clone()
+    frames_moved[:, :, 3] += draw(5)
+    assert (resampler(frames_moved) != latents).all(-1).all()
+    reversed_in_time = resampler(clips.flip(2))
+    assert (reversed_in_time - latents).abs().max() > 1e-3
+    with torch.no_grad():
+        resampler.time_embeddings.zero_()
+    assert_close(resampler(clips.flip(2)), resampler(clips), 1e-12)
+    assert_close(resampler(clips)[:, 0], resampler(clips.flatten(1, 3)), 1e-12)
+
+
+def test_an_image_encodes_the_same_wherever_it_stands() -> None:
+    """Upstream embeds the index of the medium, so that the same image differs by slot; time_axis="media" does that."""
+    image = draw(1, 1, 5)
+    same = image.expand(1, 4, 5, 16)
+    latents = build()(same)
+    assert_close(latents, latents[:, :1].expand_as(latents), 1e-12)
+
+    torch.manual_seed(0)
+    theirs = UpstreamResampler(dim=16, depth=2).double()(same)
+    assert (theirs[:, 1] - theirs[:, 0]).abs().max() > 0.1
+    ours = build_over_media()(same)
+    assert (ours[:, 1] - ours[:, 0]).abs().max() > 0.1
+
+
+def build_over_media() -> nn.Module:
+    resampler = PerceiverResampler(16, depth=1, num_latents=3, num_time_embeddings=4, time_axis="media").double()
+    for parameter in (resampler.latents, resampler.time_embeddings):
+        nn.init.normal_(parameter)
+    return resampler
+
+
+@pytest.mark.parametrize("num_media", [4, 5, 32])
+def test_any_number_of_media(num_media: int) -> None:
+    """Upstream fails on a fifth medium."""
+    media = draw(1, num_media, 5)
+    for resampler in (build(), build_over_media()):
+        latents = resampler(media)
+        assert latents.shape[:2] == (1, num_media)
+        assert torch.isfinite(latents).all()
+    if num_media > 4:
+        with pytest.raises(RuntimeError, match="must match the size"):
+            UpstreamResampler(dim=16, depth=1)(media.float())
+
+
+def test_time_is_interpolated_beyond_the_trained_length() -> None:
+    """4 embeddings run on 7 frames: every second frame stands where one of the 4 was trained."""
+    resampler, clip = build(), draw(1, 1, 7, 2)
+    embeddings = resampler.time_embeddings.detach()
+    between = (embeddings[1:] + embeddings[:-1]) / 2
+    stretched = torch.stack((embeddings[:3], between), 1).flatten(0, 1)
+    stretched = torch.cat((stretched, embeddings[3:]))
+    expected = resampler(clip)
+    longer = deepcopy(resampler)
+    longer.time_embeddings = nn.Parameter(stretched)
+    assert_close(longer(clip), expected, 1e-12)
+
+
+@pytest.mark.parametrize("impl", ["reference", "fused"])
+def test_padded_frames_change_nothing_beyond_the_trained_length_too(impl: str) -> None:
+    resampler = build(impl=impl)
+    for frames in (1, 3, 4, 6):
+        clip = draw(1, 1, frames, 2)
+        padded = torch.cat((clip, torch.full((1, 1, 9 - frames, 2, 16), torch.nan, dtype=torch.float64)), 2)
+        mask = (torch.arange(9) < frames)[None, None, :, None].expand(1, 1, 9, 2)
+        assert_close(resampler(padded, mask), resampler(clip), 1e-12)
+
+
+def test_a_missing_frame_in_the_middle_keeps_the_time_of_the_others() -> None:
+    resampler, clip = build(), draw(1, 1, 3, 2)
+    mask = torch.tensor([True, False, True])[None, None, :, None].expand(1, 1, 3, 2)
+    with torch.no_grad():
+        embedded = (clip + resampler.time_embeddings[:3, None])[:, :, [0, 2]]
+        timeless = deepcopy(resampler)
+        timeless.time_embeddings.zero_()
+    assert_close(resampler(clip, mask), timeless(embedded), 1e-12)
+
+
+def test_padded_media_do_not_stretch_the_time_of_media() -> None:
+    resampler, media = build_over_media(), draw(1, 6, 5)
+    padded = torch.cat((media, draw(1, 3, 5)), 1)
+    mask = (torch.arange(9) < 6)[None, :, None].expand(1, 9, 5)
+    assert_close(resampler(padded, mask)[:, :6], resampler(media), 1e-12)
+
+
+@pytest.mark.parametrize("impl", ["reference", "fused"])
+def test_a_medium_that_is_not_there_gives_what_latents_say_to_each_other(impl: str) -> None:
+    resampler, media = build(impl=impl), draw(2, 3, 5)
+    mask = torch.ones(2, 3, 5, dtype=torch.bool)
+    mask[0, 1] = mask[1, 2] = False
+    poisoned = media.masked_fill(~mask[..., None], torch.nan).requires_grad_()
+    latents = resampler(poisoned, mask)
+    assert_close(latents[0, 1], latents[1, 2], 1e-12)
+    assert_close(latents[0, 1], resampler(media[:1, 0, :0])[0], 1e-12)
+    assert_close(latents[0, 0], resampler(media)[0, 0], 1e-12)
+    of_media, *of_parameters = gradients(latents, poisoned, *resampler.parameters())
+    assert (of_media[~mask] == 0).all()
+    assert all(torch.isfinite(gradient).all() for gradient in (of_media, *of_parameters))
+
+
+def test_routing_is_what_the_last_layer_reads() -> None:
+    resampler, image = build(), draw(2, 7)
+    mask = torch.arange(7).expand(2, 7) < torch.tensor([[7], [4]])
+    routing = resampler.routing(image, mask)
+    assert (routing.carriers, routing.weights.shape) == ("latents", (2, 2, 3, 7))
+    assert (routing.weights[1, ..., 4:] == 0).all()
+    # One layer only, so that its attention can be taken apart by hand.
+    single = PerceiverResampler(16, depth=1, num_latents=3, heads=1, head_dim=16).double()
+    tokens = single.layers[0].attn.norm_media(image + single.time_embeddings[0])
+    x = single.layers[0].attn.norm_latents(single.latents).expand(2, -1, -1)
+    query = x @ single.layers[0].attn.to_q.weight.T
+    key = torch.cat((tokens, x), 1) @ single.layers[0].attn.to_kv.weight[:16].T
+    expected = (query @ key.transpose(1, 2) / 4).softmax(-1)[..., :7]
+    assert_close(single.routing(image).weights[:, 0], expected, 1e-12)
+
+
+def test_routing_of_several_media_is_one_sample_for_each() -> None:
+    resampler, clips = build(), draw(2, 3, 4, 5)
+    routing = resampler.routing(clips)
+    assert routing.weights.shape == (6, 2, 3, 20)
+    assert_close(routing.weights[4:5], resampler.routing(clips[1:, 1:2]).weights, 1e-12)
+    assert routing.with_grid((4, 5)).maps().shape == (6, 3, 4, 5)
+
+
+def test_what_is_wrong_is_said() -> None:
+    resampler = PerceiverResampler(16, depth=1)
+    with pytest.raises(InvalidArgument, match=r"media: expected one of \['\[B, N, D\]'.* got \(1, 1, 1, 1, 2, 16\)"):
+        resampler(torch.randn(1, 1, 1, 1, 2, 16))
+    with pytest.raises(
+        InvalidArgument, match=r"media: expected shape \[B, M, N, D\] with D = 16, got .*\(1, 2, 3, 8\)"
+    ):
+        resampler(torch.randn(1, 2, 3, 8))
+    with pytest.raises(InvalidArgument, match="time_axis: expected one of"):
+        PerceiverResampler(16, depth=1, time_axis="time")
+    with pytest.raises(InvalidArgument, match=r"activation: expected one of .*'squared_relu'.*, got 'swish'"):
+        PerceiverResampler(16, depth=1, activation="swish")
+    with pytest.raises(InvalidArgument, match="mlp_ratio: expected a positive number of token widths, got 0"):
+        PerceiverResampler(16, depth=1, mlp_ratio=0)
+    for name in ("depth", "num_latents", "heads", "head_dim", "num_time_embeddings"):
+        with pytest.raises(InvalidArgument, match=f"{name}: expected a positive integer, got 0"):
+            PerceiverResampler(16, **{"depth": 1, name: 0})
+
+
+@pytest.mark.compiled  # jaxtyping would speak first
+def test_what_is_wrong_with_a_mask_is_said() -> None:
+    resampler = PerceiverResampler(16, depth=1)
+    with pytest.raises(InvalidArgument, match=r"mask: expected shape \[B, M, N\] = \(1, 2, 3\), got shape \(1, 2\)"):
+        resampler(torch.randn(1, 2, 3, 16), torch.ones(1, 2, dtype=torch.bool))
+    with pytest.raises(InvalidType, match="mask: expected a boolean tensor"):
+        resampler(torch.randn(1, 3, 16), torch.ones(1, 3))

@@ -1,0 +1,331 @@
+"""Media attention against a loop over text tokens that looks at one token's media at a time."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from narrows.errors import ImplementationUnavailable, InvalidArgument, InvalidType
+from narrows.measure import saved_for_backward
+from narrows.ops.media_attention import IMPLEMENTATIONS, media_attention, media_attention_weights
+from tests.support import assert_close, assert_within_budget, gradients
+
+RUNS = [
+    ("reference", "last"),
+    ("reference", "previous"),
+    ("fused", "last"),
+    ("fused", "previous"),
+    ("segmented", "last"),
+]
+every_run = pytest.mark.parametrize(("impl", "attend"), RUNS)
+FAST = [run for run in RUNS if run[0] != "reference"]
+
+
+def one_token_at_a_time(
+    query: Tensor, key: Tensor, value: Tensor, time: Tensor | None, mask: Tensor | None, *, attend: str
+) -> Tensor:
+    """What each token reads, from the definition, in the precision of the inputs."""
+    batch, num_media = key.shape[:2]
+    rows = []
+    for b in range(batch):
+        for t in range(query.shape[1]):
+            phi = num_media if time is None else int(time[b, t])
+            first = 0 if attend == "previous" or time is None else max(0, phi - 1)
+            seen = slice(first, max(0, phi))
+            keep = torch.ones(key.shape[1:3], dtype=torch.bool)[seen] if mask is None else mask[b, seen]
+            if not keep.any():
+                rows.append(torch.zeros_like(query[b, t]))
+                continue
+            keys, values = key[b, seen][keep], value[b, seen][keep]
+            scores = (keys * query[b, t]).sum(-1) / math.sqrt(query.shape[-1])
+            rows.append((scores.softmax(0)[..., None] * values).sum(0))
+    return torch.stack(rows).view_as(query) if rows else torch.zeros_like(query)
+
+
+def draw(
+    batch: int = 2,
+    text: int = 9,
+    media: int = 3,
+    latents: int = 4,
+    heads: int = 2,
+    width: int = 5,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(batch, text, heads, width), *2 * [(batch, media, latents, heads, width)]]
+    query, key, value = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes)
+    return query.requires_grad_(), key.requires_grad_(), value.requires_grad_()
+
+
+TIME = torch.tensor([[0, 0, 1, 1, 2, 3, 3, 3, 4], [1, 1, 1, 1, 1, 1, 3, 3, 3]])
+MASK = torch.tensor(
+    [
+        [[True, True, False, True], [False, False, False, False], [True, False, True, False]],
+        [[True, True, True, True], [True, True, True, True], [False, True, True, True]],
+    ]
+)
+PLACES = {"times": (TIME, None), "mask": (TIME, MASK), "no times": (None, None), "mask, no times": (None, MASK)}
+
+
+@pytest.mark.parametrize(
+    ("impl", "attend", "place"),
+    [(*run, place) for run in RUNS for place in PLACES if run[0] != "segmented" or PLACES[place][0] is not None],
+)
+def test_each_token_reads_its_media_and_no_others(impl: str, attend: str, place: str) -> None:
+    time, mask = PLACES[place]
+    inputs = draw()
+    expected = one_token_at_a_time(*inputs, time, mask, attend=attend)
+    output = media_attention(*inputs, time, mask=mask, attend=attend, impl=impl)
+    assert_close(output, expected, 1e-12)
+    for ours, theirs in zip(gradients(output, *inputs), gradients(expected, *inputs), strict=True):
+        assert_close(ours, theirs, 1e-12)
+
+
+@pytest.mark.parametrize("attend", ["last", "previous"])
+@pytest.mark.parametrize("mask", [None, MASK[:, :, :3]], ids=["whole", "masked"])
+def test_reference_passes_gradcheck(attend: str, mask: Tensor | None) -> None:
+    inputs = draw(text=9, latents=3, heads=1, width=2)
+
+    def run(*inputs: Tensor) -> Tensor:
+        return media_attention(*inputs, TIME, mask=mask, attend=attend, impl="reference")
+
+    assert torch.autograd.gradcheck(run, inputs)
+
+
+@st.composite
+def problems(draw_from: st.DrawFn) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor | None]:
+    """Inputs, times in any order and beyond the media, and a mask or none; sometimes in odd strides."""
+    sizes = {
+        "batch": draw_from(st.integers(1, 3)),
+        "text": draw_from(st.sampled_from([1, 2, 7, 8, 9, 17])),
+        "media": draw_from(st.sampled_from([1, 2, 3, 4, 5, 11])),
+        "latents": draw_from(st.sampled_from([1, 3, 4, 5])),
+        "heads": draw_from(st.sampled_from([1, 2, 3])),
+        "width": draw_from(st.sampled_from([1, 4, 7])),
+    }
+    generator = torch.Generator().manual_seed(draw_from(st.integers(0, 10_000)))
+    inputs = draw(**sizes)
+    if draw_from(st.booleans()):
+        query, key, value = (x.detach().transpose(0, -1).contiguous().transpose(0, -1) for x in inputs)
+        inputs = query.requires_grad_(), key.requires_grad_(), value.requires_grad_()
+    time = torch.randint(0, sizes["media"] + 3, (sizes["batch"], sizes["text"]), generator=generator)
+    if draw_from(st.booleans()):
+        time = time.sort(dim=1).values
+    mask = torch.rand(inputs[1].shape[:3], generator=generator) > 0.4 if draw_from(st.booleans()) else None
+    return inputs, time, mask
+
+
+@settings(derandomize=True, max_examples=25, deadline=None)
+@given(problems())
+def test_fast_forms_have_the_numbers_of_the_loop(problem: tuple) -> None:
+    inputs, time, mask = problem
+    for impl, attend in FAST:
+        expected = one_token_at_a_time(*inputs, time, mask, attend=attend)
+        output = media_attention(*inputs, time, mask=mask, attend=attend, impl=impl)
+        assert_close(output, expected, 1e-10)
+        if not expected.requires_grad:  # no token sees any medium
+            assert all((gradient == 0).all() for gradient in gradients(output, *inputs))
+            continue
+        for ours, theirs in zip(gradients(output, *inputs), gradients(expected, *inputs), strict=True):
+            assert_close(ours, theirs, 1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("impl", "attend"), FAST)
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+def test_low_precision_is_as_good_as_the_plain_formula(
+    impl: str, attend: str, dtype: torch.dtype, masked: bool
+) -> None:
+    sizes = {"text": 33, "media": 5, "latents": 7, "width": 16}
+    generator = torch.Generator().manual_seed(1)
+    time = torch.randint(0, 7, (2, 33), generator=generator)
+    mask = torch.rand(2, 5, 7, generator=generator) > 0.3 if masked else None
+    low = draw(**sizes, dtype=dtype)
+    exact = draw(**sizes)
+    oracle = one_token_at_a_time(*exact, time, mask, attend=attend)
+    plain = one_token_at_a_time(*low, time, mask, attend=attend)
+    fast = media_attention(*low, time, mask=mask, attend=attend, impl=impl)
+    assert fast.dtype == dtype
+    assert_within_budget(fast, plain, oracle)
+    results = zip(gradients(fast, *low), gradients(plain, *low), gradients(oracle, *exact), strict=True)
+    for ours, theirs, true in results:
+        assert_within_budget(ours, theirs, true)
+
+
+@settings(derandomize=True, max_examples=25, deadline=None)
+@given(problems(), st.integers(0, 10))
+def test_nothing_leaks(problem: tuple, medium: int) -> None:
+    """Changing a medium moves no token that may not see it: not by a bit."""
+    (query, key, value), time, mask = problem
+    medium %= key.shape[1]
+    changed = [x.detach().clone() for x in (key, value)]
+    for x in changed:
+        x[:, medium] = 100 * torch.randn_like(x[:, medium])
+    for impl, attend in RUNS:
+        before = media_attention(query, key, value, time, mask=mask, attend=attend, impl=impl)
+        after = media_attention(query, *changed, time, mask=mask, attend=attend, impl=impl)
+        allowed = time == medium + 1 if attend == "last" else time >= medium + 1
+        if mask is not None:
+            allowed = allowed & mask[:, medium].any(-1)[:, None]
+        moved = (before != after).flatten(2).any(-1)
+        assert not (moved & ~allowed).any(), impl
+        assert moved[allowed].all(), impl
+
+
+@every_run
+def test_text_that_sees_nothing_reads_exactly_zero(impl: str, attend: str) -> None:
+    inputs = draw()
+    output = media_attention(*inputs, TIME, mask=MASK, attend=attend, impl=impl)
+    blind = TIME == 0
+    if attend == "last":
+        blind |= (TIME == 4) | ((TIME == 2) & (torch.arange(2) == 0)[:, None])  # beyond the media; medium masked
+    assert (output[blind] == 0).all()
+    assert (output[~blind] != 0).all()
+    query_gradient, *_ = gradients(output, *inputs)
+    assert (query_gradient[blind] == 0).all()
+
+
+@every_run
+def test_masked_latents_reach_nothing_even_as_nan(impl: str, attend: str) -> None:
+    inputs = draw()
+    poisoned = [x.detach().clone().requires_grad_() for x in inputs]
+    with torch.no_grad():
+        poisoned[1][~MASK] = torch.nan
+        poisoned[2][~MASK] = torch.inf
+    clean = media_attention(*inputs, TIME, mask=MASK, attend=attend, impl=impl)
+    output = media_attention(*poisoned, TIME, mask=MASK, attend=attend, impl=impl)
+    assert torch.equal(clean, output)
+    for ours, theirs in zip(gradients(output, *poisoned), gradients(clean, *inputs), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@every_run
+def test_a_mask_is_a_truncation(impl: str, attend: str) -> None:
+    query, key, value = draw(media=5, latents=6)
+    mask = torch.zeros(2, 5, 6, dtype=torch.bool)
+    mask[:, :3, :4] = True
+    masked = media_attention(query, key, value, TIME, mask=mask, attend=attend, impl=impl)
+    cut = media_attention(query, key[:, :3, :4], value[:, :3, :4], TIME, attend=attend, impl=impl)
+    assert_close(masked, cut, 1e-12)
+
+
+@every_run
+def test_the_order_of_latents_and_of_text_does_not_matter(impl: str, attend: str) -> None:
+    query, key, value = draw()
+    latents, text = torch.randperm(4), torch.randperm(9)
+    expected = media_attention(query, key, value, TIME, attend=attend, impl=impl)
+    shuffled = media_attention(
+        query[:, text], key[:, :, latents], value[:, :, latents], TIME[:, text], attend=attend, impl=impl
+    )
+    assert_close(shuffled, expected[:, text], 1e-12)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_packed_documents_read_what_each_reads_alone(impl: str) -> None:
+    query, key, value = draw(batch=1, text=18, media=4)
+    first, second = torch.tensor([[0, 1, 1, 2, 2, 2, 2, 2, 2]]), torch.tensor([[0, 0, 0, 1, 1, 1, 2, 2, 2]])
+    packed = media_attention(query, key, value, torch.cat((first, (second + 2).where(second > 0, 0)), 1), impl=impl)
+    alone = [
+        media_attention(query[:, :9], key[:, :2], value[:, :2], first, impl=impl),
+        media_attention(query[:, 9:], key[:, 2:], value[:, 2:], second, impl=impl),
+    ]
+    assert_close(packed, torch.cat(alone, 1), 1e-12)
+
+
+@pytest.mark.parametrize("attend", ["last", "previous"])
+def test_weights_are_what_the_output_is_made_of(attend: str) -> None:
+    query, key, value = draw()
+    weights = media_attention_weights(query, key, TIME, mask=MASK, attend=attend)
+    output = media_attention(query, key, value, TIME, mask=MASK, attend=attend, impl="fused")
+    assert_close(torch.einsum("bhtmn,bmnhe->bthe", weights, value), output, 1e-12)
+    sums = weights.sum((3, 4))
+    assert_close(sums, (output != 0).all(-1).transpose(1, 2).double(), 1e-12)
+
+
+def test_segmented_keeps_for_backward_nothing_that_grows_with_text_times_media() -> None:
+    def kept(media: int, impl: str) -> int:
+        inputs = draw(batch=1, text=256, media=media, latents=128 // media, width=8)
+        time = torch.arange(256)[None] * media // 256 + 1
+        return saved_for_backward(lambda: media_attention(*inputs, time, impl=impl), exclude=inputs)
+
+    for media in (2, 32):
+        assert kept(media, "segmented") <= 8 * (256 + 2 * media) + 256  # a place per token, a medium per block, a mask
+    assert kept(32, "reference") > 20 * kept(32, "segmented")
+
+
+def test_auto_takes_segments_where_each_token_has_one_medium_of_several() -> None:
+    inputs = draw(dtype=torch.float32)
+    for attend, time, impl in [("last", TIME, "segmented"), ("previous", TIME, "fused"), ("last", None, "fused")]:
+        chosen = media_attention(*inputs, time, attend=attend)
+        assert torch.equal(chosen, media_attention(*inputs, time, attend=attend, impl=impl))
+
+
+@every_run
+def test_no_media_and_no_text(impl: str, attend: str) -> None:
+    query, key, value = draw()
+    assert (media_attention(query, key[:, :0], value[:, :0], TIME, attend=attend, impl=impl) == 0).all()
+    assert media_attention(query[:, :0], key, value, TIME[:, :0], attend=attend, impl=impl).shape == (2, 0, 2, 5)
+
+
+@every_run
+def test_times_of_any_integer_type(impl: str, attend: str) -> None:
+    inputs = draw()
+    expected = media_attention(*inputs, TIME, mask=MASK, attend=attend, impl=impl)
+    assert torch.equal(media_attention(*inputs, TIME.int(), mask=MASK, attend=attend, impl=impl), expected)
+
+
+@pytest.mark.compiled
+def test_segmented_is_one_graph_for_any_number_of_media_and_any_length() -> None:
+    class Segmented(torch.nn.Module):
+        def forward(self, query: Tensor, key: Tensor, value: Tensor, time: Tensor) -> Tensor:
+            return media_attention(query, key, value, time, impl="segmented")
+
+    batch, text, media = (torch.export.Dim(name, min=2, max=4096) for name in ("batch", "text", "media"))
+    of_media = {0: batch, 1: media}
+    shapes = ({0: batch, 1: text}, of_media, of_media, {0: batch, 1: text})
+    with torch.no_grad():
+        program = torch.export.export(Segmented(), (*draw(), TIME), dynamic_shapes=shapes, strict=False).module()
+        for sizes in [(2, 9, 3), (3, 100, 2), (5, 3, 11), (2, 130, 2)]:
+            inputs = draw(*sizes)
+            time = torch.randint(0, sizes[2] + 2, sizes[:2])
+            assert_close(program(*inputs, time), media_attention(*inputs, time, impl="reference"), 1e-12)
+
+
+def test_segmented_says_when_it_cannot_run() -> None:
+    inputs = draw()
+    with pytest.raises(ImplementationUnavailable, match=r"attend='previous', text_time given.*Use impl='fused'"):
+        media_attention(*inputs, TIME, attend="previous", impl="segmented")
+    with pytest.raises(ImplementationUnavailable, match="text_time not given"):
+        media_attention(*inputs, impl="segmented")
+
+
+def test_what_is_wrong_is_said() -> None:
+    query, key, value = draw()
+    with pytest.raises(InvalidArgument, match=r"attend: expected one of \('last', 'previous'\), got 'next'"):
+        media_attention(query, key, value, TIME, attend="next")
+    with pytest.raises(InvalidArgument, match=r"impl: expected 'auto' or one of .*got 'fast'"):
+        media_attention(query, key, value, TIME, impl="fast")
+
+
+@pytest.mark.compiled  # jaxtyping would speak first
+def test_what_is_wrong_with_a_shape_or_a_type_is_said() -> None:
+    query, key, value = draw()
+    with pytest.raises(InvalidArgument, match=r"query: expected shape \[B, T, H, E\], got shape \(2, 9, 2\)"):
+        media_attention(query[..., 0], key, value, TIME)
+    with pytest.raises(InvalidType, match="key: expected a floating-point tensor"):
+        media_attention(query, key.long(), value, TIME)
+    with pytest.raises(InvalidArgument, match=r"key: .*B, H, E of query \(2, 9, 2, 5\), got \(2, 3, 4, 1, 5\)"):
+        media_attention(query, key[:, :, :, :1], value, TIME)
+    with pytest.raises(InvalidArgument, match=r"value: expected the shape of key \(2, 3, 4, 2, 5\)"):
+        media_attention(query, key, value[:, :2], TIME)
+    with pytest.raises(InvalidType, match=r"text_time: expected integers.*torch.bool.*media_locations.cumsum"):
+        media_attention(query, key, value, TIME > 0)
+    with pytest.raises(InvalidArgument, match=r"text_time: expected shape \[B, T\] = \(2, 9\), got \(2, 8\)"):
+        media_attention(query, key, value, TIME[:, 1:])
+    with pytest.raises(InvalidType, match=r"mask: expected a boolean tensor.*Use mask.bool\(\)"):
+        media_attention(query, key, value, TIME, mask=MASK.float())
+    with pytest.raises(InvalidArgument, match=r"mask: expected shape \[B, M, N\] = \(2, 3, 4\)"):
+        media_attention(query, key, value, TIME, mask=MASK[:, :2])

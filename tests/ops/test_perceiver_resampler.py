@@ -1,0 +1,217 @@
+"""The resampler's attention against a loop over latents and heads, and the stretching of time embeddings."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.functional import interpolate, layer_norm
+
+from narrows.errors import InvalidArgument, InvalidType
+from narrows.ops.perceiver_resampler import (
+    IMPLEMENTATIONS,
+    PerceiverAttentionWeights,
+    perceiver_attention,
+    perceiver_attention_weights,
+    time_embeddings,
+)
+from tests.support import assert_close, assert_within_budget, gradients
+
+every_implementation = pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+FAST = [impl for impl in IMPLEMENTATIONS if impl != "reference"]
+HEADS = 2
+
+
+def plain(
+    latents: Tensor, media: Tensor, weights: PerceiverAttentionWeights, *, heads: int, mask: Tensor | None
+) -> Tensor:
+    """The paper's pseudo-code, sample by sample and head by head, in the precision of the inputs."""
+    samples = []
+    for b in range(len(latents)):
+        tokens = media[b] if mask is None else media[b, mask[b]]
+        tokens = tokens * weights.media_scale + weights.media_shift
+        x = layer_norm(latents[b], latents.shape[-1:], weights.latent_scale, weights.latent_shift)
+        queries = (x @ weights.query.T).chunk(heads, -1)
+        keys, values = (torch.cat((tokens, x)) @ weights.key_value.T).chunk(2, -1)
+        reads = [
+            (query @ key.T / math.sqrt(query.shape[-1])).softmax(-1) @ value
+            for query, key, value in zip(queries, keys.chunk(heads, -1), values.chunk(heads, -1), strict=True)
+        ]
+        samples.append(torch.cat(reads, -1) @ weights.output.T)
+    return torch.stack(samples)
+
+
+def draw(
+    batch: int = 3, latents: int = 4, tokens: int = 7, dim: int = 6, width: int = 3, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, ...]:
+    """Latents, standardised media, and the seven weights."""
+    generator = torch.Generator().manual_seed(0)
+    inner = HEADS * width
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    media = layer_norm(normal(batch, tokens, dim), (dim,))
+    weights = [1 + 0.3 * normal(dim), 0.3 * normal(dim), 1 + 0.3 * normal(dim), 0.3 * normal(dim)]
+    matrices = [
+        normal(rows, columns) / columns**0.5 for rows, columns in ((inner, dim), (2 * inner, dim), (dim, inner))
+    ]
+    drawn = (normal(batch, latents, dim), media, *weights, *matrices)
+    return tuple(tensor.to(dtype).requires_grad_() for tensor in drawn)
+
+
+def attend(latents: Tensor, media: Tensor, *weights: Tensor, impl: str, mask: Tensor | None = None) -> Tensor:
+    packed = PerceiverAttentionWeights(*weights)
+    if impl == "plain":
+        return plain(latents, media, packed, heads=HEADS, mask=mask)
+    return perceiver_attention(latents, media, packed, heads=HEADS, mask=mask, impl=impl)
+
+
+MASK = torch.arange(7) < torch.tensor([[7], [0], [3]])
+
+
+@every_implementation
+@pytest.mark.parametrize("mask", [None, MASK], ids=["whole", "masked"])
+def test_latents_read_media_and_each_other(impl: str, mask: Tensor | None) -> None:
+    inputs = draw()
+    expected, output = (attend(*inputs, impl=name, mask=mask) for name in ("plain", impl))
+    assert_close(output, expected, 1e-12)
+    for ours, theirs in zip(gradients(output, *inputs), gradients(expected, *inputs), strict=True):
+        assert_close(ours, theirs, 1e-12)
+
+
+@pytest.mark.parametrize("mask", [None, MASK[:, :2]], ids=["whole", "masked"])
+def test_reference_passes_gradcheck(mask: Tensor | None) -> None:
+    inputs = draw(latents=2, tokens=2, dim=3, width=1)
+    assert torch.autograd.gradcheck(lambda *inputs: attend(*inputs, impl="reference", mask=mask), inputs)
+
+
+@settings(derandomize=True, max_examples=25, deadline=None)
+@given(
+    st.integers(1, 3),
+    st.sampled_from([1, 2, 7, 8, 9]),
+    st.sampled_from([1, 3, 15, 16, 17]),
+    st.sampled_from([1, 2, 5]),
+    st.booleans(),
+    st.booleans(),
+    st.integers(0, 10_000),
+)
+def test_fast_forms_have_the_numbers_of_the_plain_formula(
+    batch: int, latents: int, tokens: int, width: int, masked: bool, strided: bool, seed: int
+) -> None:
+    inputs = draw(batch, latents, tokens, width=width)
+    if strided:
+        inputs = tuple(x.detach().transpose(0, -1).contiguous().transpose(0, -1).requires_grad_() for x in inputs)
+    mask = torch.rand(batch, tokens, generator=torch.Generator().manual_seed(seed)) > 0.5 if masked else None
+    expected = attend(*inputs, impl="plain", mask=mask)
+    for impl in FAST:
+        output = attend(*inputs, impl=impl, mask=mask)
+        assert_close(output, expected, 1e-10)
+        for ours, theirs in zip(gradients(output, *inputs), gradients(expected, *inputs), strict=True):
+            assert_close(ours, theirs, 1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("impl", FAST)
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+def test_low_precision_is_as_good_as_the_plain_formula(impl: str, dtype: torch.dtype, masked: bool) -> None:
+    sizes = {"latents": 9, "tokens": 33, "dim": 24, "width": 8}
+    low, exact = draw(**sizes, dtype=dtype), draw(**sizes)
+    mask = torch.arange(33) < torch.tensor([[33], [0], [17]]) if masked else None
+    oracle = attend(*exact, impl="plain", mask=mask)
+    textbook = attend(*low, impl="plain", mask=mask)
+    fast = attend(*low, impl=impl, mask=mask)
+    assert fast.dtype == dtype
+    assert_within_budget(fast, textbook, oracle)
+    results = zip(gradients(fast, *low), gradients(textbook, *low), gradients(oracle, *exact), strict=True)
+    for ours, theirs, true in results:
+        assert_within_budget(ours, theirs, true)
+
+
+@every_implementation
+def test_a_mask_is_a_truncation_and_order_does_not_matter(impl: str) -> None:
+    latents, media, *weights = draw()
+    whole = attend(latents, media[:, :4], *weights, impl=impl)
+    shuffled = torch.randperm(7)
+    mask = (torch.arange(7) < 4).expand(3, 7)
+    assert_close(attend(latents, media, *weights, impl=impl, mask=mask), whole, 1e-12)
+    assert_close(attend(latents, media[:, shuffled], *weights, impl=impl, mask=mask[:, shuffled]), whole, 1e-12)
+
+
+@every_implementation
+def test_without_media_latents_read_each_other(impl: str) -> None:
+    latents, media, *weights = draw()
+    nothing = attend(latents, media, *weights, impl=impl, mask=torch.zeros(3, 7, dtype=torch.bool))
+    assert_close(nothing, attend(latents, media[:, :0], *weights, impl=impl), 1e-12)
+    assert all(torch.isfinite(gradient).all() for gradient in gradients(nothing, latents, media, *weights))
+
+
+def test_weights_are_those_of_the_media() -> None:
+    latents, media, *weights = draw()
+    shares = perceiver_attention_weights(latents, media, PerceiverAttentionWeights(*weights), heads=HEADS, mask=MASK)
+    assert shares.shape == (3, HEADS, 4, 7)
+    assert (shares[1] == 0).all()
+    assert (shares[2, ..., 3:] == 0).all()
+    rows = shares.sum(-1)
+    assert (rows < 1).all()
+    assert (rows[[0, 2]] > 0).all()
+
+
+def test_up_to_the_trained_length_time_embeddings_are_the_table() -> None:
+    table = torch.randn(8, 3)
+    for frames in range(1, 9):
+        assert torch.equal(time_embeddings(table, frames, torch.tensor(frames)), table[:frames])
+
+
+@pytest.mark.parametrize(("length", "frames"), [(8, 30), (4, 5), (2, 3), (1, 6), (7, 13)])
+def test_beyond_it_they_are_interpolated_linearly(length: int, frames: int) -> None:
+    table = torch.randn(length, 3, dtype=torch.float64)
+    expected = interpolate(table.T[None], size=frames, mode="linear", align_corners=True)[0].T
+    assert_close(time_embeddings(table, frames, torch.tensor(frames)), expected, 1e-12)
+
+
+def test_frames_after_the_last_real_one_stretch_nothing() -> None:
+    table = torch.randn(4, 3, dtype=torch.float64)
+    counts = torch.tensor([[0, 1, 4], [5, 7, 9]])
+    padded = time_embeddings(table, 9, counts)
+    assert padded.shape == (2, 3, 9, 3)
+    assert torch.isfinite(padded).all()
+    for row, column in [(0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]:
+        count = counts[row, column]
+        alone = time_embeddings(table, int(count), count)
+        assert_close(padded[row, column, : int(count)], alone, 1e-12)
+
+
+def test_time_embeddings_pass_gradcheck_and_keep_their_precision() -> None:
+    table = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda table: time_embeddings(table, 5, torch.tensor([2, 5])), table)
+    for dtype in (torch.bfloat16, torch.float16):
+        low = time_embeddings(table.to(dtype), 5, torch.tensor(5))
+        assert low.dtype == dtype
+        exact = time_embeddings(table, 5, torch.tensor(5))
+        assert_within_budget(low, exact.to(dtype), exact)
+
+
+def test_what_is_wrong_is_said() -> None:
+    latents, media, *tensors = draw()
+    weights = PerceiverAttentionWeights(*tensors)
+    with pytest.raises(InvalidArgument, match="heads: expected a divisor of the inner width 6, got 4"):
+        perceiver_attention(latents, media, weights, heads=4)
+    with pytest.raises(InvalidArgument, match=r"impl: expected 'auto' or one of .*got 'flash'"):
+        perceiver_attention(latents, media, weights, heads=HEADS, impl="flash")
+
+
+@pytest.mark.compiled  # jaxtyping would speak first
+def test_what_is_wrong_with_a_shape_or_a_type_is_said() -> None:
+    latents, media, *tensors = draw()
+    weights = PerceiverAttentionWeights(*tensors)
+    with pytest.raises(InvalidArgument, match=r"latents: expected shape \[B, K, D\] with D = 6, got shape \(3, 4, 5\)"):
+        perceiver_attention(latents[..., 1:], media, weights, heads=HEADS)
+    with pytest.raises(InvalidArgument, match=r"media: expected the batch of latents, 3, got \(2, 7, 6\)"):
+        perceiver_attention(latents, media[1:], weights, heads=HEADS)
+    with pytest.raises(InvalidType, match="mask: expected a boolean tensor"):
+        perceiver_attention(latents, media, weights, heads=HEADS, mask=MASK.float())
+    with pytest.raises(InvalidArgument, match=r"mask: expected shape \[B, N\] = \(3, 7\)"):
+        perceiver_attention(latents, media, weights, heads=HEADS, mask=MASK[:, 1:])
