@@ -1,1 +1,19 @@
-"""What a module costs: multiply-accumulates with the tokens really kept, memory, speed."""
+"""What a model costs: parameters, multiply-accumulates with the tokens really kept, memory, speed."""
+
+from narrows.measure.cost import Cost, measure
+from narrows.measure.macs import CarriesPadding, count_macs, macs_per_sample
+from narrows.measure.memory import peak_memory, saved_for_backward
+from narrows.measure.speed import Spread, Timing, compare_speed
+
+__all__ = [
+    "CarriesPadding",
+    "Cost",
+    "Spread",
+    "Timing",
+    "compare_speed",
+    "count_macs",
+    "macs_per_sample",
+    "measure",
+    "peak_memory",
+    "saved_for_backward",
+]

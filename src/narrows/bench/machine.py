@@ -1,0 +1,82 @@
+"""Where and with what a benchmark ran: the part of a row that no case decides."""
+
+import os
+import platform
+import subprocess
+from datetime import UTC, datetime
+from functools import cache
+from importlib.metadata import packages_distributions, version
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from narrows import __version__
+
+
+class Machine(NamedTuple):
+    """What a timing cannot be understood without."""
+
+    date: str
+    hardware: str
+    device: str
+    cores: int
+    threads: int
+    narrows: str
+    commit: str
+    torch: str
+
+
+def describe(device: torch.device) -> Machine:
+    """The machine as it is now, with `device` doing the work."""
+    return Machine(
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        hardware=torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        device=device.type,
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        threads=torch.get_num_threads(),
+        narrows=__version__,
+        commit=_commit(),
+        torch=torch.__version__,
+    )
+
+
+def rival_version(rival: nn.Module) -> str:
+    """Name and version of the package that `rival` comes from, or whose modules it holds: "slot-attention 1.5.2"."""
+    for module in rival.modules():
+        package = type(module).__module__.partition(".")[0]
+        if package in ("torch", "narrows", "builtins", "__main__"):
+            continue
+        for distribution in _distributions().get(package, ()):
+            return f"{distribution.replace('_', '-')} {version(distribution)}"
+    return f"torch {torch.__version__}"
+
+
+@cache
+def _distributions() -> dict[str, list[str]]:
+    return dict(packages_distributions())
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    """The commit this source stands at, "+" after it where files have changed since; empty outside a checkout."""
+    try:
+        described = subprocess.run(
+            ("git", "describe", "--always", "--dirty=+", "--exclude=*"),
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return described.stdout.strip()

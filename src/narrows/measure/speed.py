@@ -1,0 +1,107 @@
+"""Speed: contenders timed side by side in one run, with the spread of what was seen."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from math import ceil
+from statistics import median, quantiles
+from time import perf_counter
+
+import torch
+
+from narrows.errors import InvalidArgument
+
+MINIMUM_SECONDS = 0.02
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Repeated measurements of one quantity, in the order they were taken."""
+
+    samples: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """The measurement in the middle."""
+        return median(self.samples)
+
+    @property
+    def p20(self) -> float:
+        """One measurement in five lies below."""
+        return self._fifths()[0]
+
+    @property
+    def p80(self) -> float:
+        """One measurement in five lies above."""
+        return self._fifths()[-1]
+
+    def _fifths(self) -> list[float]:
+        return quantiles(self.samples, n=5, method="inclusive") if len(self.samples) > 1 else [*self.samples]
+
+
+class Timing(Spread):
+    """Seconds per call."""
+
+    def times_faster_than(self, rival: "Timing") -> Spread:
+        """How many times the rival's time this one would fit into, from samples taken next to one another."""
+        return Spread(tuple(theirs / ours for ours, theirs in zip(self.samples, rival.samples, strict=True)))
+
+
+def compare_speed(
+    contenders: Mapping[str, Callable[[], object]],
+    *,
+    repeats: int = 9,
+    warmup: int = 2,
+    device: torch.device | str = "cpu",
+) -> dict[str, Timing]:
+    """Seconds per call of each contender, taken in turns, so that a slow spell of the machine hits all of them.
+
+    Every sample lasts at least 20 milliseconds, in as many calls as that takes. Every other round runs backwards, since
+    who goes first finds the caches in another state. On CUDA the time is that between two events on the stream.
+
+    Args:
+        contenders: what to call, by name.
+        repeats: samples of each contender.
+        warmup: calls of each contender before the first sample.
+        device: where the contenders do their work.
+    """
+    if repeats < 1:
+        raise InvalidArgument("repeats", expected="a positive integer", got=repeats)
+    device = torch.device(device)
+    sample = partial(_sample_cuda, device) if device.type == "cuda" else _sample_host
+    for function in contenders.values():
+        for _ in range(warmup):
+            function()
+    calls = {name: _calls_needed(function, sample) for name, function in contenders.items()}
+    samples: dict[str, list[float]] = {name: [] for name in contenders}
+    for repeat in range(repeats):
+        for name in list(contenders)[:: 1 if repeat % 2 == 0 else -1]:
+            samples[name].append(sample(contenders[name], calls[name]) / calls[name])
+    return {name: Timing(tuple(seconds)) for name, seconds in samples.items()}
+
+
+def _calls_needed(function: Callable[[], object], sample: Callable[[Callable[[], object], int], float]) -> int:
+    calls = 1
+    while (seconds := sample(function, calls)) < MINIMUM_SECONDS:
+        wanted = ceil(calls * MINIMUM_SECONDS / max(seconds, 1e-9))
+        calls = min(max(wanted, calls + 1), 10 * calls)
+    return calls
+
+
+def _sample_host(function: Callable[[], object], calls: int) -> float:
+    start = perf_counter()
+    for _ in range(calls):
+        function()
+    return perf_counter() - start
+
+
+def _sample_cuda(device: torch.device, function: Callable[[], object], calls: int) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    stream = torch.cuda.current_stream(device)
+    torch.cuda.synchronize(device)
+    start.record(stream)
+    for _ in range(calls):
+        function()
+    end.record(stream)
+    end.synchronize()
+    return start.elapsed_time(end) / 1000

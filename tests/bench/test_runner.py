@@ -1,0 +1,265 @@
+"""The runner on tiny contests whose outcome is known."""
+
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import narrows.bench
+from narrows.bench.case import BenchCase, Contest
+from narrows.bench.machine import describe, rival_version
+from narrows.bench.rows import Row
+from narrows.bench.runner import MissingRival, find_cases, race, run
+from narrows.errors import InvalidArgument, NarrowsError
+
+CPU = torch.device("cpu")
+
+
+class Scale(nn.Module):
+    """Multiplies by a learned number, `work` times over; `error` makes it wrong, `backward` its gradient."""
+
+    def __init__(self, *, work: int = 1, error: float = 0.0, wrong_gradient: bool = False) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(2.0))
+        self.work, self.error, self.wrong_gradient = work, error, wrong_gradient
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(self.work):
+            y = (x * self.factor).exp()
+        if self.wrong_gradient:
+            y = y.detach() + (x - x.detach())
+        return y + self.error
+
+
+class Noisy(Scale):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + torch.randn(x.shape)
+
+
+class Raises(Scale):
+    def forward(self, x: Tensor) -> Tensor:
+        raise RuntimeError("no such luck\nand a long story")
+
+
+class NotANumber(Scale):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * float("nan")
+
+
+class OneMore(Scale):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([super().forward(x)] * 2)
+
+
+def case(ours: nn.Module, rival: nn.Module, *, size: int = 1000, **settings: object) -> BenchCase:
+    def prepare(device: torch.device) -> Contest:
+        x = torch.linspace(-1, 1, size, device=device)
+        return Contest(ours, rival, lambda module: module(x), (x,), tolerance)
+
+    tolerance = settings.pop("tolerance", 1e-4)
+    return BenchCase("fake/1000", "fake Scale", prepare, **settings)  # type: ignore[arg-type]
+
+
+def rows_of(case: BenchCase, **settings: object) -> dict[str, Row]:
+    return {row.quantity: row for row in race(case, CPU, repeats=2, **settings)}  # type: ignore[arg-type]
+
+
+def test_a_fair_race_gives_times_bytes_and_verdicts() -> None:
+    targets = {"forward": 3.0, "forward+backward": 1000.0}
+    rows = rows_of(case(Scale(), Scale(work=200), size=10_000, targets=targets))
+    assert list(rows) == ["forward", "forward+backward", "saved"]
+    forward, step, saved = rows.values()
+    assert forward.verdict == "met"
+    assert forward.narrows_p50 is not None
+    assert forward.rival_p50 is not None
+    assert forward.ratio_p50 is not None
+    assert forward.ratio_p50 > 3
+    assert forward.rival_p50 > 3 * forward.narrows_p50
+    assert step.verdict == "missed"
+    assert step.target == 1000.0
+    assert saved.verdict == ""
+    assert (forward.unit, saved.unit) == ("s", "bytes")
+
+
+def test_bytes_saved_are_compared_and_weights_and_inputs_left_out() -> None:
+    class Twice(Scale):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).sqrt().square()
+
+    saved = rows_of(case(Scale(), Twice(), targets={"saved": 2.5}))["saved"]
+    # exp keeps its result; the square root keeps its own, which the square shares.
+    assert (saved.narrows_p50, saved.rival_p50, saved.ratio_p50) == (4000.0, 8000.0, 2.0)
+    assert saved.verdict == "missed"
+
+
+def test_nothing_saved_is_infinitely_better_than_something() -> None:
+    class Linear(Scale):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + 1
+
+    class Saving(Scale):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + 1 + 0 * x.exp()
+
+    assert rows_of(case(Linear(), Saving()))["saved"].ratio_p50 == float("inf")
+    assert rows_of(case(Linear(), Linear()))["saved"].ratio_p50 == 1.0
+
+
+@pytest.mark.parametrize(
+    ("ours", "complaint"),
+    [
+        (Scale(error=1e-2), r"outputs differ by 1\.00e-02, allowed 1e-04"),
+        (Scale(wrong_gradient=True), r"gradients of input 0 differ by .* of the largest, allowed 1e-04"),
+        (NotANumber(), r"outputs differ by nan"),
+        (OneMore(), r"output has shape \(2000,\), the rival's \(1000,\)"),
+    ],
+    ids=["output", "gradient", "nan", "shape"],
+)
+def test_a_contest_that_disagrees_is_not_timed(ours: nn.Module, complaint: str) -> None:
+    rows = rows_of(case(ours, Scale(), targets={"forward": 0.0}))
+    assert list(rows) == ["agreement"]
+    row = rows["agreement"]
+    assert row.verdict == "disagrees"
+    assert row.ratio_p50 is None
+    assert re.search(complaint, row.note)
+
+
+def test_a_gradient_on_one_side_only_disagrees() -> None:
+    class Cut(Scale):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.detach())
+
+    row = rows_of(case(Cut(), Scale()))["agreement"]
+    assert row.note == "only one of the two has a gradient for input 0"
+
+
+def test_a_nan_gradient_disagrees() -> None:
+    class BadGradient(Scale):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + (x * 0).sqrt()
+
+    assert "differ by nan" in rows_of(case(BadGradient(), Scale()))["agreement"].note
+
+
+def test_what_raises_is_reported_and_no_time_given() -> None:
+    row = rows_of(case(Raises(), Scale()))["agreement"]
+    assert (row.verdict, row.note) == ("failed", "RuntimeError: no such luck")
+
+
+def test_noise_is_drawn_from_the_same_seed() -> None:
+    assert rows_of(case(Noisy(), Noisy()))["forward"].ratio_p50 is not None
+
+
+def test_a_difference_by_design_is_raced_and_its_reason_noted() -> None:
+    reason = "rivals round otherwise"
+    row = rows_of(case(Scale(error=1.0), Scale(), tolerance=None, why_not_equal=reason))["forward"]
+    assert row.ratio_p50 is not None
+    assert row.note == reason
+
+
+def test_no_tolerance_needs_a_reason() -> None:
+    with pytest.raises(InvalidArgument, match="why_not_equal: expected the reason why fake/1000 has no tolerance"):
+        rows_of(case(Scale(), Scale(), tolerance=None))
+
+
+def test_gradients_do_not_pile_up_on_the_modules() -> None:
+    ours = Scale()
+    rows_of(case(ours, Scale()))
+    assert ours.factor.grad is None
+
+
+@pytest.mark.compiled
+def test_compiled_rows_follow_the_eager_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[nn.Module] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda module: compiled.append(module))
+    ours, rival = Scale(), Scale()
+    rows = list(race(case(ours, rival, targets={"forward": 0.0}), CPU, modes=("eager", "compiled"), repeats=1))
+    assert [(row.mode, row.quantity) for row in rows] == [
+        (mode, quantity) for mode in ("eager", "compiled") for quantity in ("forward", "forward+backward", "saved")
+    ]
+    assert compiled == [ours, rival]
+    assert [row.verdict for row in rows] == ["met", "", "", "", "", ""]
+
+
+def test_a_row_says_where_it_was_measured() -> None:
+    row = rows_of(case(Scale(), Scale()))["forward"]
+    assert (row.device, row.torch, row.narrows) == ("cpu", torch.__version__, narrows.__version__)
+    assert row.threads == torch.get_num_threads()
+    assert row.cores >= 1
+    assert row.hardware
+    assert (row.shapes, row.dtype, row.mode) == ("1000", "float32", "eager")
+
+
+def test_the_rivals_version_is_that_of_its_package() -> None:
+    assert rival_version(nn.Linear(1, 1)) == f"torch {torch.__version__}"
+    slot_attention = pytest.importorskip("slot_attention")
+    assert rival_version(nn.Sequential(slot_attention.SlotAttention(2, 8))) == "slot-attention 1.5.2"
+
+
+def test_outside_a_checkout_there_is_no_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GIT_DIR", "/nonexistent")
+    assert describe(CPU).commit == ""
+
+
+@pytest.fixture
+def room(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """A room with one file of cases, in place of narrows' own."""
+    (tmp_path / "zz_fake.py").write_text(
+        "from tests.bench.test_runner import Scale, case\n"
+        "from dataclasses import replace\n"
+        "CASES = [replace(case(Scale(), Scale()), name=name) for name in ('fake/a', 'fake/b', 'other/a')]\n"
+    )
+    (tmp_path / "zz_no_cases.py").write_text("")
+    monkeypatch.setattr(narrows.bench, "__path__", [str(tmp_path)])
+    yield tmp_path
+    for name in [name for name in sys.modules if name.startswith("narrows.bench.zz_")]:
+        del sys.modules[name]
+
+
+@pytest.mark.usefixtures("room")
+class TestFinding:
+    def test_by_wildcard(self) -> None:
+        assert [case.name for case in find_cases()] == ["fake/a", "fake/b", "other/a"]
+        assert [case.name for case in find_cases("fake/*")] == ["fake/a", "fake/b"]
+
+    def test_nothing_found(self) -> None:
+        with pytest.raises(InvalidArgument, match=r"pattern: expected a match for any of \['fake/a', .* got 'fakes'"):
+            find_cases("fakes")
+
+    def test_run_hands_out_rows_as_they_come(self) -> None:
+        seen: list[Row] = []
+        rows = run("fake/*", repeats=1, on_row=seen.append)
+        assert rows == seen
+        assert [row.case for row in rows] == ["fake/a"] * 3 + ["fake/b"] * 3
+
+
+def test_a_missing_rival_is_named_with_what_to_install(room: Path) -> None:
+    (room / "zz_fake.py").write_text("import a_rival_nobody_has\n")
+    with pytest.raises(
+        MissingRival, match=r"a_rival_nobody_has is needed .* pip install slot-attention soft-moe"
+    ) as info:
+        find_cases()
+    assert isinstance(info.value, NarrowsError)
+    assert isinstance(info.value, ImportError)
+
+
+def test_a_rival_may_be_missing_in_prepare_too() -> None:
+    def prepare(device: torch.device) -> Contest:
+        import a_rival_nobody_has  # pyright: ignore[reportMissingImports]
+
+        return a_rival_nobody_has
+
+    with pytest.raises(MissingRival, match="a_rival_nobody_has"):
+        rows_of(replace(case(Scale(), Scale()), prepare=prepare))
+
+
+def test_a_fault_of_narrows_itself_is_not_blamed_on_a_rival(room: Path) -> None:
+    (room / "zz_fake.py").write_text("import narrows.nowhere\n")
+    with pytest.raises(ModuleNotFoundError, match=r"narrows\.nowhere") as info:
+        find_cases()
+    assert not isinstance(info.value, MissingRival)

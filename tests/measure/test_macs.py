@@ -1,0 +1,179 @@
+"""What is counted, against counts by hand."""
+
+import warnings
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from narrows.measure import CarriesPadding, count_macs, macs_per_sample
+from narrows.measure.macs import _FORMULAS
+
+BATCH, TOKENS, DIM = 2, 5, 8
+ROWS = BATCH * TOKENS
+
+
+def tokens() -> Tensor:
+    return torch.randn(BATCH, TOKENS, DIM)
+
+
+def attention(heads: int = 2) -> int:
+    return BATCH * heads * TOKENS * TOKENS * (DIM // heads) * 2
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block without biases on the way in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(DIM), nn.LayerNorm(DIM)
+        self.qkv, self.out = nn.Linear(DIM, 3 * DIM, bias=False), nn.Linear(DIM, DIM)
+        self.mlp = nn.Sequential(nn.Linear(DIM, 4 * DIM), nn.GELU(), nn.Linear(4 * DIM, DIM))
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.qkv(self.norm1(x)).unflatten(-1, (3, 2, DIM // 2)).permute(2, 0, 3, 1, 4)
+        x = x + self.out(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
+        return x + self.mlp(self.norm2(x))
+
+
+MODULES = {
+    "linear": (nn.Linear(DIM, 3), ROWS * DIM * 3),
+    "linear-no-bias": (nn.Linear(DIM, 3, bias=False), ROWS * DIM * 3),
+    "gru": (nn.GRU(DIM, 6, batch_first=True), ROWS * 3 * 6 * (DIM + 6)),
+    "lstm": (nn.LSTM(DIM, 6, batch_first=True), ROWS * 4 * 6 * (DIM + 6)),
+    "lstm-two-layers-both-ways": (
+        nn.LSTM(DIM, 6, num_layers=2, bidirectional=True, batch_first=True),
+        ROWS * 2 * 4 * 6 * (DIM + 6 + 12 + 6),
+    ),
+    "block": (Block(), ROWS * DIM * DIM * (3 + 1 + 8) + attention()),
+    "encoder-layer": (
+        nn.TransformerEncoderLayer(DIM, 2, 4 * DIM, batch_first=True),
+        ROWS * DIM * DIM * (3 + 1 + 8) + attention(),
+    ),
+}
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_count_as_by_hand(name: str, grad: bool) -> None:
+    module, expected = MODULES[name]
+    with torch.set_grad_enabled(grad):
+        assert count_macs(lambda: module.eval()(tokens())) == expected
+
+
+def test_gru_cell_counts_both_products() -> None:
+    cell = nn.GRUCell(DIM, 6)
+    assert count_macs(lambda: cell(torch.randn(TOKENS, DIM), torch.randn(TOKENS, 6))) == TOKENS * 3 * 6 * (DIM + 6)
+
+
+@pytest.mark.parametrize(("groups", "stride"), [(1, 1), (4, 1), (2, 2)])
+def test_convolutions(groups: int, stride: int) -> None:
+    convolution = nn.Conv2d(4, 8, 3, padding=1, stride=stride, groups=groups)
+    expected = BATCH * (6 // stride) ** 2 * 8 * (4 // groups) * 9
+    assert count_macs(lambda: convolution(torch.randn(BATCH, 4, 6, 6))) == expected
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_attention_on_cpu(mode: type, masked: bool) -> None:
+    query, key = torch.randn(BATCH, 2, 3, 4), torch.randn(BATCH, 2, TOKENS, 4)
+    mask = torch.ones(BATCH, 1, 3, TOKENS, dtype=torch.bool) if masked else None
+    with mode():
+        counted = count_macs(lambda: F.scaled_dot_product_attention(query, key, key, attn_mask=mask))
+    assert counted == BATCH * 2 * 3 * TOKENS * 4 * 2
+
+
+def test_attention_backward_on_cpu_forms_the_scores_again() -> None:
+    query, key = torch.randn(BATCH, 2, 3, 4, requires_grad=True), torch.randn(BATCH, 2, TOKENS, 4, requires_grad=True)
+    product = BATCH * 2 * 3 * TOKENS * 4
+    counted = count_macs(lambda: F.scaled_dot_product_attention(query, key, key).sum().backward())
+    assert counted == (2 + 5) * product
+
+
+def test_cudnn_recurrent_layers_count_every_matrix() -> None:
+    weights = [(24, DIM), (24, 6), (24,), (24,), (24, 12), (24, 6), (24,), (24,)]
+    flops = _FORMULAS[torch.ops.aten._cudnn_rnn]((BATCH, TOKENS, DIM), weights, 4, None)
+    assert flops == 2 * ROWS * 24 * (DIM + 6 + 12 + 6)
+
+
+def test_products_that_torch_itself_counts_as_nothing() -> None:
+    matrix, vector, batch = torch.randn(3, DIM), torch.randn(DIM), tokens()
+    zeros = torch.zeros(())
+    assert count_macs(lambda: matrix @ vector) == 3 * DIM
+    assert count_macs(lambda: vector @ vector) == DIM
+    assert count_macs(lambda: torch.vdot(vector, vector)) == DIM
+    assert count_macs(lambda: torch.addmv(torch.zeros(3), matrix, vector)) == 3 * DIM
+    assert count_macs(lambda: torch.addbmm(zeros, batch, batch.mT)) == ROWS * DIM * TOKENS
+    assert count_macs(lambda: torch.baddbmm(zeros, batch, batch.mT)) == ROWS * DIM * TOKENS
+    assert count_macs(lambda: torch.einsum("bnd,bmd->bnm", batch, batch)) == ROWS * DIM * TOKENS
+    assert count_macs(lambda: torch._addmm_activation(torch.zeros(3), batch[0], matrix.T)) == TOKENS * DIM * 3
+
+
+def test_elementwise_work_counts_nothing() -> None:
+    assert count_macs(lambda: F.layer_norm(tokens().softmax(-1) * 2, (DIM,))) == 0
+
+
+def test_backward_counts_twice_the_forward() -> None:
+    linear, x = nn.Linear(DIM, 3), tokens().requires_grad_()
+    assert count_macs(lambda: linear(x).sum().backward()) == 3 * ROWS * DIM * 3
+
+
+@pytest.mark.compiled
+def test_a_compiled_module_counts_as_its_eager_self() -> None:
+    torch._dynamo.reset()
+    linear = torch.compile(nn.Linear(DIM, 3), backend="eager")
+    linear(tokens())
+    assert count_macs(lambda: linear(tokens())) == ROWS * DIM * 3
+
+
+def test_the_fused_transformer_layers_are_switched_on_again() -> None:
+    def fails() -> None:
+        raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        count_macs(fails)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_an_operation_without_formula_is_named() -> None:
+    @torch.library.custom_op("narrows_test::product", mutates_args=())
+    def product(a: Tensor, b: Tensor) -> Tensor:
+        return a @ b
+
+    with pytest.warns(UserWarning, match=r"narrows_test.product has no formula and counted as 0 MACs"):
+        assert count_macs(lambda: product(torch.randn(2, 3), torch.randn(3, 4))) == 0
+
+
+def test_torch_operations_warn_of_nothing() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        count_macs(lambda: Block()(tokens()))
+
+
+class Halving(nn.Module):
+    """Keeps as many tokens of a sample as its first entry says and pads the rest, all in static shapes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(DIM, DIM, bias=False)
+
+    def forward(self, x: Tensor, *, room: int | None = None) -> Tensor:
+        return self.linear(x[:, :room])
+
+    def without_padding(self, x: Tensor):
+        for sample in x.split(1):
+            yield partial(self, sample, room=int(sample[0, 0, 0]))
+
+
+def test_macs_per_sample_of_a_static_model_is_what_runs() -> None:
+    assert macs_per_sample(nn.Linear(DIM, DIM), tokens(), batch=BATCH) == TOKENS * DIM * DIM
+
+
+def test_macs_per_sample_leave_padding_out() -> None:
+    model, x = Halving(), tokens()
+    x[0, 0, 0], x[1, 0, 0] = 1, 4
+    assert isinstance(model, CarriesPadding)
+    assert macs_per_sample(model, x, batch=BATCH) == (1 + 4) / 2 * DIM * DIM
+    assert count_macs(lambda: model(x)) == BATCH * TOKENS * DIM * DIM
