@@ -177,3 +177,17 @@ def test_macs_per_sample_leave_padding_out() -> None:
     assert isinstance(model, CarriesPadding)
     assert macs_per_sample(model, x, batch=BATCH) == (1 + 4) / 2 * DIM * DIM
     assert count_macs(lambda: model(x)) == BATCH * TOKENS * DIM * DIM
+
+
+def test_a_parameter_expanded_without_gradients_may_enter_a_module() -> None:
+    class Latents(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.latents = nn.Parameter(torch.randn(3, 4))
+            self.linear = nn.Linear(4, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(self.latents.expand(len(x), -1, -1))
+
+    with torch.no_grad():
+        assert count_macs(lambda: Latents()(torch.ones(2, 1))) == 2 * 3 * 4 * 5

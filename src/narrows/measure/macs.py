@@ -38,6 +38,7 @@ def count_macs(function: Callable[[], object]) -> int:
             `torch.utils.flop_counter.register_flop_formula`.
     """
     counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
+    counter.mod_tracker = _NoModules()  # pyright: ignore[reportAttributeAccessIssue]
     with _decomposed(), counter, _Uncounted(counter.flop_registry) as uncounted:
         function()
     for name in sorted(uncounted.names):
@@ -58,6 +59,22 @@ def macs_per_sample(model: nn.Module, *inputs: Any, batch: int, **keywords: Any)
     if isinstance(model, CarriesPadding):
         return sum(count_macs(call) for call in model.without_padding(*inputs, **keywords)) / batch
     return count_macs(lambda: model(*inputs, **keywords)) / batch
+
+
+class _NoModules:
+    """In place of the counter's module tracker, which a total does not need.
+
+    The tracker hooks every module and fails on one that is called with a view of a parameter made without gradients,
+    such as latents expanded to the batch (torch 2.15).
+    """
+
+    parents = frozenset({"Global"})
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *error: object) -> None:
+        pass
 
 
 class _Uncounted(TorchDispatchMode):

@@ -1,0 +1,176 @@
+"""Adaptive token sampling as layers: the sampler, and the attention it sits in."""
+
+from functools import partial
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from narrows.errors import InvalidArgument
+from narrows.ops.token_sampling import (
+    AttentionWeights,
+    SampledTokens,
+    TokenSample,
+    gumbel_sample,
+    inverse_transform_sample,
+    sampled_attention,
+)
+from narrows.routing import Routing
+from narrows.validation import check_choice, check_positive
+
+__all__ = ["AdaptiveTokenSampler", "SampledAttention", "SampledTokens", "TokenSample", "one_hot_routing"]
+
+
+class AdaptiveTokenSampler(nn.Module):
+    r"""Choose at most K tokens of each image by their scores (Fayyaz et al. 2022, arXiv 2111.15667).
+
+    \[ \{\arg\min_n |F_n - y_k| : k = 0 .. K - 1\}, \quad F = \text{cumulative distribution of the sorted scores} \]
+
+    Tokens with large scores cover many of the evenly spaced quantiles y and are kept once, so that easy images keep
+    fewer than K. An image with at most K tokens keeps them all, however wide the batch is padded. No parameters.
+
+    Args:
+        num_tokens: K, the capacity, without the class token.
+        sampling: "quantile" (deterministic, in training too) or "gumbel" (K random draws with replacement, in
+            evaluation too: what the package vit-pytorch does).
+        sample_always: sample also where all tokens would fit. With K = N this is the paper's own setting: only
+            insignificant tokens are dropped.
+        impl: "auto", "reference" or "static".
+
+    >>> import torch
+    >>> from narrows.layers.token_sampling import AdaptiveTokenSampler
+    >>> AdaptiveTokenSampler(3)(torch.tensor([[0.1, 0.4, 0.1, 0.2, 0.2]])).ids
+    tensor([[1, 2, 4]])
+    """
+
+    def __init__(
+        self, num_tokens: int, *, sampling: str = "quantile", sample_always: bool = False, impl: str = "auto"
+    ) -> None:
+        super().__init__()
+        check_positive(num_tokens=num_tokens)
+        check_choice("sampling", sampling, ("quantile", "gumbel"))
+        self.num_tokens, self.sampling, self.sample_always, self.impl = num_tokens, sampling, sample_always, impl
+
+    def forward(
+        self,
+        scores: Float[Tensor, "B N"],
+        mask: Bool[Tensor, "B N"] | None = None,
+        num_tokens: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> TokenSample:
+        """The tokens to keep.
+
+        Args:
+            scores: `[B, N]`, not negative, usually the `significance` of the tokens after the class token.
+            mask: `[B, N]`, True at real tokens.
+            num_tokens: K of this call.
+            generator: source of the noise of "gumbel"; torch's global one otherwise.
+
+        Returns:
+            `ids [B, K]` in raster order and `mask [B, K]`.
+        """
+        capacity = self.num_tokens if num_tokens is None else num_tokens
+        options = {"sample_always": self.sample_always, "impl": self.impl}
+        if self.sampling == "gumbel":
+            return gumbel_sample(scores, capacity, mask, generator=generator, **options)
+        return inverse_transform_sample(scores, capacity, mask, **options)
+
+    def extra_repr(self) -> str:
+        """What `print` shows."""
+        return f"{self.num_tokens}, sampling={self.sampling!r}, sample_always={self.sample_always}"
+
+
+class SampledAttention(nn.Module):
+    r"""Multi-head self-attention that returns the class token and the tokens it finds significant.
+
+    \[ O = \mathrm{softmax}(Q_S K^T / \sqrt{d}) V W_o, \quad S = \{cls\} \cup \text{sampler}(s), \quad
+       s_n \propto \sum_h A_{h,cls,n} \lVert V_{h,n} \rVert \]
+
+    All tokens are read, those sampled are written. Normalisation before and the residual after are the block's: with
+    the tokens `x` that came in, `gather_tokens(x, ids) + tokens`.
+
+    Args:
+        dim: D.
+        sampler: chooses among the tokens after the class token.
+        heads: H.
+        head_dim: width of a head; `dim / heads` if None.
+        qkv_bias: whether queries, keys and values have a bias.
+        dropout: on the attention weights, after scores were taken from them, and on the result.
+        impl: "auto", "reference" or "query_first".
+        device: where parameters are made.
+        dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        sampler: AdaptiveTokenSampler,
+        heads: int = 8,
+        head_dim: int | None = None,
+        qkv_bias: bool = True,
+        dropout: float = 0.0,
+        impl: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_positive(dim=dim, heads=heads)
+        if head_dim is None and dim % heads:
+            raise InvalidArgument("heads", expected=f"a divisor of dim = {dim}", got=heads, hint="Or give head_dim.")
+        head_dim = dim // heads if head_dim is None else head_dim
+        check_positive(head_dim=head_dim)
+        self.heads, self.dropout, self.impl = heads, dropout, impl
+        self.sampler = sampler
+        self.qkv = nn.Linear(dim, 3 * heads * head_dim, bias=qkv_bias, device=device, dtype=dtype)
+        self.out = nn.Linear(heads * head_dim, dim, device=device, dtype=dtype)
+
+    def forward(
+        self,
+        tokens: Float[Tensor, "B N D"],
+        mask: Bool[Tensor, "B N"] | None = None,
+        num_tokens: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> SampledTokens:
+        """Attend for the sampled tokens, over all.
+
+        Args:
+            tokens: `[B, N, D]`, the class token first; it is always read and always kept.
+            mask: `[B, N]`, True at real tokens. A sample without any gives zeros.
+            num_tokens: K of this call; the sampler's if None.
+            generator: source of noise for a sampler that draws.
+
+        Returns:
+            `tokens [B, K + 1, D]` with the class token first, `ids` of their positions among the N, and `mask`; slots
+            that hold no token are 0.
+        """
+        weights = AttentionWeights(self.qkv.weight, self.qkv.bias, self.out.weight, self.out.bias)
+        dropout = self.dropout if self.training else 0.0
+        attended = sampled_attention(
+            tokens,
+            weights,
+            heads=self.heads,
+            sampler=partial(self.sampler, num_tokens=num_tokens, generator=generator),
+            mask=mask,
+            dropout=dropout,
+            impl=self.impl,
+        )
+        return attended._replace(tokens=F.dropout(attended.tokens, dropout))
+
+    def routing(
+        self,
+        tokens: Float[Tensor, "B N D"],
+        mask: Bool[Tensor, "B N"] | None = None,
+        num_tokens: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Routing:
+        """Which of the N tokens are kept, for the arguments of `forward`; see `one_hot_routing`."""
+        return one_hot_routing(self(tokens, mask, num_tokens, generator), tokens.shape[1])
+
+
+def one_hot_routing(sampled: SampledTokens, num_positions: int) -> Routing:
+    """Weights `[B, 1, K, num_positions]`, 1 where a carrier is the token of that position; the class token is none."""
+    positions = torch.arange(num_positions, device=sampled.ids.device)
+    is_position = (sampled.ids[:, 1:, None] == positions) & sampled.mask[:, 1:, None]
+    return Routing(is_position[:, None].to(sampled.tokens.dtype), carriers="kept tokens")

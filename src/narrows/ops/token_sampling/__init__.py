@@ -1,0 +1,31 @@
+"""Adaptive token sampling (Fayyaz et al. 2022, arXiv 2111.15667)."""
+
+from narrows.ops.token_sampling.api import (
+    IMPLEMENTATIONS,
+    gumbel_sample,
+    inverse_transform_sample,
+    sampled_attention,
+)
+from narrows.ops.token_sampling.common import (
+    AttentionWeights,
+    SampledTokens,
+    Sampler,
+    TokenSample,
+    gather_tokens,
+    significance,
+)
+from narrows.ops.token_sampling.restore import restore
+
+__all__ = [
+    "IMPLEMENTATIONS",
+    "AttentionWeights",
+    "SampledTokens",
+    "Sampler",
+    "TokenSample",
+    "gather_tokens",
+    "gumbel_sample",
+    "inverse_transform_sample",
+    "restore",
+    "sampled_attention",
+    "significance",
+]

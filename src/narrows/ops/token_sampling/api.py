@@ -1,0 +1,152 @@
+"""The public functions of token sampling."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from narrows.errors import InvalidArgument
+from narrows.ops.dispatch import Implementation, resolve
+from narrows.ops.token_sampling import query_first, reference, static
+from narrows.ops.token_sampling.common import AttentionWeights, SampledTokens, Sampler, TokenSample
+from narrows.validation import check_mask, check_positive, check_tokens
+
+QUANTILE_IMPLEMENTATIONS: Mapping[str, Implementation] = MappingProxyType(
+    {
+        "reference": Implementation(reference.inverse_transform_sample, "row by row, every quantile searched"),
+        "static": Implementation(static.inverse_transform_sample, "quantiles counted, fixed shapes"),
+    }
+)
+GUMBEL_IMPLEMENTATIONS: Mapping[str, Implementation] = MappingProxyType(
+    {
+        "reference": Implementation(reference.gumbel_sample, "row by row, Gumbel-max"),
+        "static": Implementation(static.gumbel_sample, "exponential race, fixed shapes"),
+    }
+)
+IMPLEMENTATIONS: Mapping[str, Implementation] = MappingProxyType(
+    {
+        "reference": Implementation(reference.sampled_attention, "full attention, rows gathered"),
+        "query_first": Implementation(query_first.sampled_attention, "scores first, queries of the kept tokens only"),
+    }
+)
+
+
+def inverse_transform_sample(
+    scores: Float[Tensor, "B N"],
+    num_samples: int,
+    mask: Bool[Tensor, "B N"] | None = None,
+    *,
+    sample_always: bool = False,
+    impl: str = "auto",
+) -> TokenSample:
+    r"""Keep the tokens that evenly spaced quantiles of their scores' distribution fall on (Fayyaz et al. 2022, 3.2).
+
+    With F the cumulative sum of the scores sorted ascending, shifted and scaled to run from 0 to 1, and s its least
+    entry above 0, the K quantiles (those of the authors' release) and the tokens kept are
+
+    \[ y_k = s + \frac{k}{K - 1} (1 - s), \qquad \{\arg\min_n |F_n - y_k| : k = 0 .. K - 1\} \]
+
+    A token with a large score covers many quantiles and is kept once: the sharper the scores, the fewer tokens remain.
+    An image with at most K real tokens keeps them all.
+
+    Deterministic and exact: scores are taken as whole multiples of 2^-32 of the greatest; of equal scores the earlier
+    sorts first; of two equally near entries the lower is kept. A row without any positive score counts as flat, a score
+    that is negative or no number as 0. A single quantile (K = 1) is the greatest score.
+
+    Args:
+        scores: `[B, N]`, not negative; any scale.
+        num_samples: K, how many quantiles, and the capacity of the result.
+        mask: `[B, N]`, True at real tokens.
+        sample_always: sample also where all tokens would fit, so that K = N still drops what is insignificant.
+        impl: "auto" or a name in `QUANTILE_IMPLEMENTATIONS`.
+
+    Raises:
+        InvalidArgument, InvalidType: shapes, dtypes or `num_samples` are not as above.
+    """
+    _check(scores, num_samples, mask)
+    run = resolve("inverse_transform_sample", impl, QUANTILE_IMPLEMENTATIONS, auto="static")
+    return run(_defined(scores), num_samples, mask, sample_always)
+
+
+def gumbel_sample(
+    scores: Float[Tensor, "B N"],
+    num_samples: int,
+    mask: Bool[Tensor, "B N"] | None = None,
+    *,
+    sample_always: bool = False,
+    generator: torch.Generator | None = None,
+    impl: str = "auto",
+) -> TokenSample:
+    """Keep the tokens hit by K draws with replacement, in proportion to their scores.
+
+    What the package `vit-pytorch` does in place of `inverse_transform_sample`, from the same noise for the same seed:
+    `[B, K, N]` uniform numbers. It is random in evaluation too, and flat scores keep only about two thirds of K.
+
+    Args:
+        scores: `[B, N]`, not negative, rows summing to 1.
+        num_samples: K, how many draws, and the capacity of the result.
+        mask: `[B, N]`, True at real tokens.
+        sample_always: draw also where all tokens would fit.
+        generator: source of the noise; torch's global one otherwise.
+        impl: "auto" or a name in `GUMBEL_IMPLEMENTATIONS`.
+
+    Raises:
+        InvalidArgument, InvalidType: shapes, dtypes or `num_samples` are not as above.
+    """
+    _check(scores, num_samples, mask)
+    run = resolve("gumbel_sample", impl, GUMBEL_IMPLEMENTATIONS, auto="static")
+    return run(_defined(scores), num_samples, mask, sample_always, generator)
+
+
+def sampled_attention(
+    tokens: Float[Tensor, "B N D"],
+    weights: AttentionWeights,
+    *,
+    heads: int,
+    sampler: Sampler,
+    mask: Bool[Tensor, "B N"] | None = None,
+    dropout: float = 0.0,
+    impl: str = "auto",
+) -> SampledTokens:
+    r"""Multi-head attention of the class token and the tokens it finds significant, over all tokens.
+
+    \[ O = \mathrm{softmax}(Q_S K^T / \sqrt{d}) V W_o, \qquad S = \{cls\} \cup \text{sampler}(\text{significance}) \]
+
+    Scores are taken from the class token's row before dropout, in float32 at least, and carry no gradient: the choice
+    is no function of the parameters, the rows that were chosen are.
+
+    Args:
+        tokens: `[B, N, D]`, the class token first; it is always read and always kept.
+        weights: the projections.
+        heads: H.
+        sampler: scores `[B, N - 1]` and mask of the tokens after the class token to a `TokenSample` of K of them.
+        mask: `[B, N]`, True at real tokens. A sample without any gives zeros.
+        dropout: probability at which attention weights are dropped.
+        impl: "auto" or a name in `IMPLEMENTATIONS`.
+
+    Returns:
+        K + 1 tokens, the class token first, with their positions among the N.
+
+    Raises:
+        InvalidArgument, InvalidType: shapes or dtypes are not as above.
+    """
+    check_tokens("tokens", tokens, dim=weights.qkv.shape[1])
+    check_mask("mask", mask, tuple(tokens.shape[:2]))
+    check_positive(heads=heads)
+    if weights.qkv.shape[0] % (3 * heads):
+        raise InvalidArgument("heads", expected=f"a divisor of {weights.qkv.shape[0] // 3}", got=heads)
+    run = resolve("sampled_attention", impl, IMPLEMENTATIONS, auto="query_first")
+    return run(tokens, weights, heads, sampler, mask, dropout)
+
+
+def _check(scores: Tensor, num_samples: int, mask: Tensor | None) -> None:
+    check_tokens("scores", scores, layout="[B, N]")
+    check_mask("mask", mask, tuple(scores.shape))
+    check_positive(num_samples=num_samples)
+
+
+def _defined(scores: Tensor) -> Tensor:
+    """A model that diverged must not send indices out of range."""
+    return scores.detach().nan_to_num(nan=0.0).clamp_min(0.0)

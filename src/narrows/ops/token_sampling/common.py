@@ -1,0 +1,105 @@
+"""What the implementations of token sampling share: the records they return and the score they sample by."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from narrows.ops.precision import at_least_float32, autocast_off
+
+# Keeps logarithms and divisions of Gumbel sampling finite; the value the package vit-pytorch uses.
+GUMBEL_EPSILON = 1e-6
+
+
+class TokenSample(NamedTuple):
+    """Which tokens are kept, in K slots whatever their number.
+
+    Args:
+        ids: `[B, K]`, positions of the kept tokens in ascending (raster) order, each once; 0 in the slots left over.
+        mask: `[B, K]`, True at the slots that hold a token; they come first.
+    """
+
+    ids: Int[Tensor, "B K"]
+    mask: Bool[Tensor, "B K"]
+
+
+class SampledTokens(NamedTuple):
+    """Tokens that were kept, and where they stood.
+
+    Args:
+        tokens: `[B, K, D]`, 0 in the slots left over.
+        ids: `[B, K]`, the position each token had; 0 in the slots left over.
+        mask: `[B, K]`, True at the slots that hold a token; they come first.
+    """
+
+    tokens: Float[Tensor, "B K D"]
+    ids: Int[Tensor, "B K"]
+    mask: Bool[Tensor, "B K"]
+
+
+class AttentionWeights(NamedTuple):
+    """Parameters of multi-head attention with I = heads * head_dim; a bias may be None.
+
+    Args:
+        qkv: `[3 I, D]`, the rows of query, key and value one below the other.
+        qkv_bias: `[3 I]`.
+        out: `[D, I]`.
+        out_bias: `[D]`.
+    """
+
+    qkv: Float[Tensor, "I3 D"]
+    qkv_bias: Float[Tensor, "I3"] | None
+    out: Float[Tensor, "D I"]
+    out_bias: Float[Tensor, "D"] | None
+
+
+# Scores [B, N] and mask [B, N] of the tokens after the class token to the tokens that are kept.
+Sampler = Callable[[Tensor, Tensor | None], TokenSample]
+
+
+def significance(
+    cls_attention: Float[Tensor, "B H N"], value_norms: Float[Tensor, "B H N"], mask: Bool[Tensor, "B N"] | None = None
+) -> Float[Tensor, "B N"]:
+    r"""How much of what the class token reads comes from each token (Fayyaz et al. 2022, section 3.1).
+
+    \[ S_n = \frac{\sum_h A_{h,cls,n} \lVert V_{h,n} \rVert}{\sum_m \sum_h A_{h,cls,m} \lVert V_{h,m} \rVert} \]
+
+    The class token itself is not among the N tokens. Rows sum to 1; masked tokens have 0, and a row of nothing but
+    zeros stays 0.
+
+    Args:
+        cls_attention: `[B, H, N]`, the class token's row of the attention matrix.
+        value_norms: `[B, H, N]`, the Euclidean norm of each token's value.
+        mask: `[B, N]`, True at real tokens.
+    """
+    with autocast_off(cls_attention):
+        cls_attention, value_norms = at_least_float32(cls_attention), at_least_float32(value_norms)
+        if mask is not None:
+            cls_attention = cls_attention.masked_fill(~mask[:, None], 0.0)
+            value_norms = value_norms.masked_fill(~mask[:, None], 0.0)
+        scores = (cls_attention * value_norms).sum(1)
+        return scores / scores.sum(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
+
+
+def compact(kept: Bool[Tensor, "B N"], num_slots: int) -> TokenSample:
+    """The positions of the True entries of each row, which are at most `num_slots`, moved to the front."""
+    last = kept.new_full((), num_slots, dtype=torch.long)
+    slots = torch.where(kept, kept.cumsum(1) - 1, last)  # what is not kept goes to one slot more, which is cut off
+    positions = torch.arange(kept.shape[1], device=kept.device).expand_as(slots)
+    ids = positions.new_zeros(kept.shape[0], num_slots + 1).scatter(1, slots, positions)[:, :num_slots]
+    return TokenSample(ids, torch.arange(num_slots, device=kept.device) < kept.sum(1, keepdim=True))
+
+
+def with_class_token(sample: TokenSample, mask: Bool[Tensor, "B N"] | None) -> TokenSample:
+    """A sample of the tokens after the class token as one of all tokens, the class token (position 0) first."""
+    present = torch.ones_like(sample.mask[:, :1]) if mask is None else mask[:, :1]
+    ids = torch.cat((sample.ids.new_zeros(sample.ids.shape[0], 1), (sample.ids + 1).masked_fill(~sample.mask, 0)), 1)
+    return TokenSample(ids, torch.cat((present, sample.mask), 1))
+
+
+def gather_tokens(tokens: Float[Tensor, "B N D"], ids: Int[Tensor, "B K"]) -> Float[Tensor, "B K D"]:
+    """The tokens at `ids`, whole rows at a time: half the time of an elementwise `gather`."""
+    starts = torch.arange(tokens.shape[0], device=ids.device)[:, None] * tokens.shape[1]
+    return tokens.flatten(0, 1).index_select(0, (starts + ids).flatten()).unflatten(0, ids.shape)

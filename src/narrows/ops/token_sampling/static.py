@@ -1,0 +1,67 @@
+"""Sampling in fixed shapes: no loop over images, no device synchronisation, one graph under compile."""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from narrows.ops.precision import at_least_float32, autocast_off
+from narrows.ops.token_sampling.common import GUMBEL_EPSILON, TokenSample, compact
+
+
+def inverse_transform_sample(
+    scores: Float[Tensor, "B N"], num_samples: int, mask: Bool[Tensor, "B N"] | None, sample_always: bool
+) -> TokenSample:
+    r"""The reference's token sets, by counting instead of searching.
+
+    Quantiles are evenly spaced, so that how many of them lie above a point of the distribution is one division. A token
+    is nearest to some quantile exactly if fewer lie above the midpoint to its successor than above the midpoint to its
+    predecessor; that names every sampled token once and leaves no duplicates to remove. Whole numbers throughout (exact
+    for N K < 2^30), so that neither device nor batch nor order of summation can change a set.
+    """
+    real = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask
+    weights = _whole(scores, real)
+    ascending, order = weights.sort(dim=1, stable=True)
+    # Masked tokens have weight 0: they come first, at entries of 0, which no quantile is nearest to.
+    cdf = (ascending.cumsum(1) - weights.masked_fill(~real, 2**62).amin(1, keepdim=True)).clamp_min(0)
+    greatest, steps = cdf[:, -1:], max(num_samples - 1, 1)
+    least = torch.where(cdf > 0, cdf, greatest).amin(1, keepdim=True)
+
+    # Quantiles above the midpoint of each token's entry and its predecessor's, cdf - ascending / 2.
+    spacing = (2 * (greatest - least)).clamp_min(1)
+    above = -torch.div((2 * (cdf - greatest) - ascending) * steps, spacing, rounding_mode="floor")
+    above = above.clamp(0, num_samples)
+    is_last = torch.arange(scores.shape[1], device=scores.device) == scores.shape[1] - 1
+    nearest = torch.zeros_like(real).scatter(1, order, (above > above.roll(-1, 1)) | is_last)
+    return _gated(nearest, real, num_samples, sample_always)
+
+
+def gumbel_sample(
+    scores: Float[Tensor, "B N"],
+    num_samples: int,
+    mask: Bool[Tensor, "B N"] | None,
+    sample_always: bool,
+    generator: torch.Generator | None,
+) -> TokenSample:
+    """The reference's draws from the same noise, as an exponential race: argmin -log u / p, one logarithm less."""
+    real = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask
+    with autocast_off(scores):
+        probabilities = (at_least_float32(scores) + GUMBEL_EPSILON).masked_fill(~real, 0.0)
+        shape = (scores.shape[0], num_samples, scores.shape[1])
+        arrivals = probabilities.new_empty(shape).uniform_(generator=generator)
+        arrivals = arrivals.add_(GUMBEL_EPSILON).log_().neg_().add_(GUMBEL_EPSILON).div_(probabilities[:, None])
+        winners = arrivals.argmin(-1)
+    return _gated(torch.zeros_like(real).scatter(1, winners, True), real, num_samples, sample_always)
+
+
+def _whole(scores: Tensor, real: Tensor) -> Tensor:
+    """Scores as whole numbers, the greatest of a row 2^32; a row without a positive score counts as flat."""
+    scores = scores.double().masked_fill(~real, 0.0)
+    top = scores.amax(1, keepdim=True)
+    shares = torch.where(top > 0, scores / top, 1.0)
+    return (shares * 2.0**32).round().long().masked_fill(~real, 0)
+
+
+def _gated(sampled: Tensor, real: Tensor, num_samples: int, sample_always: bool) -> TokenSample:
+    """What was sampled, or, decided for each image, everything where that fits."""
+    fits = real.sum(1, keepdim=True) <= (1 if sample_always else num_samples)
+    return compact((sampled | fits) & real, num_samples)
