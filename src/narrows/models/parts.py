@@ -188,9 +188,13 @@ class Block(nn.Module):
 
 
 def initialise_linear(module: nn.Module) -> None:
-    """Truncated normal of 0.02 for linear weights, zero biases: the usual start of a vision transformer."""
+    """Xavier uniform weights and zero biases for linear layers, as in the first vision transformer's own code.
+
+    The usual truncated normal of 0.02 is far narrower than that at small widths: a model 64 wide waits on a plateau
+    whose length depends on the seed before it begins to learn.
+    """
     if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
 

@@ -2,35 +2,31 @@
 
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from narrows.layers.slot_attention import SlotAttention
+from narrows.layers.slot_attention import LearnedSlots, SlotAttention
 from narrows.models.parts import Block, TokenEmbedding, TransformerClassifier
 from narrows.models.vit import MINI, SMALL
-from narrows.routing import Routing
 from narrows.validation import check_positive
 
 
 class SlotBottleneck(nn.Module):
-    """Tokens `[B, N, dim]` to slots `[B, num_slots, dim]`, starting from learned slots.
+    """Tokens `[B, N, dim]` to slots `[B, num_slots, dim]`.
 
-    Learned initial slots make the result deterministic; the published Gaussian start is `SlotAttention`'s own.
+    The slots start from learned vectors, so that a classifier is deterministic; the published Gaussian start is
+    `SlotAttention`'s own default.
     """
 
     def __init__(self, dim: int, *, num_slots: int, num_iterations: int) -> None:
         super().__init__()
-        self.initial_slots = nn.Parameter(torch.randn(1, num_slots, dim))
-        self.slot_attention = SlotAttention(dim, num_slots=num_slots, num_iterations=num_iterations)
+        self.slot_attention = SlotAttention(
+            dim, num_slots=num_slots, num_iterations=num_iterations, initial_slots=LearnedSlots(num_slots, dim)
+        )
 
     def forward(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B K D"]:
         """The slots after the last iteration."""
-        return self.slot_attention(tokens, slots=self.initial_slots.expand(len(tokens), -1, -1)).slots
-
-    def routing(self, tokens: Float[Tensor, "B N D"]) -> Routing:
-        """Which token each slot reads."""
-        return self.slot_attention.routing(tokens, slots=self.initial_slots.expand(len(tokens), -1, -1))
+        return self.slot_attention(tokens).slots
 
 
 class SlotViT(TransformerClassifier):

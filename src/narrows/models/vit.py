@@ -47,7 +47,7 @@ class ViT(TransformerClassifier):
 
 MINI: dict[str, Any] = {
     "image_size": 32, "patch_size": 4, "num_classes": 10, "channels": 3, "stem": "conv",
-    "dim": 64, "depth": 3, "heads": 4, "mlp_dim": 128,
+    "dim": 64, "depth": 3, "heads": 2, "mlp_dim": 128,
 }  # fmt: skip
 SMALL: dict[str, Any] = {
     "image_size": 224, "patch_size": 16, "num_classes": 1000, "channels": 3, "stem": "patch",
