@@ -1,1 +1,90 @@
-"""TODO."""
+"""The shell's face of narrows. A command is thin: it calls one public function that does the same from Python."""
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from narrows._version import __version__
+from narrows.errors import NarrowsError
+
+
+class Command(NamedTuple):
+    """A command: the module of this room whose `run(arguments)` does it, and a line for the help."""
+
+    module: str
+    summary: str
+
+
+COMMANDS = {
+    "compare": Command(
+        "compare", "train a baseline and every mechanism under one budget; report what each costs and keeps"
+    ),
+    "show": Command("show", "draw where the tokens of images go in a model"),
+    "info": Command("info", "say what is installed, which models there are and what can run here"),
+    "fit": Command("training", "train one model, with checkpoints and exact resume"),
+    "validate": Command("training", "loss and accuracy on the held-out images"),
+    "test": Command("training", "loss and accuracy on the test images"),
+    "predict": Command("training", "class and probability of images, as a table"),
+    "bench": Command("bench", "time narrows against the packages people use today"),
+}
+
+_GROUPS = {
+    "Which mechanism is for me?": ("compare", "show"),
+    "Train one": ("fit", "validate", "test", "predict"),
+    "How fast, and what is here?": ("bench", "info"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `narrows <arguments>` and return its exit code.
+
+    0 is success, 1 an error narrows explains, 2 a command or option that does not exist, 130 Ctrl-C.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given or bool(os.environ.get("NARROWS_DEBUG"))
+    try:
+        return _run([argument for argument in given if argument != "--debug"])
+    except NarrowsError as error:
+        if debug:
+            raise
+        print(f"narrows: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as interrupt:
+        print(f"\nnarrows: stopped. {interrupt}".rstrip(), file=sys.stderr)
+        return 130
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+
+
+def _run(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0
+    name, *rest = arguments
+    if name == "--version":
+        print(f"narrows {__version__}")
+        return 0
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"Did you mean {close[0]!r}?" if close else f"There are {', '.join(COMMANDS)}."
+        print(f"narrows: unknown command {name!r}. {hint} See `narrows --help`.", file=sys.stderr)
+        return 2
+    importlib.import_module(f"narrows.cli.{COMMANDS[name].module}").run([name, *rest])
+    return 0
+
+
+def _help() -> str:
+    lines = [f"narrows {__version__}: token bottlenecks for PyTorch", "", "usage: narrows <command> [options]"]
+    for title, names in _GROUPS.items():
+        lines += ["", title, *(f"  {name:<10}{COMMANDS[name].summary}" for name in names)]
+    lines += [
+        "",
+        "`narrows <command> --help` lists the options of a command. Words in them may be joined by - or _.",
+        "--version prints the version; --debug (or NARROWS_DEBUG=1) shows where an error came from.",
+        "",
+        "Start here: narrows compare",
+    ]
+    return "\n".join(lines)

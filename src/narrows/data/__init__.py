@@ -1,1 +1,36 @@
-"""TODO."""
+"""Images: digit scenes that need no download, and folders of your own. `load` is the entry to both."""
+
+from typing import TYPE_CHECKING, Any
+
+from narrows.data.digits import DigitScenes, Scenes
+from narrows.data.image_set import IGNORED, ImageData, ImageSet, picture
+from narrows.data.load import load
+from narrows.data.positions import Position, PositionSampler
+
+if TYPE_CHECKING:
+    from narrows.data.module import ImageDataModule
+
+__all__ = [
+    "IGNORED",
+    "DigitScenes",
+    "ImageData",
+    "ImageDataModule",
+    "ImageSet",
+    "Position",
+    "PositionSampler",
+    "Scenes",
+    "load",
+    "picture",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ImageDataModule":  # needs Lightning, which the rest does not
+        try:
+            from narrows.data.module import ImageDataModule
+        except ImportError as error:
+            from narrows.errors import MissingExtra
+
+            raise MissingExtra(error.name or "lightning", extra="train", purpose="train") from error
+        return ImageDataModule
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,172 @@
+"""Images from a folder tree with one folder for each class."""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision.transforms import v2
+
+from narrows.data.files import (
+    HELD_OUT_SHARE,
+    Sample,
+    find_images,
+    find_unreadable,
+    list_classes,
+    list_known_classes,
+    split,
+)
+from narrows.data.image_set import IGNORED, MEAN_AND_STD, ImageData, ImageSet
+from narrows.data.random import keys
+from narrows.errors import DataError, InvalidArgument
+
+HELD_OUT_FOLDERS = ("val", "valid", "validation", "test")
+
+
+class FolderImages(ImageSet):
+    """Image files and their labels, resized and normalised.
+
+    To train on, images are cropped at random (at least 40 % of the area) and mirrored at random, a pure function of
+    (seed, epoch, index); to judge by, the middle square is taken.
+
+    Args:
+        samples: files and labels.
+        image_size: side of the square images that come out.
+        channels: 3, or 1 for grey images.
+        augment: crop and mirror at random.
+        seed: of the augmentation.
+        root: the folder that names of images are relative to, if any.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        *,
+        image_size: int,
+        channels: int = 3,
+        augment: bool = False,
+        seed: int = 0,
+        root: Path | None = None,
+    ) -> None:
+        self.samples, self.augment, self.seed, self.root = tuple(samples), augment, seed, root
+        self._transform = _transform(image_size, channels, augment)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def name(self, index: int) -> str:
+        """The file."""
+        path = self.samples[index][0]
+        return (path if self.root is None else path.relative_to(self.root)).as_posix()
+
+    def batch(self, indices: Sequence[int], epoch: int = 0) -> tuple[Float[Tensor, "B C H W"], Int[Tensor, "B"]]:
+        """Normalised images and labels."""
+        images = torch.stack([self._image(index, epoch) for index in indices])
+        return images, torch.tensor([self.samples[index][1] for index in indices])
+
+    def _image(self, index: int, epoch: int) -> Tensor:
+        image = read_image(self.samples[index][0])
+        if not self.augment:
+            return self._transform(image)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(keys(self.seed, epoch, index)[0] >> 1))
+            return self._transform(image)
+
+
+def read_image(path: Path) -> Image.Image:
+    """An image file as RGB, upright.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except Exception as error:  # a broken file makes decoders raise anything
+        raise DataError(f"{path} cannot be read as an image: {type(error).__name__}: {error}") from error
+
+
+def load_folder(root: Path, *, image_size: int, seed: int, unreadable_share: float) -> ImageData:
+    """The folder as `ImageData`; see `narrows.data.load`."""
+    _check_is_folder(root)
+    listed = {name: folder for name in ("train", *HELD_OUT_FOLDERS) if (folder := _part(root, name)) is not None}
+    train_root = listed.pop("train", root)
+    classes, train = list_classes(train_root)
+    others = {} if train_root == root else {name: list_known_classes(at, classes) for name, at in listed.items()}
+
+    every = [path for samples in (train, *others.values()) for path, _ in samples]
+    skipped = find_unreadable(every, allowed_share=unreadable_share)
+    train = _without(train, skipped)
+    if others:
+        held_out, test = (_without(others[name], skipped) for name in (min(others, key=_rank), max(others, key=_rank)))
+        rule = f"the folder {min(others, key=_rank)}/"
+    else:
+        train, held_out = split(train, root=train_root, classes=classes)
+        test = held_out
+        rule = f"{HELD_OUT_SHARE:.0%} of the images, chosen by a hash of the path inside {train_root.name}/"
+    for name, samples in (("training", train), ("validation", held_out), ("test", test)):
+        if not samples:
+            raise DataError(f"{root}: no readable image among the {name} images. Add some, or remove the empty folder.")
+
+    def images(samples: Sequence[Sample], *, augment: bool = False) -> FolderImages:
+        return FolderImages(samples, image_size=image_size, augment=augment, seed=seed, root=root)
+
+    to_validate = images(held_out)
+    return ImageData(
+        name=str(root),
+        train=images(train, augment=True),
+        held_out=to_validate,
+        test=to_validate if test is held_out else images(test),
+        classes=tuple(classes),
+        image_size=image_size,
+        channels=3,
+        held_out_rule=rule,
+        skipped=tuple(sorted(skipped)),
+    )
+
+
+def load_unlabelled(paths: Iterable[str | Path], *, image_size: int, channels: int) -> FolderImages:
+    """Image files and folders of them without labels, as a model for images of this size and kind takes them."""
+    files = find_images(paths)
+    skipped = find_unreadable(files)
+    samples = [(file, IGNORED) for file in files if file not in skipped]
+    return FolderImages(samples, image_size=image_size, channels=channels)
+
+
+def _transform(image_size: int, channels: int, augment: bool) -> Callable[[Image.Image], Tensor]:
+    to_square: list[torch.nn.Module] = (
+        [v2.RandomResizedCrop(image_size, scale=(0.4, 1.0)), v2.RandomHorizontalFlip()]
+        if augment
+        else [v2.Resize(image_size), v2.CenterCrop(image_size)]
+    )
+    to_numbers = [v2.Grayscale(channels)] if channels == 1 else []
+    to_numbers += [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(*MEAN_AND_STD[channels])]
+    return v2.Compose([*to_square, *to_numbers])
+
+
+def _check_is_folder(root: Path) -> None:
+    expected = "'digits' or a folder with one folder of images for each class"
+    if root.is_file():
+        raise InvalidArgument(
+            "data", expected=expected, got=f"the file {root}", hint="Name the folder that holds the class folders."
+        )
+    if not root.is_dir():
+        raise InvalidArgument(
+            "data", expected=expected, got=f"{str(root)!r}, which does not exist", hint="Check the path."
+        )
+
+
+def _part(root: Path, name: str) -> Path | None:
+    """`root/name` where that holds folders itself; with images directly inside it is a class like any other."""
+    folder = root / name
+    return folder if folder.is_dir() and any(child.is_dir() for child in folder.iterdir()) else None
+
+
+def _rank(name: str) -> int:
+    return HELD_OUT_FOLDERS.index(name)
+
+
+def _without(samples: Iterable[Sample], skipped: set[Path]) -> list[Sample]:
+    return [sample for sample in samples if sample[0] not in skipped]

@@ -1,0 +1,212 @@
+"""The main job: train the baseline and every mechanism under one budget, and say what each costs and keeps."""
+
+import logging
+import math
+import signal
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import count, product
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from narrows.data import ImageData, ImageDataModule
+from narrows.errors import InvalidArgument
+from narrows.measure import compare_speed, measure, peak_memory
+from narrows.models import ImageClassifier, create_model, load_model
+from narrows.tasks.classification import Classification
+from narrows.tasks.comparison import Comparison, Expense, Run, write_runs
+from narrows.tasks.comparison_report import carriers_in_use, narrowest, write_report
+from narrows.tasks.progress import RunProgress
+from narrows.validation import check_positive
+
+MODELS = ("vit_mini", "ats_vit_mini", "soft_moe_vit_mini", "sepvit_mini", "slot_vit_mini", "resampler_vit_mini")
+
+
+def compare(
+    data: str = "digits",
+    *,
+    models: Sequence[str] = MODELS,
+    seeds: int = 1,
+    epochs: int = 12,
+    batch_size: int = 64,
+    image_size: int | None = None,
+    learning_rate: float = 2e-3,
+    output: str | Path = "runs",
+    device: str = "auto",
+) -> Comparison:
+    """Train models side by side on one image data set; report accuracy, cost and where tokens went.
+
+    Every model sees the same images, in the same order, for as many epochs. Models, tables, logs and `report.html` are
+    written to `<output>/<time>/`; Ctrl-C keeps the models that are finished.
+
+    Args:
+        data: "digits" (scenes with handwritten digits, no download), or a folder with one folder of images per class.
+        models: registry names; `narrows info` lists them.
+        seeds: how many seeds each model is trained from; two or more give a spread.
+        epochs: passes over the training images.
+        batch_size: images in a training step.
+        image_size: side of the images in pixels; by default 32 for digits and 64 for folders.
+        learning_rate: at its highest.
+        output: folder of all comparisons.
+        device: "auto", "cpu" or "cuda".
+
+    Raises:
+        InvalidArgument: an unknown model or device, no model, a number that is not positive.
+        DataError: images that cannot be used.
+    """
+    check_positive(seeds=seeds, epochs=epochs, batch_size=batch_size)
+    if not models:
+        raise InvalidArgument("models", expected="at least one registry name", got="none")
+    accelerator = _accelerator(device)
+    found = ImageDataModule(data, image_size=image_size).loaded
+    # Built before anything is trained: a wrong name or size must not cost the time of the others.
+    for name in models:
+        create_model(name, **_shape(found))
+    folder = _new_folder(Path(output))
+    tqdm.write(_announcement(found, models, seeds, epochs, folder))
+
+    runs: list[Run] = []
+    interrupted = False
+    with _quiet_lightning():
+        try:
+            for number, (seed, name) in enumerate(product(range(seeds), models), start=1):
+                label = f"{number}/{seeds * len(models)} {name}" + (f" seed {seed}" if seeds > 1 else "")
+                images = ImageDataModule(data, image_size=image_size, batch_size=batch_size, seed=seed)
+                images.__dict__["loaded"] = found if seed == 0 else images.loaded
+                torch.manual_seed(seed)
+                task = Classification(name, **_shape(found), learning_rate=learning_rate)
+                runs.append(_train(task, name, images, folder, label=label, epochs=epochs, accelerator=accelerator))
+                write_runs(runs, folder / "runs.csv")
+        except KeyboardInterrupt:
+            if not runs:
+                raise KeyboardInterrupt("No model was finished yet, nothing is kept.") from None
+            interrupted = True
+    comparison = Comparison(runs, _expenses(runs, found, batch_size, accelerator), folder, interrupted)
+    write_report(comparison, found, epochs=epochs, batch_size=batch_size)
+    return comparison
+
+
+def _train(
+    task: Classification, name: str, images: ImageDataModule, folder: Path, *, label: str, epochs: int, accelerator: str
+) -> Run:
+    """Train one model, judge it on the held-out images and save it."""
+    run_name = f"{name}-seed{images.seed}"
+    trainer = Trainer(
+        max_epochs=epochs,
+        accelerator=accelerator,
+        devices=1,
+        gradient_clip_val=1.0,
+        check_val_every_n_epoch=max(1, epochs // 4),
+        num_sanity_val_steps=0,
+        callbacks=[RunProgress(label)],
+        logger=CSVLogger(folder / "logs", name=run_name, version=""),
+        enable_progress_bar=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+    )
+    start = time.perf_counter()
+    try:
+        trainer.fit(task, datamodule=images)
+    except SystemExit:
+        if not trainer.interrupted:
+            raise
+        # Lightning turns Ctrl-C into an exit and goes on ignoring it; both are for the caller to decide.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        raise KeyboardInterrupt from None
+    seconds = time.perf_counter() - start
+    accuracy = trainer.validate(task, datamodule=images, verbose=False)[0]["val/accuracy"]
+    model = task.model
+    assert isinstance(model, ImageClassifier)
+    model.save_pretrained(folder / "models" / run_name)
+    images_seen = trainer.global_step * images.batch_size
+    return Run(name, images.seed, accuracy, images_seen, seconds, folder / "models" / run_name)
+
+
+def _expenses(runs: Sequence[Run], data: ImageData, batch_size: int, accelerator: str) -> dict[str, Expense]:
+    """What each model costs; speeds are taken in turns, so that a slow spell of the machine hits all of them."""
+    device = torch.device(accelerator)
+    models = {run.model: load_model(run.folder).to(device) for run in reversed(runs)}
+    models = {name: models[name] for name in dict.fromkeys(run.model for run in runs)}
+    images, labels = data.held_out.batch(range(min(batch_size, len(data.held_out))))
+    images, labels = images.to(device), labels.to(device)
+    steps = {name: partial(_training_step, model, images, labels) for name, model in models.items()}
+    training = compare_speed(steps, repeats=5, device=device)
+    expenses = {}
+    for name, model in tqdm(models.items(), desc="measuring", unit="model"):
+        carrier_routing = narrowest(model.eval().routing(images))
+        tokens = math.prod(model.token_grid(images))
+        expenses[name] = Expense(
+            cost=measure(model, images),
+            carried=tokens if carrier_routing is None else carriers_in_use(carrier_routing).mean().item(),
+            tokens=tokens,
+            training=training[name],
+            memory=peak_memory(steps[name], device),
+        )
+    return expenses
+
+
+def _training_step(model: nn.Module, images: Tensor, labels: Tensor) -> None:
+    model.train()
+    model.zero_grad()
+    F.cross_entropy(model(images), labels).backward()
+
+
+def _shape(data: ImageData) -> dict[str, Any]:
+    return {"num_classes": data.num_classes, "image_size": data.image_size, "channels": data.channels}
+
+
+def _accelerator(device: str) -> str:
+    if device not in ("auto", "cpu", "cuda"):
+        raise InvalidArgument("device", expected="'auto', 'cpu' or 'cuda'", got=repr(device))
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InvalidArgument("device", expected="'cpu' or 'auto' on a machine without CUDA", got="'cuda'")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+
+
+def _new_folder(output: Path) -> Path:
+    if output.is_file():
+        raise InvalidArgument("output", expected="a folder", got=f"the file {str(output)!r}")
+    stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
+    for attempt in count():
+        folder = output / (f"{stamp}_{attempt}" if attempt else stamp)
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return folder
+    raise AssertionError
+
+
+def _announcement(data: ImageData, models: Sequence[str], seeds: int, epochs: int, folder: Path) -> str:
+    lines = [
+        f"{data.name}: {len(data.train):,} training and {len(data.held_out):,} held-out images of "
+        f"{data.image_size} pixels in {data.num_classes} classes (held out: {data.held_out_rule})",
+        f"{len(models)} models, {seeds} seed{'s' if seeds > 1 else ''}, {epochs} epochs each; results in {folder}",
+    ]
+    if data.skipped:
+        lines.append(f"{len(data.skipped)} unreadable images skipped, {data.skipped[0]} among them")
+    return "\n".join(lines)
+
+
+@contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """The bar says what there is to say; Lightning's notes on devices and workers would tear it apart."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="lightning")
+        try:
+            yield
+        finally:
+            logger.setLevel(level)

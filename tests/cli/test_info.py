@@ -1,0 +1,48 @@
+import pytest
+import torch
+
+from narrows.cli import info, main
+from narrows.models import list_models
+from narrows.ops.dispatch import Implementation
+
+
+def test_info_names_versions_extras_devices_models_and_implementations(capsys):
+    assert main(["info"]) == 0
+    printed = capsys.readouterr().out
+    for expected in (torch.__version__, "cpu", "slot_attention.reference", *list_models(), *info.EXTRAS):
+        assert expected in printed
+
+
+def test_a_missing_extra_comes_with_the_way_to_get_it(monkeypatch):
+    monkeypatch.setattr(info, "EXTRAS", {"app": ("torch", "no-such-package")})
+    found = info.extras()["app"]
+    assert found == f"torch {info._version('torch')}; missing: no-such-package (pip install 'narrows[app]')"
+
+
+def test_an_implementation_that_cannot_run_says_why(monkeypatch):
+    known = {
+        "reference": Implementation(print, "the formula"),
+        "triton": Implementation(print, "one kernel", lambda: "no CUDA device"),
+    }
+    monkeypatch.setattr(info, "_operations", lambda: [("slots", known)])
+    assert info.implementations() == {
+        "slots.reference": "the formula",
+        "slots.triton": "cannot run here: no CUDA device",
+    }
+
+
+def test_every_operation_lists_its_implementations():
+    names = [name for name, _ in info._operations()]
+    assert len(names) >= 6
+    assert all("reference" in known for _, known in info._operations())
+
+
+def test_an_unknown_option_exits_2(capsys):
+    assert main(["info", "--all"]) == 2
+    assert "unrecognized arguments: --all" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["info", "bench", "compare", "show"])
+def test_commands_explain_themselves(command, capsys):
+    assert main([command, "--help"]) == 0
+    assert f"narrows {command}" in capsys.readouterr().out

@@ -1,0 +1,117 @@
+import builtins
+import importlib
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+import narrows
+from narrows import cli
+from narrows.cli import COMMANDS, main
+from narrows.errors import InvalidArgument
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """A command `info` that does what the test says."""
+
+    def install(run):
+        monkeypatch.setattr(cli.importlib, "import_module", lambda name: SimpleNamespace(run=run))
+
+    return install
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["help"]])
+def test_help_names_every_command_and_where_to_start(arguments, capsys):
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    for name, (_, summary) in COMMANDS.items():
+        assert f"  {name}" in printed
+        assert summary in printed
+    assert "Start here: narrows compare" in printed
+    assert max(map(len, printed.splitlines())) <= 120
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"narrows {narrows.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("cmpare", "narrows: unknown command 'cmpare'. Did you mean 'compare'? See `narrows --help`."),
+        ("tst", "narrows: unknown command 'tst'. Did you mean 'test'? See `narrows --help`."),
+        ("xyzzy", "narrows: unknown command 'xyzzy'. There are compare, show"),
+        ("--frobnicate", "narrows: unknown command '--frobnicate'. There are compare"),
+    ],
+)
+def test_an_unknown_command_is_told_the_nearest_and_exits_2(name, message, capsys):
+    assert main([name]) == 2
+    assert capsys.readouterr().err.startswith(message)
+
+
+def test_errors_of_narrows_are_one_line_and_exit_1(command, capsys, monkeypatch):
+    def fail(arguments):
+        raise InvalidArgument("data", expected="a folder", got="a file")
+
+    command(fail)
+    assert main(["info"]) == 1
+    assert capsys.readouterr().err == "narrows: data: expected a folder, got a file.\n"
+    with pytest.raises(InvalidArgument):
+        main(["info", "--debug"])
+    monkeypatch.setenv("NARROWS_DEBUG", "1")
+    with pytest.raises(InvalidArgument):
+        main(["info"])
+
+
+def test_other_errors_are_not_hidden(command):
+    def fail(arguments):
+        raise ZeroDivisionError
+
+    command(fail)
+    with pytest.raises(ZeroDivisionError):
+        main(["info"])
+
+
+def test_ctrl_c_exits_130_and_says_what_is_kept(command, capsys):
+    def stop(arguments):
+        raise KeyboardInterrupt("Two models are in runs/1.")
+
+    command(stop)
+    assert main(["info"]) == 130
+    assert capsys.readouterr().err == "\nnarrows: stopped. Two models are in runs/1.\n"
+
+
+@pytest.mark.parametrize(("code", "expected"), [(None, 0), (0, 0), (3, 3), ("no", 1)])
+def test_an_exit_keeps_its_code(command, code, expected):
+    def leave(arguments):
+        raise SystemExit(code)
+
+    command(leave)
+    assert main(["info"]) == expected
+
+
+@pytest.mark.parametrize("argument", ["--help", "--version"])
+def test_help_and_version_load_nothing_heavy(argument):
+    script = f"import sys; from narrows.cli import main; main(['{argument}']); print(sorted(sys.modules))"
+    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    for package in ("lightning", "jsonargparse", "matplotlib", "torchvision", "sklearn"):
+        assert f"'{package}'" not in loaded
+
+
+def test_without_the_extra_a_command_says_how_to_get_it(monkeypatch, capsys):
+    def without(name, *args, **kwargs):
+        if name.partition(".")[0] == "jsonargparse":
+            raise ImportError(name=name)
+        return importing(name, *args, **kwargs)
+
+    importing = builtins.__import__
+    for module in ("bench", "parsing"):
+        importlib.import_module(f"narrows.cli.{module}")  # so that monkeypatch brings them back
+        monkeypatch.delitem(sys.modules, f"narrows.cli.{module}")
+    monkeypatch.setattr(builtins, "__import__", without)
+    assert main(["bench"]) == 1
+    assert "jsonargparse is needed to read the options" in (printed := capsys.readouterr().err)
+    assert "pip install 'narrows[train]'" in printed

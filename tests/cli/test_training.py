@@ -1,0 +1,151 @@
+import csv
+import json
+import signal
+
+import pytest
+import torch
+
+from narrows.cli import main
+from narrows.models import load_model
+from narrows.tasks.classification import Classification
+from tests.data.folders import write_classes, write_image
+
+MODEL = {"dim": 16, "depth": 1, "heads": 2, "mlp_dim": 16}
+QUIET = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--trainer.devices", "1"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_classes(tmp_path_factory.mktemp("images"), {"cat": 16, "dog": 16})
+
+
+@pytest.fixture
+def narrows(tmp_path, monkeypatch, folder):
+    """Runs a command of the trainer on the small folder in an empty place."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(command: str, *options: str) -> int:
+        data = ["--data", str(folder), "--data.image-size", "16", "--data.batch_size", "8"]
+        return main([command, *data, "--model.model_args", json.dumps(MODEL), *QUIET, *options])
+
+    yield call
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _only(found):
+    (path,) = found
+    return path
+
+
+def test_fit_leaves_a_run_that_every_other_command_takes(narrows, tmp_path, capsys):
+    assert narrows("fit", "--trainer.max_epochs", "2") == 0
+    run = _only((tmp_path / "runs").iterdir())
+    assert f"Checkpoints, metrics and the model are in runs/{run.name}" in capsys.readouterr().out
+    assert (run / "config.yaml").is_file()
+    assert list(run.glob("events.out.tfevents*"))
+    with (run / "metrics.csv").open() as file:
+        logged = list(csv.DictReader(file))
+    assert {"val/accuracy", "val/loss", "train/accuracy"} <= set(logged[0])
+    model = load_model(run / "model")
+    assert model.head.out_features == 2
+    last = run / "checkpoints" / "last.ckpt"
+
+    given = ["--config", str(run / "config.yaml"), "--ckpt_path", str(last)]
+    for command in ("validate", "test"):
+        assert main([command, *given]) == 0
+    assert main(["predict", *given]) == 0
+    table = _only((tmp_path / "runs").glob("*/predictions.csv"))
+    assert f"Predictions are in {table.relative_to(tmp_path)}" in capsys.readouterr().out
+    with table.open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["class"] for row in rows} <= {"cat", "dog"}
+    assert all(0.5 <= float(row["probability"]) <= 1 for row in rows)
+
+    new = write_image(tmp_path / "new" / "x.jpg", size=(50, 30))
+    assert main(["predict", *given, "--data.images", f"[{new}]", "--trainer.default_root_dir", "elsewhere"]) == 0
+    with _only((tmp_path / "elsewhere").glob("*/predictions.csv")).open() as file:
+        (row,) = csv.DictReader(file)
+    assert row["image"] == str(new)
+
+
+def test_fit_resumes_exactly(narrows, tmp_path):
+    torch.manual_seed(0)
+    assert narrows("fit", "--trainer.max_epochs", "4", "--checkpoint.save_top_k=-1", "--checkpoint.monitor=null") == 0
+    run = _only((tmp_path / "runs").iterdir())
+    half = _only((run / "checkpoints").glob("epoch=1-*.ckpt"))
+    resume = ["--config", str(run / "config.yaml"), "--ckpt_path", str(half), "--trainer.default_root_dir", "again"]
+    assert main(["fit", *resume]) == 0
+    again = _only((tmp_path / "again").iterdir())
+    expected, found = (torch.load(r / "checkpoints" / "last.ckpt", weights_only=True) for r in (run, again))
+    assert expected["global_step"] == found["global_step"]
+    for name, value in expected["state_dict"].items():
+        assert torch.equal(found["state_dict"][name], value), name
+
+
+def test_fit_honours_the_loggers_and_folders_of_lightning(narrows, tmp_path):
+    assert narrows("fit", "--trainer.max_epochs=1", "--trainer.logger=CSVLogger", "--trainer.logger.save_dir=mine") == 0
+    assert list((tmp_path / "mine").rglob("metrics.csv"))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_ctrl_c_keeps_a_checkpoint_and_says_how_to_go_on(narrows, tmp_path, capsys, monkeypatch):
+    def stop(task, *_):
+        if task.trainer.global_step == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Classification, "on_train_batch_start", stop)
+    assert narrows("fit", "--trainer.max_epochs", "4") == 130
+    last = _only((tmp_path / "runs").glob("*/checkpoints/last.ckpt"))
+    assert torch.load(last, weights_only=True)["global_step"] == 4
+    printed = capsys.readouterr().err
+    advice = printed[printed.index("Go on with: narrows ") :].split()[4:]
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert main(advice) == 0
+    assert len(list((tmp_path / "runs").glob("*/model/model.safetensors"))) == 1
+
+
+def test_the_configuration_can_be_printed_and_read_again(narrows, tmp_path, capsys):
+    assert narrows("fit", "--trainer.max_epochs", "1", "--print_config") == 0
+    (tmp_path / "recipe.yaml").write_text(capsys.readouterr().out)
+    assert main(["fit", "--config", "recipe.yaml", "--print_config"]) == 0
+    assert capsys.readouterr().out == (tmp_path / "recipe.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        ("--trainer.max_epoch 1", 2, "Did you mean --trainer.max_epochs?"),
+        ("--data.btach_size 4", 2, "Did you mean --data.batch_size?"),
+        ("--model.learn_rate 0.1", 2, "Did you mean --model.learning_rate?"),
+        ("--trainer.max_epochs abc", 2, 'Parser key "trainer.max_epochs"'),
+        ("--config nope.yaml", 2, "nope.yaml"),
+        ("--ckpt_path nope.ckpt", 1, "ckpt_path: expected a checkpoint file, got 'nope.ckpt', which does not exist"),
+        ("--model vit_mni", 1, "Did you mean 'vit_mini'?"),
+        ('--model.model_args {"depht":2}', 1, "Did you mean 'depth'?"),
+        ("--data no/such/folder", 1, "data: expected 'digits' or a folder"),
+        ("--data.batch_size 0", 1, "batch_size: expected a positive integer, got 0"),
+        ("--data.batch_size 500", 1, "fewer than batch_size = 500. Lower batch_size or add images"),
+    ],
+)
+def test_bad_input_is_explained(narrows, options, code, message, capsys):
+    assert narrows("fit", *options.split()) == code
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_only_training_can_do_without_a_checkpoint(narrows, command, capsys):
+    assert narrows(command) == 1
+    assert "ckpt_path: expected the checkpoint to look at, got None. Add --ckpt_path" in capsys.readouterr().err
+
+
+def test_an_unknown_key_of_a_recipe_is_told_the_nearest(tmp_path, capsys):
+    (tmp_path / "recipe.yaml").write_text("data:\n  image_siez: 32\n")
+    assert main(["fit", "--config", str(tmp_path / "recipe.yaml")]) == 2
+    assert "Did you mean --data.image_size?" in capsys.readouterr().err
+
+
+def test_every_training_command_explains_itself(capsys):
+    for command in ("fit", "predict"):
+        assert main([command, "--help"]) == 0
+        assert "--data.batch_size" in capsys.readouterr().out

@@ -1,0 +1,49 @@
+import pytest
+
+from narrows.data import Position, PositionSampler
+
+
+def _deal(length: int, processes: int, *, fill: bool, epoch: int = 0, shuffle: bool = True) -> list[list[Position]]:
+    samplers = [
+        PositionSampler(range(length), seed=5, shuffle=shuffle, fill=fill, num_replicas=processes, rank=rank)
+        for rank in range(processes)
+    ]
+    for sampler in samplers:
+        sampler.set_epoch(epoch)
+    return [list(sampler) for sampler in samplers]
+
+
+def test_an_epoch_holds_every_image_once_in_an_order_of_its_own():
+    first, second = (_deal(50, 1, fill=False, epoch=epoch)[0] for epoch in (0, 1))
+    assert sorted(p.index for p in first) == list(range(50)) == sorted(p.index for p in second)
+    assert [p.index for p in first] != [p.index for p in second]
+    assert {p.epoch for p in second} == {1}
+    assert first == _deal(50, 1, fill=False)[0]
+
+
+def test_processes_share_the_batches_of_one_process():
+    (alone,), together = _deal(48, 1, fill=False), _deal(48, 3, fill=False)
+    for step in range(4):
+        of_all = {p for dealt in together for p in dealt[step * 4 : (step + 1) * 4]}
+        assert of_all == set(alone[step * 12 : (step + 1) * 12])
+
+
+@pytest.mark.parametrize("length", [1, 7, 8, 9])
+def test_filled_up_positions_do_not_count_and_all_images_count_once(length):
+    dealt = _deal(length, 4, fill=True, shuffle=False)
+    assert len({len(positions) for positions in dealt}) == 1
+    assert sorted(p.index for positions in dealt for p in positions if p.counts) == list(range(length))
+
+
+def test_without_filling_processes_get_equally_many():
+    assert [len(positions) for positions in _deal(11, 4, fill=False)] == [2, 2, 2, 2]
+
+
+def test_begin_at_skips_in_its_epoch_only():
+    sampler = PositionSampler(range(20), seed=1, shuffle=True, fill=False)
+    sampler.set_epoch(3)
+    complete = list(sampler)
+    sampler.begin_at(3, 8)
+    assert list(sampler) == complete[8:]
+    sampler.set_epoch(4)
+    assert len(list(sampler)) == 20
