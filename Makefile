@@ -32,8 +32,11 @@ check: $(INSTALLED)
 	$(BIN)/lint-imports
 	$(BIN)/pytest --quiet tests/test_docs.py
 
+# Twice, since shape checks wrap every function and cannot be traced: tests marked "compiled" run without them.
 test: check
-	$(BIN)/pytest --numprocesses 2 --cov --ignore tests/test_docs.py
+	$(BIN)/pytest --numprocesses 2 --quiet --cov -m "not compiled" \
+		--jaxtyping-packages narrows,beartype.beartype --ignore tests/test_docs.py
+	$(BIN)/pytest --numprocesses 2 --quiet -m compiled
 
 bench: $(INSTALLED)
 	$(BIN)/narrows bench --record benchmarks/results

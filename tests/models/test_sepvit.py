@@ -210,7 +210,7 @@ def test_a_few_steps_learn_to_tell_corners_apart() -> None:
             image[:, label // 2 * 8 : label // 2 * 8 + 8, label % 2 * 8 : label % 2 * 8 + 8] += 1
         return images, labels
 
-    for _ in range(60):
+    for _ in range(120):
         images, labels = batch(32)
         loss = nn.functional.cross_entropy(model(images), labels)
         optimizer.zero_grad()

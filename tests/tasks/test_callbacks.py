@@ -81,4 +81,9 @@ def test_sharded_parameters_give_what_whole_ones_give_and_are_saved_whole(tmp_pa
     assert result.returncode == 0, result.stderr[-3000:]
     saved = load_model(tmp_path / "sharded" / "model").state_dict()
     for name, value in task.model.state_dict().items():
-        assert_close(saved[name], value, 1e-5)
+        if name.endswith("attention.qkv.bias"):
+            # The gradient of the keys' bias is 0 but for rounding, which Adam turns into steps of full length.
+            (query, _, value), (saved_query, _, saved_value) = value.chunk(3), saved[name].chunk(3)
+            assert_close(torch.cat((saved_query, saved_value)), torch.cat((query, value)), 1e-5)
+        else:
+            assert_close(saved[name], value, 1e-5)

@@ -127,18 +127,18 @@ def test_two_processes_give_what_one_gives(tmp_path):
     torch.manual_seed(0)
     alone = small_task()
     start = copy.deepcopy(alone.state_dict())
-    trainer = small_trainer(tmp_path / "1", max_epochs=1, limit_train_batches=5, enable_checkpointing=False)
+    # In float64: Adam turns the gradients that are 0 but for rounding (of the keys' bias) into steps of full length.
+    few = {"max_epochs": 1, "limit_train_batches": 5, "enable_checkpointing": False, "precision": "64-true"}
+    trainer = small_trainer(tmp_path / "1", **few)
     trainer.fit(alone, small_data(batch_size=8))
     (logged_alone,) = trainer.validate(alone, small_data(batch_size=8), verbose=False)
 
     together = small_task()
     together.load_state_dict(start)
-    trainer = small_trainer(
-        tmp_path / "2", max_epochs=1, limit_train_batches=5, enable_checkpointing=False, devices=2, strategy="ddp_fork"
-    )
+    trainer = small_trainer(tmp_path / "2", devices=2, strategy="ddp_fork", **few)
     trainer.fit(together, small_data(batch_size=4))
     for name, value in alone.model.state_dict().items():
-        assert_close(together.model.state_dict()[name], value, 1e-5)
+        assert_close(together.model.state_dict()[name], value, 1e-8)
     assert trainer.world_size == 2
     (logged,) = trainer.validate(together, small_data(batch_size=4), verbose=False)
     assert logged == pytest.approx(logged_alone, rel=1e-5)

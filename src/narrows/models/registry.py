@@ -4,6 +4,8 @@ import difflib
 import fnmatch
 import json
 from collections.abc import Mapping
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +67,8 @@ def load_model(folder: str | Path) -> ImageClassifier:
     name = json.loads(config_file.read_text(encoding="utf-8")).get("architecture")
     if name not in architectures:
         raise InvalidArgument("config.json", expected=f"'architecture' among {sorted(architectures)}", got=repr(name))
-    return architectures[name].from_pretrained(str(folder)).eval()
+    with redirect_stdout(StringIO()):  # huggingface_hub prints that it is loading, once for every model
+        return architectures[name].from_pretrained(str(folder)).eval()
 
 
 def _construct(architecture: type[ImageClassifier], name: str, arguments: Mapping[str, Any]) -> ImageClassifier:

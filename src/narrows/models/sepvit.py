@@ -224,7 +224,7 @@ def _whole_for_each_stage(name: str, value: int | Sequence[int], stages: int) ->
 PRESETS: dict[str, dict[str, Any]] = {
     "sepvit_mini": {
         "image_size": 32, "num_classes": 10, "channels": 3, "patch_stride": 2, "window_size": 4,
-        "dims": (32, 64, 128), "depths": (1, 2, 1), "heads": (1, 2, 4), "mlp_ratio": 2.0,
+        "dims": (32, 64, 128), "depths": (1, 1, 1), "heads": (1, 2, 4), "mlp_ratio": 2.0,
     },
     "sepvit_upstream_lite": {
         "image_size": 224, "num_classes": 1000, "channels": 3,

@@ -53,6 +53,6 @@ class SoftMoEViT(TransformerClassifier):
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "soft_moe_vit_mini": {**MINI, "num_experts": 16},
+    "soft_moe_vit_mini": {**MINI, "num_experts": 8, "slots_per_expert": 2},
     "soft_moe_vit_small": {**SMALL, "num_experts": 128},
 }

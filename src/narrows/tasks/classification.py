@@ -76,9 +76,9 @@ class Classification(LightningModule):
         if self.device_mesh is None:
             return
         mesh = self.device_mesh["data_parallel"]
-        for stack in [module for module in self.model.modules() if isinstance(module, nn.ModuleList)]:
-            for block in stack:
-                fully_shard(block, mesh=mesh)
+        stacks = [module for name, module in self.model.named_modules() if name.rpartition(".")[2] == "blocks"]
+        for block in [block for stack in stacks for block in stack.children()]:
+            fully_shard(block, mesh=mesh)
         fully_shard(self.model, mesh=mesh)
 
     def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B classes"]:
@@ -109,7 +109,9 @@ class Classification(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW with a learning rate that changes with every step."""
-        optimizer = torch.optim.AdamW(parameter_groups(self.model, self.weight_decay), lr=self.learning_rate)
+        # 0.999 averages squared gradients over as many steps as a short run has.
+        groups, betas = parameter_groups(self.model, self.weight_decay), (0.9, 0.98)
+        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=betas)
         steps = int(self.trainer.estimated_stepping_batches)
         scheduler = warmup_cosine(optimizer, total_steps=steps, warmup=self.warmup)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

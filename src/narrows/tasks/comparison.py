@@ -12,19 +12,19 @@ from narrows.visualize import Cell, ParetoPoint, text_table
 COLUMNS = (
     "model",
     "accuracy",
-    "MACs per image",
-    "tokens carried",
-    "training images/s",
-    "inference images/s",
-    "training memory",
+    "MACs/image",
+    "tokens",
+    "train images/s",
+    "infer images/s",
+    "train memory",
     "parameters",
 )
 BEST = {
     "accuracy": "max",
-    "MACs per image": "min",
-    "training images/s": "max",
-    "inference images/s": "max",
-    "training memory": "min",
+    "MACs/image": "min",
+    "train images/s": "max",
+    "infer images/s": "max",
+    "train memory": "min",
 }
 
 

@@ -24,8 +24,13 @@ def carriers_in_use(routing: Routing) -> Int[Tensor, "B"]:
 
 
 def narrowest(routings: Sequence[Routing]) -> Routing | None:
-    """The routing that the tokens pass through fewest carriers of, the last one of equals; None where there is none."""
-    return min(reversed(routings), key=lambda routing: carriers_in_use(routing).mean().item(), default=None)
+    """Where an image's own tokens pass through fewest carriers, the last one of equals; None without any routing.
+
+    The own tokens are those on the finest grid: later stages of a pyramid route what earlier ones have merged.
+    """
+    finest = max((routing.weights.shape[-1] for routing in routings), default=0)
+    own = [routing for routing in reversed(routings) if routing.weights.shape[-1] == finest]
+    return min(own, key=lambda routing: carriers_in_use(routing).mean().item(), default=None)
 
 
 def write_report(comparison: Comparison, data: ImageData, *, epochs: int, batch_size: int) -> None:
@@ -47,7 +52,7 @@ def write_report(comparison: Comparison, data: ImageData, *, epochs: int, batch_
     report.paragraph(
         f"Every model saw the same images in the same order, in batches of {batch_size}. Accuracy is the share of the "
         f"{len(data.held_out):,} held-out images it gets right (held out: {data.held_out_rule}). MACs are "
-        "multiply-accumulates of one image with the tokens really kept. Tokens carried: what an image's tokens are at "
+        "multiply-accumulates of one image with the tokens really kept. Tokens: what an image's tokens are at "
         "first, and how many carriers they pass through at the narrowest place. Speeds were taken in turns on one "
         f"machine ({_machine()})."
     )
@@ -56,10 +61,9 @@ def write_report(comparison: Comparison, data: ImageData, *, epochs: int, batch_
         report.paragraph(f"{len(data.skipped)} images could not be read and were skipped: {names}.")
     report.table(columns, rows, "Click on a column to sort by it.", best=BEST)
     report.section("Accuracy against cost")
-    report.figure(
-        pareto(comparison.points(), x="million MACs per image", y="held-out accuracy (%)"),
-        "Models on the line are beaten by none: nothing is cheaper and at least as accurate.",
-    )
+    figure = pareto(comparison.points(), x="million MACs per image", y="held-out accuracy (%)")
+    save(figure, comparison.folder / "pictures" / "pareto.png")
+    report.figure(figure, "Models on the line are beaten by none: nothing is cheaper and at least as accurate.")
     _where_tokens_went(report, comparison, data)
     report.section("Use a model")
     report.paragraph(
@@ -108,7 +112,7 @@ def _test_images(data: ImageData) -> tuple[Tensor, list[str]]:
 
 def _summary(model: ImageClassifier) -> str:
     """The first paragraph of the model's docstring: what its bottleneck does."""
-    return " ".join((type(model).__doc__ or "").split("\n\n")[0].split())
+    return " ".join((type(model).__doc__ or "").split("\n\n")[0].split()).replace("`", "")
 
 
 def _machine() -> str:

@@ -1,0 +1,65 @@
+"""Redraws the pictures of the documentation: trains what `narrows compare` trains, then draws with `narrows.visualize`.
+
+Run it with `make pictures`; `python docs/make_pictures.py runs/<time>` draws from a comparison that is there already.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+
+from narrows import GatedCrossAttentionBlock, load_model
+from narrows.data import DigitScenes, picture
+from narrows.tasks.compare import compare
+from narrows.visualize import overlay, save
+
+PICTURES = Path(__file__).parent / "pictures"
+SAMPLE = 21
+
+# Which of a model's bottlenecks stands for its mechanism.
+MECHANISMS = {
+    "slot_attention": ("slot_vit_mini", -1),
+    "soft_moe": ("soft_moe_vit_mini", -1),
+    "sepvit": ("sepvit_mini", 0),
+    "perceiver_resampler": ("resampler_vit_mini", -1),
+    "token_sampling": ("ats_vit_mini", -1),
+}
+
+
+def draw_mechanisms(models: Path) -> None:
+    """One overlay for each mechanism, on the same held-out scene."""
+    images, _ = DigitScenes("held_out").batch([SAMPLE])
+    for name, (model, bottleneck) in MECHANISMS.items():
+        routing = load_model(models / f"{model}-seed0").routing(images)[bottleneck]
+        save(overlay(picture(images)[0], routing), PICTURES / f"{name}.png")
+
+
+def draw_text_and_media() -> None:
+    """Which medium each text token reads, of four media in a text of 32 tokens, two of them side by side."""
+    torch.manual_seed(0)
+    block = GatedCrossAttentionBlock(64, media_dim=48)
+    locations = torch.zeros(1, 32, dtype=torch.bool)
+    locations[0, [4, 12, 13, 23]] = True
+    routing = block.routing(torch.randn(1, 32, 64), torch.randn(1, 4, 16, 48), locations)
+    figure = Figure(figsize=(9, 2), layout="constrained")
+    axis = figure.subplots()
+    axis.imshow(routing.weights[0].mean(0), cmap="Blues", aspect="auto")
+    axis.set_yticks(range(4), [f"medium {index}" for index in range(4)])
+    axis.set_xticks(range(32), ["▲" if here else "·" for here in locations[0]])
+    axis.set_xlabel("text tokens; ▲ where a medium stands")
+    save(figure, PICTURES / "gated_cross_attention.png")
+
+
+def main() -> None:
+    """Draw them all."""
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else compare(output="runs").folder
+    PICTURES.mkdir(exist_ok=True)
+    draw_mechanisms(folder / "models")
+    draw_text_and_media()
+    for name in ("gallery", "pareto"):
+        (PICTURES / f"{name}.png").write_bytes((folder / "pictures" / f"{name}.png").read_bytes())
+
+
+if __name__ == "__main__":
+    main()
