@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from narrows.errors import InvalidArgument, InvalidType
-from narrows.layers.separable_attention import SeparableAttention, WindowLinear
+from narrows.layers.separable_attention import SeparableAttention
 from narrows.ops.separable_attention import from_windows, to_windows
 from tests.support import assert_close, gradients
 
@@ -96,12 +96,6 @@ def test_half_precision_stays_half_precision(dtype: torch.dtype) -> None:
 def test_device_and_dtype_reach_every_parameter() -> None:
     layer = SeparableAttention(8, heads=2, window_size=2, device="meta", dtype=torch.float16)
     assert {(p.device.type, p.dtype) for p in layer.parameters()} == {("meta", torch.float16)}
-
-
-def test_window_linear_is_linear() -> None:
-    layer = WindowLinear(5, 6)
-    windows = torch.randn(2, 3, 4, 9, 5)
-    assert_close(layer(windows), windows @ layer.weight.T + layer.bias)
 
 
 @pytest.mark.parametrize(

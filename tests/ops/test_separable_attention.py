@@ -6,7 +6,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.nn import functional as F
 
 from narrows.errors import InvalidArgument, InvalidType
 from narrows.ops.separable_attention import (
@@ -14,7 +13,6 @@ from narrows.ops.separable_attention import (
     PointwiseWeights,
     SeparableAttentionWeights,
     from_windows,
-    project,
     separable_attention,
     to_windows,
     window_token_attention,
@@ -214,21 +212,6 @@ def test_window_tokens_read_what_the_depthwise_attention_gives_them() -> None:
     query, key, _ = (rows @ tensors["qkv"].T).unflatten(-1, (3, 2, 4)).permute(3, 0, 4, 1, 2, 5)
     attention = (query @ key.mT / 2).softmax(-1)
     assert_close(reads, attention[..., 0, 1:], 1e-12)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(7, 5), (1, 1, 5), (3, 4, 7, 5), (20, 9, 5), (0, 4, 5)], ids=str)
-def test_project_is_a_linear_map(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(shape, generator=generator).to(dtype).requires_grad_()
-    weight = torch.randn(6, 5, generator=generator).to(dtype).requires_grad_()
-    bias = torch.randn(6, generator=generator).to(dtype).requires_grad_()
-    for leaves in ((x, weight, bias), (x, weight)):
-        ours, theirs = project(*leaves), F.linear(*leaves)
-        assert ours.dtype == dtype
-        assert_close(ours, theirs)
-        for one, other in zip(gradients(ours, *leaves), gradients(theirs, *leaves), strict=True):
-            assert_close(one, other)
 
 
 @pytest.mark.parametrize("window_size", [1, 2, 3, 6])

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from narrows.errors import InvalidArgument
+from narrows.layers.linear import Linear
 from narrows.ops.perceiver_resampler import (
     PerceiverAttentionWeights,
     perceiver_attention,
@@ -42,9 +43,9 @@ def feed_forward(
     hidden = round(dim * mlp_ratio)
     return nn.Sequential(
         nn.LayerNorm(dim, device=device, dtype=dtype),
-        nn.Linear(dim, hidden, bias=False, device=device, dtype=dtype),
+        Linear(dim, hidden, bias=False, device=device, dtype=dtype),
         ACTIVATIONS[activation](),
-        nn.Linear(hidden, dim, bias=False, device=device, dtype=dtype),
+        Linear(hidden, dim, bias=False, device=device, dtype=dtype),
     )
 
 
@@ -67,9 +68,9 @@ class PerceiverAttention(nn.Module):
         inner = heads * head_dim
         self.norm_media = nn.LayerNorm(dim, device=device, dtype=dtype)
         self.norm_latents = nn.LayerNorm(dim, device=device, dtype=dtype)
-        self.to_q = nn.Linear(dim, inner, bias=False, device=device, dtype=dtype)
-        self.to_kv = nn.Linear(dim, 2 * inner, bias=False, device=device, dtype=dtype)
-        self.to_out = nn.Linear(inner, dim, bias=False, device=device, dtype=dtype)
+        self.to_q = Linear(dim, inner, bias=False, device=device, dtype=dtype)
+        self.to_kv = Linear(dim, 2 * inner, bias=False, device=device, dtype=dtype)
+        self.to_out = Linear(inner, dim, bias=False, device=device, dtype=dtype)
 
     def weights(self) -> PerceiverAttentionWeights:
         """The parameters as `narrows.ops` takes them."""

@@ -1,4 +1,4 @@
-"""Separable attention on feature maps, whole or cut into windows already, and linear maps of windows."""
+"""Separable attention on feature maps, whole or cut into windows already."""
 
 from typing import Any
 
@@ -12,7 +12,6 @@ from narrows.ops.separable_attention import (
     PointwiseWeights,
     SeparableAttentionWeights,
     from_windows,
-    project,
     separable_attention,
     to_windows,
     window_token_attention,
@@ -124,11 +123,3 @@ class SeparableAttention(nn.Module):
                 got=f"shape {tuple(feature_map.shape)}",
             )
         return feature_map
-
-
-class WindowLinear(nn.Linear):
-    """`nn.Linear` for tokens in windows `[..., n, D]`, by the quickest kernel there is (see `project`)."""
-
-    def forward(self, input: Float[Tensor, "*windows D"]) -> Float[Tensor, "*windows out"]:
-        """Mapped tokens."""
-        return project(input, self.weight, self.bias)

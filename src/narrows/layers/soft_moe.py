@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from narrows.errors import InvalidArgument
 from narrows.layers.experts import make_experts
+from narrows.layers.linear import Linear
 from narrows.ops.soft_moe import (
     Segments,
     dispatch_weights,
@@ -320,7 +321,7 @@ class DynamicSlotsSoftMoE(_SoftMixture):
         _check_capacity(capacity_factor)
         self.slots_per_expert = slots_per_expert
         self.segment_length = max(1, round(num_experts / capacity_factor))
-        self.to_slots = nn.Linear(dim, num_experts * dim, bias=False, device=device, dtype=dtype)
+        self.to_slots = Linear(dim, num_experts * dim, bias=False, device=device, dtype=dtype)
 
     def _slots(self, values: Tensor, mask: Tensor | None) -> Segments:
         if self.slots_per_expert is None:

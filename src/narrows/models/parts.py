@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from narrows.errors import InvalidArgument
+from narrows.layers.linear import Linear
 from narrows.models.base import ImageClassifier, check_images
 from narrows.validation import check_choice, check_positive
 
@@ -140,8 +141,8 @@ class SelfAttention(nn.Module):
             raise InvalidArgument("heads", expected=f"a divisor of dim = {dim}", got=heads)
         inner = heads * (head_dim or dim // heads)
         self.heads, self.dropout = heads, dropout
-        self.qkv = nn.Linear(dim, 3 * inner, bias=qkv_bias)
-        self.out = nn.Linear(inner, dim)
+        self.qkv = Linear(dim, 3 * inner, bias=qkv_bias)
+        self.out = Linear(inner, dim)
         self.apply(initialise_linear)
 
     def forward(self, tokens: Float[Tensor, "B N D"], mask: Tensor | None = None) -> Float[Tensor, "B N D"]:
@@ -158,7 +159,7 @@ class FeedForward(nn.Sequential):
 
     def __init__(self, dim: int, hidden_dim: int, *, dropout: float = 0.0) -> None:
         super().__init__(
-            nn.Linear(dim, hidden_dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden_dim, dim), nn.Dropout(dropout)
+            Linear(dim, hidden_dim), nn.GELU(), nn.Dropout(dropout), Linear(hidden_dim, dim), nn.Dropout(dropout)
         )
         self.apply(initialise_linear)
 

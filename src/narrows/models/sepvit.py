@@ -10,9 +10,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from narrows.errors import InvalidArgument
-from narrows.layers.separable_attention import SeparableAttention, WindowLinear
+from narrows.layers.separable_attention import SeparableAttention
 from narrows.models.base import ImageClassifier, check_images
-from narrows.models.parts import initialise_linear
+from narrows.models.parts import FeedForward, initialise_linear
 from narrows.ops.separable_attention import from_windows, to_windows
 from narrows.validation import check_positive
 
@@ -187,19 +187,6 @@ class Block(nn.Module):
         """The tokens after attention and feed-forward."""
         windows = windows + self.attention(self.attention_norm(windows))
         return windows + self.feed_forward(self.feed_forward_norm(windows))
-
-
-class FeedForward(nn.Sequential):
-    """Linear, GELU, linear on tokens in windows."""
-
-    def __init__(self, dim: int, hidden_dim: int, *, dropout: float) -> None:
-        super().__init__(
-            WindowLinear(dim, hidden_dim),
-            nn.GELU(),
-            nn.Dropout(dropout),
-            WindowLinear(hidden_dim, dim),
-            nn.Dropout(dropout),
-        )
 
 
 def _for_each_stage(name: str, value: Number | Sequence[Number], stages: int) -> tuple[Number, ...]:

@@ -2,7 +2,6 @@
 
 from narrows.ops.separable_attention.api import IMPLEMENTATIONS, separable_attention, window_token_attention
 from narrows.ops.separable_attention.common import PointwiseWeights, SeparableAttentionWeights
-from narrows.ops.separable_attention.projection import project
 from narrows.ops.separable_attention.windows import from_windows, to_windows
 
 __all__ = [
@@ -10,7 +9,6 @@ __all__ = [
     "PointwiseWeights",
     "SeparableAttentionWeights",
     "from_windows",
-    "project",
     "separable_attention",
     "to_windows",
     "window_token_attention",

@@ -9,8 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from narrows.ops.linear import linear
 from narrows.ops.separable_attention.common import PointwiseWeights, SeparableAttentionWeights
-from narrows.ops.separable_attention.projection import project
 
 
 def fused(
@@ -19,14 +19,14 @@ def fused(
     """What `reference` computes, without the attention matrices of the windows in memory."""
     batch, num_windows, _, dim = windows.shape
     tokens = torch.cat((weights.window_token.to(windows.dtype).expand(batch, num_windows, 1, dim), windows), 2)
-    projected = project(tokens.flatten(0, 1), weights.qkv)
+    projected = linear(tokens.flatten(0, 1), weights.qkv)
     query, key, value = projected.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
     attended = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
     attended = attended.unflatten(0, (batch, num_windows))  # [B, K, heads, 1 + n, d]
     maps = attended[..., 1:, :]
     if weights.pointwise is not None:
         maps = _mix_windows(maps, attended[..., 0, :], weights.pointwise, dropout)
-    return project(maps.transpose(2, 3).flatten(3), weights.out, weights.out_bias)
+    return linear(maps.transpose(2, 3).flatten(3), weights.out, weights.out_bias)
 
 
 def _mix_windows(

@@ -5,6 +5,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from narrows.ops.linear import linear
 from narrows.ops.precision import at_least_float32, autocast_off
 from narrows.ops.token_sampling.common import (
     AttentionWeights,
@@ -36,7 +37,7 @@ def sampled_attention(
     query_bias, key_value_bias = (
         (None, None) if weights.qkv_bias is None else weights.qkv_bias.split((inner, 2 * inner))
     )
-    key, value = F.linear(tokens, key_value_weight, key_value_bias).unflatten(-1, (2, heads, -1)).unbind(2)
+    key, value = linear(tokens, key_value_weight, key_value_bias).unflatten(-1, (2, heads, -1)).unbind(2)
 
     # The class token may always be read, so that no row of attention is empty.
     readable = None if mask is None else torch.cat((torch.ones_like(mask[:, :1]), mask[:, 1:]), 1)
@@ -44,7 +45,7 @@ def sampled_attention(
     scores = _scores(cls_query.detach(), key.detach(), value.detach(), readable)
     ids, kept = with_class_token(sampler(scores, None if mask is None else mask[:, 1:]), mask)
 
-    query = F.linear(gather_tokens(tokens, ids), query_weight, query_bias).unflatten(-1, (heads, -1))
+    query = linear(gather_tokens(tokens, ids), query_weight, query_bias).unflatten(-1, (heads, -1))
     attended = F.scaled_dot_product_attention(
         query.transpose(1, 2),
         key.transpose(1, 2),
@@ -52,7 +53,7 @@ def sampled_attention(
         attn_mask=None if readable is None else readable[:, None, None, :],
         dropout_p=dropout,
     )
-    result = F.linear(attended.transpose(1, 2).flatten(2), weights.out, weights.out_bias)
+    result = linear(attended.transpose(1, 2).flatten(2), weights.out, weights.out_bias)
     return SampledTokens(result * kept[..., None], ids, kept)
 
 

@@ -5,6 +5,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from narrows.ops.linear import linear
 from narrows.ops.precision import autocast_off
 from narrows.ops.slot_attention.common import (
     GRU,
@@ -60,8 +61,8 @@ def two_way_slot_attention_absorbed(
 
             shares, values = _tokens_read(current, normalized, weights.tokens, mask, token_normalization, eps)
             inputs = _gate(shares.mT.to(low), values.to(low), inputs, own.gru)
-            hidden = F.linear(layer_norm(inputs, own.mlp.norm), *own.mlp.expand).relu()
-            hidden = hidden if contract is None else F.linear(hidden, *contract)
+            hidden = linear(layer_norm(inputs, own.mlp.norm), *own.mlp.expand).relu()
+            hidden = hidden if contract is None else linear(hidden, *contract)
             inputs = _gate(hidden, input_map.weight.mT, inputs, GRU(input_map, own.mlp_gru.hidden))
         if mask is not None:
             inputs = inputs.masked_fill(~mask[..., None], 0)
@@ -124,8 +125,13 @@ def _gate(
     (_, input_bias), (weight, bias) = cell
     assert input_bias is not None
     assert bias is not None
-    both = left @ right[..., : 2 * dim] + F.linear(state, weight[: 2 * dim], (input_bias + bias)[: 2 * dim])
+    both = _product(left, right[..., : 2 * dim]) + linear(state, weight[: 2 * dim], (input_bias + bias)[: 2 * dim])
     reset, keep = both.sigmoid().chunk(2, -1)
-    new = left @ right[..., 2 * dim :] + input_bias[2 * dim :]
-    new = torch.tanh(new + reset * F.linear(state, weight[2 * dim :], bias[2 * dim :]))
+    new = _product(left, right[..., 2 * dim :]) + input_bias[2 * dim :]
+    new = torch.tanh(new + reset * linear(state, weight[2 * dim :], bias[2 * dim :]))
     return torch.lerp(new, state, keep)
+
+
+def _product(left: Float[Tensor, "B N R"], right: Float[Tensor, "*B R G"]) -> Float[Tensor, "B N G"]:
+    """`left @ right`; the same `right` for every sample is a linear map."""
+    return linear(left, right.mT) if right.ndim == 2 else left @ right
