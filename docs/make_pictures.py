@@ -15,13 +15,13 @@ from narrows.tasks.compare import compare
 from narrows.visualize import overlay, save
 
 PICTURES = Path(__file__).parent / "pictures"
-SAMPLE = 21
+SAMPLE = 6
 
 # Which of a model's bottlenecks stands for its mechanism.
 MECHANISMS = {
     "slot_attention": ("slot_vit_mini", -1),
     "soft_moe": ("soft_moe_vit_mini", -1),
-    "sepvit": ("sepvit_mini", 0),
+    "sepvit": ("sepvit_mini", 1),
     "perceiver_resampler": ("resampler_vit_mini", -1),
     "token_sampling": ("ats_vit_mini", -1),
 }
@@ -44,7 +44,7 @@ def draw_text_and_media() -> None:
     routing = block.routing(torch.randn(1, 32, 64), torch.randn(1, 4, 16, 48), locations)
     figure = Figure(figsize=(9, 2), layout="constrained")
     axis = figure.subplots()
-    axis.imshow(routing.weights[0].mean(0), cmap="Blues", aspect="auto")
+    axis.imshow(routing.detach().weights[0].mean(0), cmap="Blues", aspect="auto")
     axis.set_yticks(range(4), [f"medium {index}" for index in range(4)])
     axis.set_xticks(range(32), ["▲" if here else "·" for here in locations[0]])
     axis.set_xlabel("text tokens; ▲ where a medium stands")

@@ -80,7 +80,7 @@ def test_bench_races_prints_and_records(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(bench, "race", race)
     monkeypatch.setattr(bench, "table", lambda rows: f"{len(rows)} row")
     monkeypatch.setattr(bench, "record_rows", lambda rows, folder: [Path(folder) / "cpu.csv"])
-    assert main(["bench", "--pattern", "slots*", "--repeats", "3", "--record", str(tmp_path)]) == 0
+    assert main(["bench", "slots*", "--repeats", "3", "--record", str(tmp_path)]) == 0
     assert seen == {"pattern": "slots*", "device": "cpu", "compile": None, "repeats": 3}
     printed = capsys.readouterr()
     assert "1 row" in printed.out

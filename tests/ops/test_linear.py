@@ -9,13 +9,13 @@ from narrows.ops.linear import linear
 from tests.support import assert_close, gradients
 
 
-@pytest.mark.parametrize("smallest", [0, 2**14], ids=["convolved", "where it pays"])
+@pytest.mark.parametrize("fewest", [0, 128], ids=["convolved", "where it pays"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(7, 5), (1, 1, 5), (3, 4, 7, 5), (20, 9, 5), (0, 4, 5), (2, 2000, 5)], ids=str)
 def test_linear_is_a_linear_map(
-    shape: tuple[int, ...], dtype: torch.dtype, smallest: int, monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, ...], dtype: torch.dtype, fewest: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "SMALLEST_CONVOLVED", smallest)
+    monkeypatch.setattr(module, "FEWEST_CONVOLVED", fewest)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(shape, generator=generator).to(dtype).requires_grad_()
     weight = torch.randn(6, 5, generator=generator).to(dtype).requires_grad_()
@@ -29,7 +29,7 @@ def test_linear_is_a_linear_map(
 
 
 def test_strides_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "SMALLEST_CONVOLVED", 0)
+    monkeypatch.setattr(module, "FEWEST_CONVOLVED", 0)
     x, weight = torch.randn(5, 7, 4), torch.randn(6, 4)
     for view in (x.transpose(0, 1), x.flip(1), x[:, ::2], x.expand(3, 5, 7, 4)):
         assert_close(linear(view, weight), F.linear(view, weight))

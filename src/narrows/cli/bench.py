@@ -10,7 +10,7 @@ from narrows.cli.parsing import call
 
 def run(arguments: list[str]) -> None:
     """Run the benchmark."""
-    call(bench, arguments)
+    call(bench, arguments, first="pattern")
 
 
 def bench(
@@ -23,7 +23,7 @@ def bench(
     """Time narrows and its rivals side by side, interleaved, after checking that both compute the same.
 
     Args:
-        pattern: shell wildcard over the names of cases, for instance "slot_attention*".
+        pattern: shell wildcard over the names of cases, for instance "slot_attention/*".
         device: where both run.
         compile: race both under torch.compile too; by default on CUDA only.
         repeats: samples of each time.

@@ -1,6 +1,7 @@
 """Options from signatures, and errors that name what was probably meant."""
 
 import difflib
+import inspect
 import re
 import sys
 from collections.abc import Callable, Iterable
@@ -43,14 +44,18 @@ def underscored(arguments: Iterable[str]) -> list[str]:
     return [re.sub(r"^--[\w.-]+", lambda option: "--" + option[0][2:].replace("-", "_"), a) for a in arguments]
 
 
-def call(function: Callable[..., Any], arguments: list[str], *, several: str = "") -> None:
+def call(function: Callable[..., Any], arguments: list[str], *, several: str = "", first: str = "") -> None:
     """Call `function` with the options in `arguments[1:]`; `arguments[0]` is the command.
 
-    Arguments without a default have no option name. The one called `several` takes one value or more and comes last.
+    Arguments without a default have no option name. The one called `several` takes one value or more and comes last;
+    the one called `first` has a default and no option name either.
     """
     command, *options = arguments
     parser = ClearErrors(prog=f"narrows {command}", description=(function.__doc__ or "").partition("\n")[0])
-    parser.add_function_arguments(function, as_group=False, as_positional=True, skip={several})
+    parser.add_function_arguments(function, as_group=False, as_positional=True, skip={several, first})
+    if first:
+        default = inspect.signature(function).parameters[first].default
+        parser.add_argument(first, nargs="?", default=default, help=f"(default: {default})")
     if several:
         parser.add_argument(several, nargs="+")
     function(**vars(parser.parse_args(underscored(options))))

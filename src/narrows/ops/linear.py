@@ -5,8 +5,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-# Below this many numbers the convolution's own overhead is what counts.
-SMALLEST_CONVOLVED = 2**14
+# With fewer tokens than this, bringing the weights into oneDNN's order costs more than the product.
+FEWEST_CONVOLVED = 128
 
 
 def linear(
@@ -19,7 +19,7 @@ def linear(
     """
     convolved = tokens.device.type == "cpu" and tokens.dtype == torch.float32 and tokens.ndim > 2
     # Compilers choose for themselves.
-    if not convolved or torch.compiler.is_compiling() or tokens.numel() < SMALLEST_CONVOLVED:
+    if not convolved or torch.compiler.is_compiling() or tokens.numel() < FEWEST_CONVOLVED * tokens.shape[-1]:
         return F.linear(tokens, weight, bias)
     images = tokens.flatten(0, -3).unsqueeze(2).permute(0, 3, 1, 2)  # [images, D, n, 1], channels last
     mapped = F.conv2d(images, weight[:, :, None, None], bias)

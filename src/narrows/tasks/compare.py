@@ -37,7 +37,7 @@ def compare(
     *,
     models: Sequence[str] = MODELS,
     seeds: int = 1,
-    epochs: int = 10,
+    epochs: int = 12,
     batch_size: int = 64,
     image_size: int | None = None,
     learning_rate: float = 2e-3,

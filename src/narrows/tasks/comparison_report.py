@@ -59,7 +59,7 @@ def write_report(comparison: Comparison, data: ImageData, *, epochs: int, batch_
     if data.skipped:
         names = ", ".join(str(path) for path in data.skipped[:5])
         report.paragraph(f"{len(data.skipped)} images could not be read and were skipped: {names}.")
-    report.table(columns, rows, "Click on a column to sort by it.", best=BEST)
+    report.table(columns, rows, "What each model costs and keeps.", best=BEST)
     report.section("Accuracy against cost")
     figure = pareto(comparison.points(), x="million MACs per image", y="held-out accuracy (%)")
     save(figure, comparison.folder / "pictures" / "pareto.png")

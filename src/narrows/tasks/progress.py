@@ -1,5 +1,6 @@
 """One line of live progress for a whole training run."""
 
+import sys
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -21,7 +22,13 @@ class RunProgress(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the bar."""
         steps = int(trainer.estimated_stepping_batches)
-        self.bar = tqdm(total=steps, desc=self.label, unit="step", dynamic_ncols=True, mininterval=0.5)
+        self.bar = tqdm(
+            total=steps,
+            desc=self.label,
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=0.5 if sys.stderr.isatty() else 10,
+        )
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
