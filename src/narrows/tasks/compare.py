@@ -76,13 +76,15 @@ def compare(
     tqdm.write(_announcement(found, models, seeds, epochs, folder))
 
     runs: list[Run] = []
+    loaded = {0: found}
     interrupted = False
     with _quiet_lightning():
         try:
             for number, (seed, name) in enumerate(product(range(seeds), models), start=1):
                 label = f"{number}/{seeds * len(models)} {name}" + (f" seed {seed}" if seeds > 1 else "")
                 images = ImageDataModule(data, image_size=image_size, batch_size=batch_size, seed=seed)
-                images.__dict__["loaded"] = found if seed == 0 else images.loaded
+                # Reading a folder looks at every image: once for each seed is enough.
+                images.loaded = loaded[seed] = loaded.get(seed) or images.loaded
                 torch.manual_seed(seed)
                 task = Classification(name, **_shape(found), learning_rate=learning_rate)
                 runs.append(_train(task, name, images, folder, label=label, epochs=epochs, accelerator=accelerator))
@@ -188,14 +190,11 @@ def _new_folder(output: Path) -> Path:
 
 
 def _announcement(data: ImageData, models: Sequence[str], seeds: int, epochs: int, folder: Path) -> str:
-    lines = [
+    return (
         f"{data.name}: {len(data.train):,} training and {len(data.held_out):,} held-out images of "
-        f"{data.image_size} pixels in {data.num_classes} classes (held out: {data.held_out_rule})",
-        f"{len(models)} models, {seeds} seed{'s' if seeds > 1 else ''}, {epochs} epochs each; results in {folder}",
-    ]
-    if data.skipped:
-        lines.append(f"{len(data.skipped)} unreadable images skipped, {data.skipped[0]} among them")
-    return "\n".join(lines)
+        f"{data.image_size} pixels in {data.num_classes} classes (held out: {data.held_out_rule})\n"
+        f"{len(models)} models, {seeds} seed{'s' if seeds > 1 else ''}, {epochs} epochs each; results in {folder}"
+    )
 
 
 @contextmanager
