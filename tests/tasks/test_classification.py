@@ -138,7 +138,7 @@ def test_two_processes_give_what_one_gives(tmp_path):
     trainer = small_trainer(tmp_path / "2", devices=2, strategy="ddp_fork", **few)
     trainer.fit(together, small_data(batch_size=4))
     for name, value in alone.model.state_dict().items():
-        assert_close(together.model.state_dict()[name], value, 1e-8)
+        assert_close(together.model.state_dict()[name], value, 1e-7)
     assert trainer.world_size == 2
     (logged,) = trainer.validate(together, small_data(batch_size=4), verbose=False)
     assert logged == pytest.approx(logged_alone, rel=1e-5)

@@ -145,11 +145,11 @@ def _expenses(runs: Sequence[Run], data: ImageData, batch_size: int, accelerator
     training = compare_speed(steps, repeats=5, device=device)
     expenses = {}
     for name, model in tqdm(models.items(), desc="measuring", unit="model"):
-        carrier_routing = narrowest(model.eval().routing(images))
+        narrow = narrowest(model.eval().routing(images))
         tokens = math.prod(model.token_grid(images))
         expenses[name] = Expense(
             cost=measure(model, images),
-            carried=tokens if carrier_routing is None else carriers_in_use(carrier_routing).mean().item(),
+            carried=float(tokens) if narrow is None else carriers_in_use(narrow).float().mean().item(),
             tokens=tokens,
             training=training[name],
             memory=peak_memory(steps[name], device),

@@ -20,7 +20,7 @@ NUM_PICTURES = 6
 
 def carriers_in_use(routing: Routing) -> Int[Tensor, "B"]:
     """How many carriers of each sample read any token at all."""
-    return (routing.weights.amax((1, 3)) > 0).sum(1).float()
+    return (routing.weights.amax((1, 3)) > 0).sum(1)
 
 
 def narrowest(routings: Sequence[Routing]) -> Routing | None:
@@ -30,7 +30,7 @@ def narrowest(routings: Sequence[Routing]) -> Routing | None:
     """
     finest = max((routing.weights.shape[-1] for routing in routings), default=0)
     own = [routing for routing in reversed(routings) if routing.weights.shape[-1] == finest]
-    return min(own, key=lambda routing: carriers_in_use(routing).mean().item(), default=None)
+    return min(own, key=lambda routing: carriers_in_use(routing).float().mean().item(), default=None)
 
 
 def write_report(comparison: Comparison, data: ImageData, *, epochs: int, batch_size: int) -> None:
