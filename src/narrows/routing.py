@@ -1,6 +1,5 @@
 """The one record of where tokens went: `Routing`."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from jaxtyping import Float
@@ -59,11 +58,3 @@ class Routing:
     def detach(self) -> "Routing":
         """The same routing in float32 on the CPU, cut from the graph: what pictures and reports want."""
         return replace(self, weights=self.weights.detach().float().cpu())
-
-
-def select(routings: Iterable[Routing], name: str) -> Routing:
-    """The routing recorded under `name`; an error that lists the names there are otherwise."""
-    known = {routing.name: routing for routing in routings}
-    if name not in known:
-        raise InvalidArgument("name", expected=f"one of {sorted(known)}", got=repr(name))
-    return known[name]

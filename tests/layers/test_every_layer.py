@@ -48,10 +48,6 @@ def total(outputs: dict[str, Tensor]) -> Tensor:
     return torch.cat([value.flatten().double() for value in outputs.values() if value.is_floating_point()])
 
 
-def with_mask(case: LayerCase, arguments: dict[str, Tensor], mask_name: str, mask: Tensor) -> dict[str, Tensor]:
-    return {**arguments, mask_name: mask}
-
-
 def token_shape(case: LayerCase, arguments: dict[str, Tensor], mask_name: str) -> tuple[int, ...]:
     return tuple(arguments[case.padded[mask_name]].shape[: case.pad_axis + 1])
 
@@ -151,7 +147,7 @@ def test_a_full_mask_changes_nothing(case: LayerCase, mask_name: str) -> None:
     layer, arguments = build(case).double(), cast(inputs(case), torch.float64)
     mask = torch.ones(token_shape(case, arguments, mask_name), dtype=torch.bool)
     expected = call(case, layer, arguments)
-    for name, value in call(case, layer, with_mask(case, arguments, mask_name, mask)).items():
+    for name, value in call(case, layer, {**arguments, mask_name: mask}).items():
         assert_close(value.double(), expected[name].double(), 1e-9)
 
 
@@ -165,7 +161,7 @@ def test_padding_gives_each_sample_what_it_gets_alone(case: LayerCase, mask_name
     real = shape[-1] // 2
     mask = (torch.arange(shape[-1]) < real).expand(shape)
     expected = call(case, layer, arguments)
-    outputs = call(case, layer, with_mask(case, arguments_wide, mask_name, mask))
+    outputs = call(case, layer, {**arguments_wide, mask_name: mask})
     for name, value in outputs.items():
         if name in case.per_token:
             assert (value.narrow(case.pad_axis, real, real) == 0).all(), f"{name} is not 0 at masked tokens"
@@ -184,7 +180,7 @@ def test_a_sample_without_any_token_is_finite(case: LayerCase, mask_name: str, d
     shape = token_shape(case, arguments, mask_name)
     mask = torch.ones(shape, dtype=torch.bool)
     mask[1] = False
-    outputs = call(case, layer, with_mask(case, arguments, mask_name, mask))
+    outputs = call(case, layer, {**arguments, mask_name: mask})
     total(outputs).sum().backward()
     for name, value in outputs.items():
         assert torch.isfinite(value.double()).all(), name

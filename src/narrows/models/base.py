@@ -1,5 +1,6 @@
 """What every image classifier of narrows offers."""
 
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -83,7 +84,7 @@ class ImageClassifier(
 
     @staticmethod
     def _placed(routing: Routing, name: str, grid: tuple[int, int]) -> Routing:
-        placed = Routing(routing.weights, routing.carriers, routing.grid, routing.prefix, name)
+        placed = replace(routing, name=name)
         prefix = routing.weights.shape[-1] - grid[0] * grid[1]
         # A model has at most a class token before its grid; anything else is not the model's own token sequence.
         return placed.with_grid(grid, prefix=prefix) if routing.grid is None and prefix in (0, 1) else placed
