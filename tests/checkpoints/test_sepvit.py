@@ -1,126 +1,131 @@
-import copy
+"""Checkpoints with the names of the paper's release, made here: nobody publishes one that could be loaded."""
 
 import pytest
 import torch
-from torch import Tensor, nn
-from vit_pytorch.sep_vit import SepViT as UpstreamSepViT
+from torch import Tensor
 
-from narrows.checkpoints import from_upstream
-from narrows.models.sepvit import SepViT
-from tests.support import assert_close, gradients, parameter_gradients
+from narrows.checkpoints import read_sepvit
+from narrows.errors import InvalidArgument
+from tests.support import assert_close
+
+WIDTHS, DEPTHS, WINDOWS = (32, 64, 64, 96), (1, 2, 2, 1), ((7,), (7, 14), (7, 14), (7,))
 
 
-def upstream(**kwargs: object) -> nn.Module:
-    """Small, and random everywhere: upstream starts norms at one and zero."""
+def official(*, dense: bool = False, classes: int = 11) -> dict[str, Tensor]:
+    """A state dict of theirs, small and random; a dense one has no window tokens and exchange in every block."""
     torch.manual_seed(0)
-    module = UpstreamSepViT(**{"num_classes": 5, "dim": 8, "depth": (1, 2), "heads": (1, 2), **kwargs}).eval()
-    for name, parameter in module.named_parameters():
-        nn.init.normal_(parameter, mean=float(name.endswith(".g")), std=0.2)
-    return module
+    state: dict[str, Tensor] = {}
+
+    def layer(name: str, *shape: int, norm: bool = False) -> None:
+        state[f"{name}.weight"] = torch.randn(shape) * 0.2 + float(norm)
+        state[f"{name}.bias"] = torch.randn(shape[0]) * 0.2
+
+    incoming = 3
+    for stage, (width, depth) in enumerate(zip(WIDTHS, DEPTHS, strict=True)):
+        kernel = 7 if stage == 0 else 3
+        layer(f"patch_embeds.{stage}.proj", width, incoming, kernel, kernel)
+        layer(f"patch_embeds.{stage}.norm", width, norm=True)
+        layer(f"pos_block.{stage}.proj.0", width, 1, 3, 3)
+        for block in range(depth):
+            name, size = f"blocks.{stage}.{block}", WINDOWS[stage][block % len(WINDOWS[stage])]
+            windows = (56 // 2**stage // size) ** 2
+            layer(f"{name}.norm1", width, norm=True)
+            layer(f"{name}.attn.DSA_qkv", 3 * width, width)
+            if dense or windows > 1:
+                layer(f"{name}.attn.win_tokens_norm", width, norm=True)
+                layer(f"{name}.attn.PSA_qk", 2 * width, width)
+            if not dense and windows > 1:
+                state[f"{name}.win_tokens"] = torch.randn(1, windows, 1, width)
+            layer(f"{name}.attn.proj", width, width)
+            layer(f"{name}.norm2", width, norm=True)
+            layer(f"{name}.mlp.fc1", 4 * width, width)
+            layer(f"{name}.mlp.fc2", width, 4 * width)
+        incoming = width
+    if not dense:
+        layer("norm", WIDTHS[-1], norm=True)
+        layer("head", classes, WIDTHS[-1])
+    return state
 
 
-def in_narrows_layout(module: nn.Module, values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Upstream gradients under the names of narrows: a copy that holds them as weights is converted."""
-    holder = copy.deepcopy(module)
-    holder.load_state_dict(values)
-    return dict(from_upstream(holder).named_parameters())
+def test_every_weight_arrives_where_it_belongs() -> None:
+    state = official()
+    model = read_sepvit({"model": state})
+    assert sum(parameter.numel() for parameter in model.parameters()) == sum(map(torch.numel, state.values()))
+    assert [[b.attention.window_size for b in stage.blocks] for stage in model.stages] == [[7], [7, 14], [7, 14], [7]]
+    assert [stage.blocks[0].attention.heads for stage in model.stages] == [1, 2, 2, 3]
+    stage, block = model.stages[1], model.stages[1].blocks[1]
+    for ours, theirs in [
+        (stage.embedding.weight, "patch_embeds.1.proj.weight"),
+        (stage.embedding_norm.bias, "patch_embeds.1.norm.bias"),
+        (stage.position.weight, "pos_block.1.proj.0.weight"),
+        (block.attention.norm.weight, "blocks.1.1.norm1.weight"),
+        (block.attention.qkv.weight, "blocks.1.1.attn.DSA_qkv.weight"),
+        (block.attention.window_norm.weight, "blocks.1.1.attn.win_tokens_norm.weight"),
+        (block.attention.window_query_key.bias, "blocks.1.1.attn.PSA_qk.bias"),
+        (block.attention.out.weight, "blocks.1.1.attn.proj.weight"),
+        (block.feed_forward_norm.weight, "blocks.1.1.norm2.weight"),
+        (block.feed_forward[0].weight, "blocks.1.1.mlp.fc1.weight"),
+        (block.feed_forward[3].weight, "blocks.1.1.mlp.fc2.weight"),
+        (model.norm.weight, "norm.weight"),
+        (model.head.weight, "head.weight"),
+    ]:
+        assert torch.equal(ours, state[theirs])
 
 
-def assert_parity(module: nn.Module, images: Tensor) -> None:
-    converted = from_upstream(module)
-    assert isinstance(converted, SepViT)
-    ours, theirs = images.clone().requires_grad_(), images.clone().requires_grad_()
-    output, expected = converted(ours), module(theirs)
-    assert_close(output, expected)
-    assert_close(*gradients(output, ours), *gradients(expected, theirs))
+def test_a_window_token_stands_at_its_window() -> None:
+    """Theirs are in raster order of the windows."""
+    state = official()
+    model = read_sepvit(state)
+    for stage, block, side in [(0, 0, 8), (1, 0, 4), (1, 1, 2), (2, 0, 2)]:
+        tokens = state[f"blocks.{stage}.{block}.win_tokens"]
+        ours = model.stages[stage].blocks[block].attention.window_token
+        assert ours.shape[:2] == (side, side)
+        for y in range(side):
+            for x in range(side):
+                assert torch.equal(ours[y, x], tokens[0, y * side + x, 0])
+    assert model.stages[2].blocks[1].attention.window_token is None
 
-    expected_gradients = in_narrows_layout(module, dict(parameter_gradients(module, module(images))))
-    found = parameter_gradients(converted, converted(images))
-    assert found.keys() == expected_gradients.keys()
-    for name, gradient in found.items():
-        assert_close(gradient, expected_gradients[name])
-        # One window in the last stage: upstream gives no gradient, narrows zeros. Everywhere else there is one.
-        silent = expected_gradients[name].abs().max() == 0
-        assert (gradient.abs().max() < 1e-7) == silent, name
+
+def test_shared_tokens_are_their_mean_and_run_with_masks() -> None:
+    state = official()
+    for name in [name for name in state if name.endswith("win_tokens")]:
+        state[name] = state[name][:, :1].expand_as(state[name]) + 0
+    each, shared = read_sepvit(state).eval(), read_sepvit(state, window_tokens="shared").eval()
+    images = torch.randn(1, 3, 112, 140)
+    assert_close(shared(images), each(images), 1e-5)
+    assert shared(images, torch.ones(1, 112, 140, dtype=torch.bool)).shape == (1, 11)
+
+    state = official()
+    token = read_sepvit(state, window_tokens="shared").stages[0].blocks[0].attention.window_token
+    assert_close(token[0, 0], state["blocks.0.0.win_tokens"].mean(1)[0, 0], 1e-6)
+
+
+def test_dense_checkpoints_have_zero_tokens_and_exchange_in_every_block() -> None:
+    model = read_sepvit(official(dense=True)).eval()
+    assert (model.num_classes, model.norm.weight.tolist()) == (0, [1.0] * 96)
+    layers = [block.attention for stage in model.stages for block in stage.blocks]
+    assert [layer.window_size for layer in layers] == [7, 7, 14, 7, 14, 7]
+    assert all((layer.window_token == 0).all() and layer.window_query_key is not None for layer in layers)
+    assert [tuple(each.shape[2:]) for each in model.forward_intermediates(torch.randn(1, 3, 64, 96))[1]] == [
+        (16, 24), (8, 12), (4, 6), (2, 3),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("change", "message"),
     [
-        {},
-        {"heads": 3},
-        {"heads": (4, 1), "dim": 12},
-        {"depth": (2,), "heads": (2,)},
-        {"depth": (1, 1, 1), "heads": (1, 2, 3)},
-        {"ff_mult": 2},
-        {"ff_mult": 1.3, "dim": 7},
-        {"channels": 1},
-        {"channels": 5, "num_classes": 1},
-        {"dropout": 0.3},
-        {"window_size": 4, "dim_head": 16},
+        (lambda s: s.pop("blocks.1.0.attn.proj.bias"), r"none for \['stages.1.blocks.0.attention.out.bias'\]"),
+        (lambda s: s.update(extra=torch.zeros(1)), r"besides them \['extra'\]"),
+        (lambda s: s.update({"norm.weight": torch.zeros(5)}), r"norm.weight: expected shape \(96,\), got shape \(5,\)"),
+        (
+            lambda s: s.update({"blocks.0.0.win_tokens": torch.zeros(1, 63, 1, 32)}),
+            r"blocks.0.0.win_tokens: expected tokens of square windows on a grid of 56 .*got shape \(1, 63, 1, 32\)",
+        ),
+        (lambda s: [s.pop(name) for name in [*s] if "embeds" in name], r"Is it a checkpoint of SepViT\?"),
     ],
-    ids=str,
 )
-def test_parity_over_the_options_of_upstream(options: dict[str, object]) -> None:
-    module = upstream(**options)
-    side = 28 * 2 ** (len(module.layers) - 1)
-    assert_parity(module, torch.randn(2, module.layers[0][0].conv.in_channels, side, side))
-
-
-def test_parity_at_224_pixels() -> None:
-    assert_parity(upstream(depth=(1, 1, 2, 1), heads=(1, 2, 2, 1)), torch.randn(2, 3, 224, 224))
-
-
-@pytest.mark.parametrize("size", [(112, 112), (112, 56), (53, 111)], ids=str)
-def test_parity_at_sizes_where_the_last_stage_has_several_windows_or_ragged_edges(size: tuple[int, int]) -> None:
-    """The attention between windows of the last stage, unused at 56 pixels, is at work here (S4)."""
-    assert_parity(upstream(), torch.randn(1, 3, *size))
-
-
-def test_upstream_ignores_window_size_and_head_dim_and_narrows_reads_what_it_built() -> None:
-    """S1: asked for windows of 4 and 2 and heads of 64, upstream builds 7 and 32."""
-    module = upstream(window_size=(4, 2), dim_head=64)
-    assert [stage[2].layers[0][0].window_size for stage in module.layers] == [7, 7]
-    converted = from_upstream(module)
-    attention = [block.attention for stage in converted.stages for block in stage.blocks]
-    assert {layer.window_size for layer in attention} == {7}
-    assert {layer.qkv.out_features // layer.heads for layer in attention} == {3 * 32}
-
-
-def test_weights_are_copies_and_mode_and_dtype_carry_over() -> None:
-    module = upstream(dropout=0.3).double().train()
-    converted = from_upstream(module)
-    assert converted.training
-    assert {parameter.dtype for parameter in converted.parameters()} == {torch.float64}
-    assert {layer.p for layer in converted.modules() if isinstance(layer, nn.Dropout)} == {0.3}
-    assert {layer.dropout for layer in converted.modules() if hasattr(layer, "dropout")} == {0.3}
-    before = copy.deepcopy(module.state_dict())
-    with torch.no_grad():
-        for parameter in converted.parameters():
-            parameter.zero_()
-    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
-
-
-def test_large_activations_in_float16_are_right_where_the_norm_of_upstream_overflows() -> None:
-    """S7: a variance above 65504 becomes infinite there, and the token zero."""
-    module = upstream(depth=(1,), heads=(1,))
-    theirs = module.layers[0][2].layers[0][1].net[0]
-    ours = from_upstream(module).stages[0].blocks[0].feed_forward_norm
-    x = 300 * torch.randn(2, 8, 7, 7).half()
-    oracle = theirs.double()(x.double())
-    norm = ours.half()(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-    assert (norm.double() - oracle).abs().max() < 0.01
-    assert (theirs.half()(x).double() - oracle).abs().max() > 0.5
-
-
-def test_half_precision_answers_in_half_precision() -> None:
-    """S7: the norm of upstream, its weights in float32 as under autocast, answers bfloat16 with float32."""
-    module = upstream()
-    assert module.layers[0][2].layers[0][1].net[0](torch.randn(1, 8, 7, 7).bfloat16()).dtype == torch.float32
-    converted = from_upstream(module)
-    expected = converted(images := torch.randn(2, 3, 56, 56))
-    for dtype in (torch.bfloat16, torch.float16):
-        logits = copy.deepcopy(converted).to(dtype)(images.to(dtype))
-        assert logits.dtype == dtype
-        # Two blocks of some ten roundings each.
-        assert (logits.float() - expected).abs().max() <= 20 * torch.finfo(dtype).eps * expected.abs().max()
+def test_messages(change, message: str) -> None:
+    state = official()
+    change(state)
+    with pytest.raises(InvalidArgument, match=message):
+        read_sepvit(state)

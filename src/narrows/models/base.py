@@ -31,7 +31,9 @@ class ImageClassifier(
         super().__init__()
         # Saved with the constructor's arguments: without its class a folder could not be opened by `load_model`.
         arguments = cast(dict[str, Any], self._hub_mixin_config or {})
-        self._hub_mixin_config = {**arguments, "architecture": type(self).__name__}
+        # Where and in what precision a model was built is no part of what it is.
+        what = {name: value for name, value in arguments.items() if name not in ("device", "dtype")}
+        self._hub_mixin_config = {**what, "architecture": type(self).__name__}
 
     def forward_features(self, images: Float[Tensor, "B C H W"]) -> Tensor:
         """What the head reads."""

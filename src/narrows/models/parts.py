@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from itertools import pairwise
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -155,11 +156,15 @@ class SelfAttention(nn.Module):
 
 
 class FeedForward(nn.Sequential):
-    """Linear, GELU, Linear."""
+    """Linear, GELU, Linear; `factory` is the device and dtype of the parameters."""
 
-    def __init__(self, dim: int, hidden_dim: int, *, dropout: float = 0.0) -> None:
+    def __init__(self, dim: int, hidden_dim: int, *, dropout: float = 0.0, **factory: Any) -> None:
         super().__init__(
-            Linear(dim, hidden_dim), nn.GELU(), nn.Dropout(dropout), Linear(hidden_dim, dim), nn.Dropout(dropout)
+            Linear(dim, hidden_dim, **factory),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            Linear(hidden_dim, dim, **factory),
+            nn.Dropout(dropout),
         )
         self.apply(initialise_linear)
 

@@ -3,24 +3,28 @@
 import difflib
 import fnmatch
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 from narrows.errors import InvalidArgument
 from narrows.models import ats_vit, resampler_vit, sepvit, slot_vit, soft_moe_vit, vit
 from narrows.models.base import ImageClassifier
+from narrows.models.features import FeaturePyramid
 
 PRESETS: Mapping[type[ImageClassifier], Mapping[str, Mapping[str, Any]]] = {
     vit.ViT: vit.PRESETS,
     ats_vit.ATSViT: ats_vit.PRESETS,
     soft_moe_vit.SoftMoEViT: soft_moe_vit.PRESETS,
     sepvit.SepViT: sepvit.PRESETS,
+    sepvit.UpstreamSepViT: sepvit.UPSTREAM_PRESETS,
     slot_vit.SlotViT: slot_vit.PRESETS,
     resampler_vit.ResamplerViT: resampler_vit.PRESETS,
 }
+
+TIMM_SPELLING = {"in_chans": "channels", "img_size": "image_size"}
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -32,17 +36,37 @@ def list_models(pattern: str = "*") -> list[str]:
     return fnmatch.filter(sorted(name for presets in PRESETS.values() for name in presets), pattern)
 
 
-def create_model(name: str, **kwargs: Any) -> ImageClassifier:
+@overload
+def create_model(  # pyright: ignore[reportOverlappingOverload]
+    name: str, *, features_only: Literal[True], **kwargs: Any
+) -> FeaturePyramid: ...
+
+
+@overload
+def create_model(name: str, **kwargs: Any) -> ImageClassifier: ...
+
+
+def create_model(
+    name: str, *, features_only: bool = False, out_indices: int | Sequence[int] | None = None, **kwargs: Any
+) -> ImageClassifier | FeaturePyramid:
     """A model by its registry name; keyword arguments replace those of the preset.
+
+    Args:
+        name: one of `list_models()`.
+        features_only: the feature maps of its stages in place of logits, see `FeaturePyramid`.
+        out_indices: of those stages.
+        kwargs: arguments of the model; `in_chans` and `img_size`, as timm spells them, are `channels` and `image_size`.
 
     >>> model = create_model("vit_mini", num_classes=3)
 
     Raises:
-        InvalidArgument: no such name, or no such argument of that model.
+        InvalidArgument: no such name, no such argument of that model, or features of a model without stages.
     """
+    arguments = {TIMM_SPELLING.get(argument, argument): value for argument, value in kwargs.items()}
     for architecture, presets in PRESETS.items():
         if name in presets:
-            return _construct(architecture, name, {**presets[name], **kwargs})
+            model = _construct(architecture, name, {**presets[name], **arguments})
+            return FeaturePyramid(model, out_indices) if features_only else model
     close = difflib.get_close_matches(name, list_models(), n=1)
     raise InvalidArgument(
         "name",

@@ -4,11 +4,11 @@ from typing import Any
 
 from torch import Tensor
 
-from narrows.models.sepvit import SepViT
+from narrows.models.sepvit import UpstreamSepViT
 
 
-def sepvit(module: Any) -> SepViT:
-    """The narrows `SepViT` of an upstream `SepViT`, exact at every image size that upstream takes.
+def sepvit(module: Any) -> UpstreamSepViT:
+    """The `UpstreamSepViT` of an upstream `SepViT`, exact at every image size that upstream takes.
 
     Widths, windows and heads are those that upstream built, not those it was asked for: it ignores its arguments
     `window_size` and `dim_head`. Attention between windows is kept in the last stage too. Upstream leaves it without
@@ -16,7 +16,7 @@ def sepvit(module: Any) -> SepViT:
     """
     stages = [Stage(*parts) for parts in module.layers]
     pool_norm, head = module.mlp_head[1:]
-    converted = SepViT(
+    converted = UpstreamSepViT(
         num_classes=head.out_features,
         channels=stages[0].embedding.in_channels,
         dims=[stage.embedding.out_channels for stage in stages],
@@ -41,7 +41,7 @@ def sepvit(module: Any) -> SepViT:
 
 
 class Stage:
-    """One stage of upstream: its parts by name, and their weights under the names of `narrows.models.sepvit.Stage`."""
+    """One stage of upstream: its parts by name, and their weights under the names of ours."""
 
     def __init__(self, patch_embedding: Any, position: Any, transformer: Any) -> None:
         self.embedding = patch_embedding.conv

@@ -1,12 +1,12 @@
 """Feature maps cut into windows and put together again."""
 
-from jaxtyping import Float
+from jaxtyping import Shaped
 from torch import Tensor
 
 from narrows.errors import InvalidArgument
 
 
-def to_windows(feature_map: Float[Tensor, "B H W D"], window_size: int) -> Float[Tensor, "B Y X n D"]:
+def to_windows(feature_map: Shaped[Tensor, "B H W D"], window_size: int) -> Shaped[Tensor, "B Y X n D"]:
     """Cut `[B, H, W, D]` into Y x X square windows of n = `window_size` ** 2 tokens each: `[B, Y, X, n, D]`.
 
     Raises:
@@ -25,6 +25,6 @@ def to_windows(feature_map: Float[Tensor, "B H W D"], window_size: int) -> Float
     return windows.transpose(2, 3).flatten(3, 4).contiguous()
 
 
-def from_windows(windows: Float[Tensor, "B Y X n D"], window_size: int) -> Float[Tensor, "B H W D"]:
+def from_windows(windows: Shaped[Tensor, "B Y X n D"], window_size: int) -> Shaped[Tensor, "B H W D"]:
     """The inverse of `to_windows`: `[B, Y, X, n, D]` back to `[B, H, W, D]`."""
     return windows.unflatten(3, (window_size, window_size)).transpose(2, 3).flatten(3, 4).flatten(1, 2)

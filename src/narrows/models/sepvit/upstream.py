@@ -4,22 +4,21 @@ from collections.abc import Sequence
 from itertools import accumulate
 from math import ceil, lcm
 from operator import mul
-from typing import Any, TypeVar
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from narrows.errors import InvalidArgument
-from narrows.layers.separable_attention import SeparableAttention
+from narrows.layers.upstream_separable_attention import UpstreamSeparableAttention
 from narrows.models.base import ImageClassifier, check_images
 from narrows.models.parts import FeedForward, initialise_linear
+from narrows.models.sepvit.arguments import for_each_stage, whole_for_each_stage
 from narrows.ops.separable_attention import from_windows, to_windows
 from narrows.validation import check_positive
 
-Number = TypeVar("Number", int, float)
 
-
-class SepViT(ImageClassifier):
+class UpstreamSepViT(ImageClassifier):
     """A classifier of stages of separable attention, each on half the grid of the one before (Li et al. 2022).
 
     Every stage embeds overlapping patches, adds a conditional position encoding, cuts the map into windows, and keeps
@@ -65,14 +64,14 @@ class SepViT(ImageClassifier):
         if not dims:
             raise InvalidArgument("dims", expected="at least one stage", got=dims)
         stages = len(dims)
-        dims = _whole_for_each_stage("dims", dims, stages)
-        depths = _whole_for_each_stage("depths", depths, stages)
-        heads = _whole_for_each_stage("heads", heads, stages)
-        head_dims = _whole_for_each_stage("head_dim", head_dim, stages)
-        mlp_ratios = _for_each_stage("mlp_ratio", mlp_ratio, stages)
+        dims = whole_for_each_stage("dims", dims, stages)
+        depths = whole_for_each_stage("depths", depths, stages)
+        heads = whole_for_each_stage("heads", heads, stages)
+        head_dims = whole_for_each_stage("head_dim", head_dim, stages)
+        mlp_ratios = for_each_stage("mlp_ratio", mlp_ratio, stages)
         strides = (patch_stride, *(2 for _ in dims[1:]))
         self.channels = channels
-        self.windows = _whole_for_each_stage("window_size", window_size, stages)
+        self.windows = whole_for_each_stage("window_size", window_size, stages)
         self.reductions = tuple(accumulate(strides, mul))
         if image_size is not None:
             check_positive(image_size=image_size)
@@ -152,7 +151,7 @@ class Stage(nn.Module):
         stride: how many incoming tokens, each way, become one.
         mlp_dim: hidden width of the feed-forwards.
         norm: normalise the outgoing feature map.
-        attention: what `SeparableAttention` takes.
+        attention: what `UpstreamSeparableAttention` takes.
     """
 
     def __init__(
@@ -179,7 +178,7 @@ class Block(nn.Module):
     def __init__(self, dim: int, *, mlp_dim: int, dropout: float, **attention: Any) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(dim)
-        self.attention = SeparableAttention(dim, dropout=dropout, **attention)
+        self.attention = UpstreamSeparableAttention(dim, dropout=dropout, **attention)
         self.feed_forward_norm = nn.LayerNorm(dim)
         self.feed_forward = FeedForward(dim, mlp_dim, dropout=dropout)
 
@@ -187,34 +186,3 @@ class Block(nn.Module):
         """The tokens after attention and feed-forward."""
         windows = windows + self.attention(self.attention_norm(windows))
         return windows + self.feed_forward(self.feed_forward_norm(windows))
-
-
-def _for_each_stage(name: str, value: Number | Sequence[Number], stages: int) -> tuple[Number, ...]:
-    values = tuple(value) if isinstance(value, Sequence) else (value,) * stages
-    if len(values) != stages:
-        raise InvalidArgument(
-            name, expected=f"one value, or {stages}: one for each of the stages that dims names", got=value
-        )
-    for each in values:
-        if not each > 0:
-            raise InvalidArgument(name, expected="positive values", got=value)
-    return values
-
-
-def _whole_for_each_stage(name: str, value: int | Sequence[int], stages: int) -> tuple[int, ...]:
-    values = _for_each_stage(name, value, stages)
-    for each in values:
-        check_positive(**{name: each})
-    return values
-
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "sepvit_mini": {
-        "image_size": 32, "num_classes": 10, "channels": 3, "patch_stride": 2, "window_size": 4,
-        "dims": (32, 64, 128), "depths": (1, 1, 1), "heads": (1, 2, 4), "mlp_ratio": 2.0,
-    },
-    "sepvit_upstream_lite": {
-        "image_size": 224, "num_classes": 1000, "channels": 3,
-        "dims": (32, 64, 128, 256), "depths": (1, 2, 6, 2), "heads": (1, 2, 4, 8),
-    },
-}  # fmt: skip

@@ -5,26 +5,26 @@ import jaxtyping
 import pytest
 import torch
 from torch import Tensor, nn
-from vit_pytorch.sep_vit import SepViT as UpstreamSepViT
+from vit_pytorch import sep_vit
 
 from narrows.errors import InvalidArgument, InvalidType
-from narrows.models.sepvit import PRESETS, SepViT
+from narrows.models.sepvit import UPSTREAM_PRESETS, UpstreamSepViT
 from tests.support import assert_close, parameter_gradients
 
 
-def small(**kwargs: object) -> SepViT:
+def small(**kwargs: object) -> UpstreamSepViT:
     """Grids of 8 x 8 and 4 x 4 at 16 pixels, windows of 4: four windows, then one."""
     arguments = {
         "image_size": 16, "num_classes": 5, "patch_stride": 2, "window_size": 4,
         "dims": (8, 16), "depths": (1, 2), "heads": (1, 2), "head_dim": 8, **kwargs,
     }  # fmt: skip
-    return SepViT(**arguments).eval()
+    return UpstreamSepViT(**arguments).eval()
 
 
 def test_one_value_or_one_for_each_stage() -> None:
     """Upstream takes no list of heads, and neither window size nor head width at all (S1, S5)."""
     with pytest.raises(TypeError):
-        UpstreamSepViT(num_classes=5, dim=8, depth=(1, 1), heads=[1, 2])
+        sep_vit.SepViT(num_classes=5, dim=8, depth=(1, 1), heads=[1, 2])
     model = small(heads=[3, 5], window_size=[2, 4], head_dim=[4, 6], mlp_ratio=[2.0, 1.5])
     for stage, expected in zip(model.stages, [(3, 2, 4, 16), (5, 4, 6, 24)], strict=True):
         for block in stage.blocks:
@@ -72,7 +72,7 @@ def test_a_size_that_windows_do_not_divide_is_told_the_nearest_that_they_do(
 ) -> None:
     """Upstream stops at a bare assertion in some stage (S2)."""
     with pytest.raises(AssertionError):
-        UpstreamSepViT(num_classes=5, dim=8, depth=(1, 1, 1, 1), heads=1)(torch.zeros(1, 3, *size))
+        sep_vit.SepViT(num_classes=5, dim=8, depth=(1, 1, 1, 1), heads=1)(torch.zeros(1, 3, *size))
     model = small(image_size=224, patch_stride=4, window_size=7, dims=(8,) * 4, depths=(1,) * 4, heads=1)
     with pytest.raises(InvalidArgument) as error:
         model(torch.zeros(1, 3, *size))
@@ -105,7 +105,7 @@ def test_wrong_images_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_parameter_has_a_gradient_at_the_size_the_model_is_built_for() -> None:
     """Upstream leaves eight tensors of its last stage without one at 224 pixels (S4)."""
-    upstream = UpstreamSepViT(num_classes=5, dim=8, depth=(1, 1), heads=(1, 1))
+    upstream = sep_vit.SepViT(num_classes=5, dim=8, depth=(1, 1), heads=(1, 1))
     upstream(torch.randn(1, 3, 56, 56)).sum().backward()
     untrained = {name for name, parameter in upstream.named_parameters() if parameter.grad is None}
     assert {name.split(".")[6] for name in untrained} == {"window_tokens_to_qk"}
@@ -170,10 +170,10 @@ def test_window_tokens_are_spared_weight_decay() -> None:
     }
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", UPSTREAM_PRESETS)
 def test_presets_run_at_their_size(name: str) -> None:
-    preset = PRESETS[name]
-    model = SepViT(**preset).eval()
+    preset = UPSTREAM_PRESETS[name]
+    model = UpstreamSepViT(**preset).eval()
     side = preset["image_size"]
     logits = model(torch.randn(1, 3, side, side))
     assert logits.shape == (1, preset["num_classes"])
@@ -183,8 +183,8 @@ def test_presets_run_at_their_size(name: str) -> None:
 def test_the_lite_preset_is_upstream_without_what_upstream_never_trains() -> None:
     """S6: 4.01 M parameters in upstream; the two blocks of the last stage hold no unused 0.26 M."""
     with torch.device("meta"):
-        upstream = UpstreamSepViT(num_classes=1000, dim=32, depth=(1, 2, 6, 2), heads=(1, 2, 4, 8))
-        model = SepViT(**PRESETS["sepvit_upstream_lite"])
+        upstream = sep_vit.SepViT(num_classes=1000, dim=32, depth=(1, 2, 6, 2), heads=(1, 2, 4, 8))
+        model = UpstreamSepViT(**UPSTREAM_PRESETS["sepvit_upstream_lite"])
     unused = sum(
         parameter.numel()
         for name, parameter in upstream.named_parameters()

@@ -1,0 +1,97 @@
+"""Feature maps of several scales out of a backbone."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from narrows.errors import InvalidArgument
+
+
+class Backbone(Protocol):
+    """What has feature maps to give: `SepViT`."""
+
+    feature_info: list[dict[str, Any]]
+
+    def forward_intermediates(self, images: Tensor, **options: Any) -> Any:
+        """Feature maps of the stages."""
+
+    def prune_intermediate_layers(self, indices: int | Sequence[int], *, prune_norm: bool) -> list[int]:
+        """Drop what these maps do not need."""
+        ...
+
+
+class FeatureInfo:
+    """Width and scale of feature maps, the way timm says it."""
+
+    def __init__(self, maps: Sequence[dict[str, Any]]) -> None:
+        self._maps = tuple(maps)
+
+    def channels(self) -> list[int]:
+        """Width of each map."""
+        return [entry["num_chs"] for entry in self._maps]
+
+    def reduction(self) -> list[int]:
+        """How many pixels, each way, are one position of each map."""
+        return [entry["reduction"] for entry in self._maps]
+
+    def module_name(self) -> list[str]:
+        """Which submodule makes each map."""
+        return [entry["module"] for entry in self._maps]
+
+    def __len__(self) -> int:
+        """How many maps there are."""
+        return len(self._maps)
+
+
+class FeaturePyramid(nn.Module):
+    """A backbone without its head: images `[B, C, H, W]` in, a list of feature maps `[B, D, h, w]` out.
+
+    What `create_model(name, features_only=True)` returns. Maps are in the channels-last memory format.
+
+    Args:
+        model: a model with stages; those after the last that is asked for are dropped from it.
+        out_indices: of the stages; negative ones count from the end, a number n means the last n, None all.
+
+    Raises:
+        InvalidArgument: an index that no stage has, or a model without stages.
+
+    >>> from narrows import create_model
+    >>> backbone = create_model("sepvit_lite", features_only=True, out_indices=(1, 2))
+    >>> backbone.feature_info.channels(), backbone.feature_info.reduction()
+    ([64, 128], [8, 16])
+    """
+
+    def __init__(self, model: nn.Module, out_indices: int | Sequence[int] | None = None) -> None:
+        super().__init__()
+        if not hasattr(model, "forward_intermediates"):
+            raise InvalidArgument(
+                "features_only", expected="a model with stages, such as sepvit_tiny", got=type(model).__name__
+            )
+        backbone: Backbone = model  # pyright: ignore[reportAssignmentType]
+        info = backbone.feature_info
+        self.out_indices = take_indices(len(info), out_indices)
+        self.feature_info = FeatureInfo([info[index] for index in self.out_indices])
+        backbone.prune_intermediate_layers(self.out_indices, prune_norm=True)  # no map passes the final norm
+        self.model = model
+
+    def forward(
+        self, images: Float[Tensor, "B C H W"], mask: Bool[Tensor, "B H W"] | None = None
+    ) -> list[Float[Tensor, "B _ _ _"]]:
+        """Feature maps, in the order of `out_indices`; zero where `mask` says that there is padding."""
+        return self.model.forward_intermediates(  # pyright: ignore[reportCallIssue]
+            images, indices=self.out_indices, intermediates_only=True, mask=mask
+        )
+
+
+def take_indices(stages: int, indices: int | Sequence[int] | None) -> list[int]:
+    """Which of so many stages `indices` means, counted from the first."""
+    if indices is None:
+        return list(range(stages))
+    wanted = list(range(-indices, 0)) if isinstance(indices, int) else list(indices)
+    if not wanted or any(not -stages <= index < stages for index in wanted):
+        raise InvalidArgument(
+            "out_indices", expected=f"indices of {stages} stages, or how many of the last of them", got=indices
+        )
+    return [index % stages for index in wanted]
