@@ -3,7 +3,7 @@ import torch
 from torch.nn import functional as F
 
 from narrows.data import DigitScenes, Position, picture
-from narrows.data.digits import _source_digits
+from narrows.data.digit_canvas import source_digits
 from narrows.errors import InvalidArgument
 
 
@@ -24,7 +24,7 @@ def test_training_scenes_change_with_epoch_seed_and_index_and_held_out_scenes_ne
 
 
 def test_no_handwritten_digit_is_in_both_splits():
-    (train, train_labels), (held_out, held_out_labels) = _source_digits("train"), _source_digits("held_out")
+    (train, train_labels), (held_out, held_out_labels) = source_digits("train"), source_digits("held_out")
     assert len(train) + len(held_out) == 1797
     assert torch.cdist(train.flatten(1), held_out.flatten(1)).min() > 0.1
     for digit in range(10):
@@ -35,12 +35,12 @@ def test_no_handwritten_digit_is_in_both_splits():
 def test_held_out_scenes_show_every_held_out_digit_equally_often():
     scenes = DigitScenes("held_out")
     labels = scenes.render(range(len(scenes))).labels
-    assert torch.equal(labels.bincount(), 4 * _source_digits("held_out")[1].bincount())
+    assert torch.equal(labels.bincount(), 4 * source_digits("held_out")[1].bincount())
 
 
 def test_the_digit_of_the_label_is_in_the_box():
     scenes = DigitScenes("held_out", size=64)
-    sources, labels = _source_digits("held_out")
+    sources, labels = source_digits("held_out")
     templates = F.normalize((F.interpolate(sources[:, None, 4:36, 4:36], (16, 16)) > 0.4).float().flatten(1) - 0.3)
     rendered = scenes.render(range(100))
     right = 0

@@ -208,12 +208,12 @@ def test_a_missing_package_names_its_extra(tmp_path, monkeypatch):
 
     importing = builtins.__import__
     monkeypatch.setattr(builtins, "__import__", without)
-    from narrows.data.digits import _source_digits
+    from narrows.data.digit_canvas import source_digits
 
     with pytest.raises(
         MissingExtra, match=r"scikit-learn is needed to make digit scenes.*pip install 'narrows\[train\]'"
     ):
-        _source_digits.__wrapped__("train")
+        source_digits.__wrapped__("train")
 
 
 def test_a_name_that_is_not_there_is_an_attribute_error():

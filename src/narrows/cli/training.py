@@ -1,36 +1,96 @@
 """`narrows fit`, `validate`, `test` and `predict`: Lightning's command line on narrows' models and images."""
 
+import argparse
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import datetime
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
+
+import yaml
 
 from narrows.cli.parsing import ClearErrors, underscored
 from narrows.errors import InvalidArgument, MissingExtra, NarrowsError
 
 try:
     from lightning.pytorch import Trainer
-    from lightning.pytorch.callbacks import ModelCheckpoint
+    from lightning.pytorch.callbacks import BasePredictionWriter, Callback, ModelCheckpoint
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
     from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 except ImportError as error:
     raise MissingExtra(error.name or "lightning", extra="train", purpose="train") from error
 
-from narrows.data import ImageDataModule
+from narrows.data.module import ImageDataModule, SegmentationDataModule
+from narrows.data.positioned import PositionedDataModule
+from narrows.tasks.base import Task
 from narrows.tasks.callbacks import PredictionTable, SavePretrained
+from narrows.tasks.class_maps import ClassMaps
 from narrows.tasks.classification import Classification
+from narrows.tasks.segmentation import Segmentation
+from narrows.validation import check_choice
 
-# What Lightning says and does not hold here: arguments come from `main`, and `ImageDataModule` resumes where it was.
+# What Lightning says and does not hold here: arguments come from `main`, `ImageDataModule` resumes where it was, and
+# what a task has frozen is meant to be in evaluation mode.
 _BESIDE_THE_POINT = (
     "LightningCLI's args parameter is intended to run from within Python",
     "isinstance.treespec, LeafSpec.. is deprecated",
     "your dataloader is not resumable",
     "does not have many workers",
+    r"Found \d+ module.s. in eval mode",
 )
 _CHECKPOINT_WORDS = ("best", "last", "hpc")
+
+
+class Link(NamedTuple):
+    """What one of model and data says of itself and the other needs: an option that nobody has to give."""
+
+    source: str
+    target: str
+    value: Callable[[Any], Any]
+
+
+class Choice(NamedTuple):
+    """What a task brings: module and data, the metric that tells the best model, and what is left behind."""
+
+    task: type[Task]
+    data: type[PositionedDataModule]
+    monitor: str
+    predictions: type[BasePredictionWriter] | None
+    links: Sequence[Link]
+    mode: str = "max"
+    saving: type[Callback] = SavePretrained
+
+
+def _of_images(name: str) -> Link:
+    """The model has to fit the images."""
+    return Link("data", f"model.{name}", lambda data: getattr(data.loaded, name))
+
+
+def _flamingo() -> Choice:
+    """The images have to fit the vision encoder. Imported when asked for: no other task needs transformers."""
+    try:
+        from narrows.data.interleaved_module import InterleavedDataModule
+        from narrows.tasks.flamingo.callbacks import SaveReader
+        from narrows.tasks.flamingo.training import FlamingoTraining
+    except ImportError as error:
+        raise MissingExtra(error.name or "transformers", extra="transformers", purpose="train a Flamingo") from error
+    links = [
+        Link("model", "data.tokenizer", lambda model: model.tokenizer),
+        Link("model", "data.image_size", lambda model: model.vision_encoder.image_size),
+        Link("model", "data.channels", lambda model: model.vision_encoder.channels),
+    ]
+    return Choice(FlamingoTraining, InterleavedDataModule, "val/loss", None, links, "min", SaveReader)
+
+
+_SHAPE = [_of_images(name) for name in ("num_classes", "image_size", "channels")]
+TASKS: dict[str, Callable[[], Choice]] = {
+    "classification": lambda: Choice(Classification, ImageDataModule, "val/accuracy", PredictionTable, _SHAPE),
+    "segmentation": lambda: Choice(Segmentation, SegmentationDataModule, "val/mean_iou", ClassMaps, _SHAPE),
+    "flamingo": _flamingo,
+}
 
 
 class TrainingParser(ClearErrors, LightningArgumentParser):
@@ -38,17 +98,28 @@ class TrainingParser(ClearErrors, LightningArgumentParser):
 
 
 class TrainingCLI(LightningCLI):
-    """`Classification` on an `ImageDataModule`. Everything of a run is in one folder, `runs/<time>` by default."""
+    """A task on its images. Everything of a run is in one folder, `runs/<time>` by default.
+
+    Args:
+        task: one of `TASKS`; the options of model and data are those of its classes.
+    """
+
+    def __init__(self, task: str, **kwargs: Any) -> None:
+        self.task, self.choice = task, TASKS[task]()
+        left = [self.choice.saving(), *([] if self.choice.predictions is None else [self.choice.predictions()])]
+        defaults = {"max_epochs": 20, "enable_model_summary": False, "callbacks": left}
+        super().__init__(self.choice.task, self.choice.data, trainer_defaults=defaults, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The data say what the model has to fit; the best and the last state are kept."""
-        for name in ("num_classes", "image_size", "channels"):
-            parser.link_arguments("data", f"model.{name}", _of_loaded(name), apply_on="instantiate")
+        parser.add_argument("--task", type=Literal[*TASKS], default=self.task, help="What is trained.")
+        for link in self.choice.links:
+            parser.link_arguments(link.source, link.target, link.value, apply_on="instantiate")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.set_defaults(
             {
-                "checkpoint.monitor": "val/accuracy",
-                "checkpoint.mode": "max",
+                "checkpoint.monitor": self.choice.monitor,
+                "checkpoint.mode": self.choice.mode,
                 "checkpoint.save_last": True,
                 "checkpoint.save_on_exception": True,
             }
@@ -56,6 +127,10 @@ class TrainingCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """A checkpoint has to be there, and only training can do without one."""
+        if self.subcommand == "predict" and self.choice.predictions is None:
+            raise InvalidArgument(
+                "task", expected="one that predicts", got=repr(self.task), hint="Use `narrows generate` for text."
+            )
         given = self._get(self.config, "ckpt_path")
         if given is None and self.subcommand != "fit":
             raise InvalidArgument(
@@ -90,9 +165,10 @@ class TrainingCLI(LightningCLI):
             print(f"Checkpoints, metrics and the model are in {folder}")
 
     def after_predict(self) -> None:
-        """Say where the table is."""
+        """Say where they are."""
         if self.trainer.is_global_zero:
-            print(f"Predictions are in {_only(self.trainer, PredictionTable).path}")
+            assert self.choice.predictions is not None
+            print(f"Predictions are in {_only(self.trainer, self.choice.predictions).path}")
 
     def _run_subcommand(self, subcommand: str) -> None:
         try:
@@ -116,21 +192,33 @@ def run(arguments: list[str]) -> None:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "Tip" not in record.getMessage()
     )
+    arguments = _short_forms(underscored(arguments))
+    task = _task_of(arguments)
     TrainingCLI(
-        Classification,
-        ImageDataModule,
-        args=_short_forms(underscored(arguments)),
+        task,
+        args=arguments,
         parser_class=TrainingParser,
         parser_kwargs={"prog": "narrows"},
         seed_everything_default=0,
         auto_configure_optimizers=False,
         save_config_kwargs={"overwrite": True},
-        trainer_defaults={
-            "max_epochs": 20,
-            "enable_model_summary": False,
-            "callbacks": [SavePretrained(), PredictionTable()],
-        },
     )
+
+
+def _task_of(arguments: Sequence[str]) -> str:
+    """The task that the options name, or else the last configuration that does: it decides which options there are."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--task", nargs="?")
+    parser.add_argument("--config", "-c", nargs="?", action="append", default=[])
+    given, _ = parser.parse_known_args(arguments)
+    named = [given.task] if given.task else []
+    for file in [Path(name) for name in reversed(given.config) if name and Path(name).is_file()]:
+        with suppress(yaml.YAMLError):  # the parser will complain of it
+            content = yaml.safe_load(file.read_text(encoding="utf-8"))
+            named += [content["task"]] if isinstance(content, dict) and "task" in content else []
+    task = named[0] if named else "classification"
+    check_choice("task", task, tuple(TASKS))
+    return task
 
 
 def _short_forms(arguments: Sequence[str]) -> list[str]:
@@ -142,13 +230,6 @@ def _short_forms(arguments: Sequence[str]) -> list[str]:
             argument = argument.replace(option, f"{option}.{option[2:]}", 1)
         found.append(argument)
     return found
-
-
-def _of_loaded(name: str) -> Any:
-    def read(data: ImageDataModule) -> int:
-        return getattr(data.loaded, name)
-
-    return read
 
 
 def _only(trainer: Trainer, kind: type) -> Any:

@@ -1,24 +1,13 @@
 """Scenes with a handwritten digit somewhere in them: images that need no download and show where tokens go."""
 
 from collections.abc import Sequence
-from functools import cache
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
-from torch.nn import functional as F
 
-from narrows.data.image_set import MEAN_AND_STD, ImageSet
-from narrows.data.random import keys, uniforms
-from narrows.errors import InvalidArgument, MissingExtra
-from narrows.validation import check_positive
-
-HELD_OUT_RULE = "every fifth handwritten digit of each class, in scikit-learn's order"
-
-_PARAMETERS = 96
-_STROKES, _BLOBS, _FRAGMENTS = 3, 2, 2
+from narrows.data.digit_canvas import DigitCanvas, between
 
 
 class Scenes(NamedTuple):
@@ -37,7 +26,7 @@ class Scenes(NamedTuple):
     boxes: Float[Tensor, "B 4"]
 
 
-class DigitScenes(ImageSet):
+class DigitScenes(DigitCanvas):
     """One handwritten digit (scikit-learn's 8x8 ones, 1797 of them) on a larger canvas with clutter; label = the digit.
 
     The digit is enlarged smoothly, turned a little and put anywhere; around it are strokes, blobs and fragments of
@@ -62,142 +51,20 @@ class DigitScenes(ImageSet):
         length: int | None = None,
         seed: int = 0,
     ) -> None:
-        if split not in ("train", "held_out"):
-            raise InvalidArgument("split", expected="'train' or 'held_out'", got=repr(split))
-        if size < 16:
-            raise InvalidArgument("size", expected="at least 16 pixels, so that digits can be read", got=size)
-        self.digit_size = digit_size or (size / 2, size * 5 / 8)
-        if not 8 <= self.digit_size[0] <= self.digit_size[1] <= size:
-            raise InvalidArgument("digit_size", expected=f"8 <= least <= greatest <= {size}", got=digit_size)
-        self.split, self.size, self.seed = split, size, seed
-        self._sources, self._labels = _source_digits(split)
-        self._length = (6000 if split == "train" else 4 * len(self._sources)) if length is None else length
-        check_positive(length=self._length)
-
-    def __len__(self) -> int:
-        return self._length
-
-    def name(self, index: int) -> str:
-        """`scene 17`, say."""
-        return f"scene {index}"
+        super().__init__(split, size=size, digit_size=digit_size or (size / 2, size * 5 / 8), length=length, seed=seed)
 
     def batch(self, indices: Sequence[int], epoch: int = 0) -> tuple[Float[Tensor, "B 1 H W"], Int[Tensor, "B"]]:
         """Normalised images and labels."""
         scenes = self.render(indices, epoch)
-        (mean,), (std,) = MEAN_AND_STD[1]
-        return (scenes.images.float() / 255 - mean) / std, scenes.labels
+        return self.normalised(scenes.images), scenes.labels
 
     def render(self, indices: Sequence[int], epoch: int = 0) -> Scenes:
         """These scenes as `Scenes`, with masks and boxes of the digits."""
-        index = np.asarray(indices, np.uint64)
-        training = self.split == "train"
-        key = keys(self.seed, int(training), epoch if training else 0, index)
-        random = torch.from_numpy(uniforms(key, _PARAMETERS))
-        chosen = (random[:, 0] * len(self._sources)).long()
-        if not training:  # every held-out digit equally often
-            chosen = torch.from_numpy(index.astype(np.int64)) % len(self._sources)
-
-        canvas = self._background(random[:, 1:20])
-        for stroke in random[:, 20:41].unflatten(1, (_STROKES, 7)).unbind(1):
-            canvas = self._stroke(canvas, stroke)
-        for fragment in random[:, 41:61].unflatten(1, (_FRAGMENTS, 10)).unbind(1):
-            canvas = self._fragment(canvas, fragment)
-        for blob in random[:, 61:69].unflatten(1, (_BLOBS, 4)).unbind(1):
-            canvas = self._blob(canvas, blob)
-        digit, boxes = self._place(self._sources[chosen], random[:, 69:74], self.digit_size)
-        canvas = canvas.lerp(_between(random[:, 74], 0.75, 1.0), digit)
-
-        grain = uniforms(keys(self.seed, 2, key), self.size**2).reshape(-1, self.size, self.size)
-        canvas = canvas + (torch.from_numpy(grain) - 0.5) * 0.12
-        images = (canvas * 255).round().clamp(0, 255).to(torch.uint8)[:, None]
-        return Scenes(images, self._labels[chosen], digit > 0.5, boxes)
-
-    @property
-    def _pixels(self) -> tuple[Tensor, Tensor]:
-        """Centres of the pixels in [0, 1]: x `[1, 1, size]` and y `[1, size, 1]`."""
-        centres = (torch.arange(self.size) + 0.5) / self.size
-        return centres.view(1, 1, -1), centres.view(1, -1, 1)
-
-    def _background(self, random: Tensor) -> Tensor:
-        """A level, a slope of light and a slow unevenness."""
-        x, y = self._pixels
-        across, down = _between(random[:, 1], -0.2, 0.2), _between(random[:, 2], -0.2, 0.2)
-        light = _between(random[:, 0], 0.15, 0.4) + across * (x - 0.5) + down * (y - 0.5)
-        uneven = F.interpolate(random[:, 3:19].view(-1, 1, 4, 4), (self.size, self.size), mode="bilinear")
-        return light + (uneven[:, 0] - 0.5) * 0.2
-
-    def _stroke(self, canvas: Tensor, random: Tensor) -> Tensor:
-        """A straight line of some width, lighter or darker than what is under it; three of four scenes get it."""
-        x, y = self._pixels
-        from_x, from_y, angle, length, width, level, there = (value.view(-1, 1, 1) for value in random.unbind(1))
-        along_x, along_y = torch.cos(angle * 2 * torch.pi), torch.sin(angle * 2 * torch.pi)
-        along = ((x - from_x) * along_x + (y - from_y) * along_y).clamp(min=0).minimum(0.1 + length * 0.35)
-        distance = torch.hypot(x - from_x - along * along_x, y - from_y - along * along_y)
-        return canvas.lerp(level * 0.7, (there < 0.75) * _edge((0.015 + width * 0.025 - distance) * 30))
-
-    def _blob(self, canvas: Tensor, random: Tensor) -> Tensor:
-        """A soft spot, bright or dark."""
-        x, y = self._pixels
-        at_x, at_y, radius, strength = (value.view(-1, 1, 1) for value in random.unbind(1))
-        square = ((x - at_x) ** 2 + (y - at_y) ** 2) / (0.05 + radius * 0.1) ** 2
-        return canvas + torch.exp(-square) * (strength - 0.5) * 0.6
-
-    def _fragment(self, canvas: Tensor, random: Tensor) -> Tensor:
-        """A piece of another digit, about a third of it, fainter than a digit."""
-        source = self._sources[(random[:, 0] * len(self._sources)).long()]
-        cells = torch.arange(source.shape[-1]) / source.shape[-1]
-        left, top = _between(random[:, 1], 0.1, 0.5), _between(random[:, 2], 0.1, 0.5)
-        inside = ((cells - left.squeeze(-1)).unsqueeze(1), (cells - top.squeeze(-1)).unsqueeze(2))
-        for distance in inside:
-            source = source * ((distance > 0) & (distance < 0.4))
-        least, greatest = self.digit_size
-        piece, _ = self._place(source, random[:, 3:8], (least * 0.8, greatest), margin=-0.3)
-        return canvas.lerp(_between(random[:, 8], 0.3, 0.6), piece * (random[:, 9] < 0.75).view(-1, 1, 1))
-
-    def _place(
-        self, sources: Tensor, random: Tensor, sizes: tuple[float, float], margin: float = 0.0
-    ) -> tuple[Tensor, Tensor]:
-        """Cover `[B, size, size]` of digits put at a random place, size, turn and slant, and their boxes in pixels.
-
-        `margin` is how far from the border they stay, as a share of the canvas; negative lets them reach over it.
-        """
-        side = _between(random[:, 0], *sizes) / self.size
-        x, y = self._pixels
-        at_x, at_y = (side / 2 + margin + value.view(-1, 1, 1) * (1 - side - 2 * margin) for value in random[:, 1:3].T)
-        turn, slant = _between(random[:, 3], -0.2, 0.2), _between(random[:, 4], -0.15, 0.15)
-        across, down = (x - at_x) / side, (y - at_y) / side
-        turned_x = across * torch.cos(turn) + down * torch.sin(turn)
-        turned_y = down * torch.cos(turn) - across * torch.sin(turn)
-        # Sources are 10 cells wide, 8 of digit and a cell of nothing on either side.
-        grid = torch.stack((turned_x + slant * turned_y, turned_y), -1) * (2 * 8 / 10)
-        cover = F.grid_sample(sources[:, None], grid, padding_mode="zeros", align_corners=False)[:, 0]
-        corners = torch.cat((at_x - side / 2, at_y - side / 2, at_x + side / 2, at_y + side / 2), 1)
-        return _edge((cover - 0.4) * 3), corners[..., 0] * self.size
-
-
-def _between(uniform: Tensor, least: float, greatest: float) -> Tensor:
-    """`[B]` in [0, 1) to `[B, 1, 1]` in [least, greatest)."""
-    return (least + uniform * (greatest - least)).view(-1, 1, 1)
-
-
-def _edge(distance: Tensor) -> Tensor:
-    """0 well outside, 1 well inside, smooth between -0.5 and 0.5."""
-    inside = (distance + 0.5).clamp(0, 1)
-    return inside * inside * (3 - 2 * inside)
-
-
-@cache
-def _source_digits(split: str) -> tuple[Float[Tensor, "digits 40 40"], Int[Tensor, "digits"]]:
-    """The handwritten digits of a split, enlarged smoothly from 8x8 (with a border of one cell), and their labels."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise MissingExtra("scikit-learn", extra="train", purpose="make digit scenes") from error
-    bunch = load_digits()
-    labels = torch.from_numpy(bunch.target).long()  # pyright: ignore[reportAttributeAccessIssue]
-    small = torch.from_numpy(bunch.images).float() / 16  # pyright: ignore[reportAttributeAccessIssue]
-    rank = torch.stack([labels == digit for digit in range(10)]).cumsum(1)[labels, torch.arange(len(labels))]
-    chosen = (rank % 5 == 0) == (split == "held_out")
-    bordered = F.pad(small[chosen][:, None], (1, 1, 1, 1))
-    large = F.interpolate(bordered, (40, 40), mode="bicubic", align_corners=False)[:, 0].clamp(0, 1)
-    return large.contiguous(), labels[chosen]
+        key, random = self.draw(indices, epoch)
+        chosen = (random[:, 0] * len(self.sources)).long()
+        if self.split != "train":  # every held-out digit equally often
+            chosen = torch.tensor(indices) % len(self.sources)
+        canvas = self.clutter(random)
+        digit, boxes = self.place(self.sources[chosen], random[:, 69:74], self.digit_size)
+        canvas = canvas.lerp(between(random[:, 74], 0.75, 1.0), digit)
+        return Scenes(self.photograph(canvas, key), self.labels[chosen], digit > 0.5, boxes)

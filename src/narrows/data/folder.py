@@ -9,6 +9,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms import v2
 
+from narrows.data.augmentation import Augmentation
 from narrows.data.files import (
     HELD_OUT_SHARE,
     Sample,
@@ -28,16 +29,17 @@ HELD_OUT_FOLDERS = ("val", "valid", "validation", "test")
 class FolderImages(ImageSet):
     """Image files and their labels, resized and normalised.
 
-    To train on, images are cropped at random (at least 40 % of the area) and mirrored at random, a pure function of
-    (seed, epoch, index); to judge by, the middle square is taken.
+    To train on, images are cropped and mirrored at random, a pure function of (seed, epoch, index); to judge by, the
+    middle square is taken.
 
     Args:
         samples: files and labels.
         image_size: side of the square images that come out.
         channels: 3, or 1 for grey images.
-        augment: crop and mirror at random.
+        augmentation: how images are varied; None takes the middle square.
         seed: of the augmentation.
         root: the folder that names of images are relative to, if any.
+        prepare: turns an upright RGB image into a tensor, in place of all of the above.
     """
 
     def __init__(
@@ -46,12 +48,13 @@ class FolderImages(ImageSet):
         *,
         image_size: int,
         channels: int = 3,
-        augment: bool = False,
+        augmentation: Augmentation | None = None,
         seed: int = 0,
         root: Path | None = None,
+        prepare: Callable[[Image.Image], Tensor] | None = None,
     ) -> None:
-        self.samples, self.augment, self.seed, self.root = tuple(samples), augment, seed, root
-        self._transform = _transform(image_size, channels, augment)
+        self.samples, self.augmentation, self.seed, self.root = tuple(samples), augmentation, seed, root
+        self._transform = prepare or _transform(image_size, channels, augmentation)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -68,7 +71,7 @@ class FolderImages(ImageSet):
 
     def _image(self, index: int, epoch: int) -> Tensor:
         image = read_image(self.samples[index][0])
-        if not self.augment:
+        if self.augmentation is None:
             return self._transform(image)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(keys(self.seed, epoch, index)[0] >> 1))
@@ -88,7 +91,9 @@ def read_image(path: Path) -> Image.Image:
         raise DataError(f"{path} cannot be read as an image: {type(error).__name__}: {error}") from error
 
 
-def load_folder(root: Path, *, image_size: int, seed: int, unreadable_share: float) -> ImageData:
+def load_folder(
+    root: Path, *, image_size: int, seed: int, unreadable_share: float, augmentation: Augmentation
+) -> ImageData:
     """The folder as `ImageData`; see `narrows.data.load`."""
     _check_is_folder(root)
     listed = {name: folder for name in ("train", *HELD_OUT_FOLDERS) if (folder := _part(root, name)) is not None}
@@ -110,13 +115,13 @@ def load_folder(root: Path, *, image_size: int, seed: int, unreadable_share: flo
         if not samples:
             raise DataError(f"{root}: no readable image among the {name} images. Add some, or remove the empty folder.")
 
-    def images(samples: Sequence[Sample], *, augment: bool = False) -> FolderImages:
-        return FolderImages(samples, image_size=image_size, augment=augment, seed=seed, root=root)
+    def images(samples: Sequence[Sample], augmentation: Augmentation | None = None) -> FolderImages:
+        return FolderImages(samples, image_size=image_size, augmentation=augmentation, seed=seed, root=root)
 
     to_validate = images(held_out)
     return ImageData(
         name=str(root),
-        train=images(train, augment=True),
+        train=images(train, augmentation),
         held_out=to_validate,
         test=to_validate if test is held_out else images(test),
         classes=tuple(classes),
@@ -135,15 +140,15 @@ def load_unlabelled(paths: Iterable[str | Path], *, image_size: int, channels: i
     return FolderImages(samples, image_size=image_size, channels=channels)
 
 
-def _transform(image_size: int, channels: int, augment: bool) -> Callable[[Image.Image], Tensor]:
+def _transform(image_size: int, channels: int, augmentation: Augmentation | None) -> Callable[[Image.Image], Tensor]:
     to_square: list[torch.nn.Module] = (
-        [v2.RandomResizedCrop(image_size, scale=(0.4, 1.0)), v2.RandomHorizontalFlip()]
-        if augment
-        else [v2.Resize(image_size), v2.CenterCrop(image_size)]
+        [v2.Resize(image_size), v2.CenterCrop(image_size)]
+        if augmentation is None
+        else augmentation.of_pictures(image_size)
     )
     to_numbers = [v2.Grayscale(channels)] if channels == 1 else []
     to_numbers += [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(*MEAN_AND_STD[channels])]
-    return v2.Compose([*to_square, *to_numbers])
+    return v2.Compose([*to_square, *to_numbers, *(augmentation.of_numbers() if augmentation else [])])
 
 
 def _check_is_folder(root: Path) -> None:

@@ -19,7 +19,7 @@ MEAN_AND_STD = {1: ((0.35,), (0.24,)), 3: ((0.485, 0.456, 0.406), (0.229, 0.224,
 
 
 class ImageSet(Dataset[tuple[Tensor, Tensor]]):
-    """Labelled images that can be fetched a batch at a time.
+    """Labelled images that can be fetched a batch at a time; a label for each image, or for each of its pixels.
 
     A subclass implements `__len__`, `batch` and `name`.
     """
@@ -27,7 +27,9 @@ class ImageSet(Dataset[tuple[Tensor, Tensor]]):
     def __len__(self) -> int:
         raise NotImplementedError
 
-    def batch(self, indices: Sequence[int], epoch: int = 0) -> tuple[Float[Tensor, "B C H W"], Int[Tensor, "B"]]:
+    def batch(
+        self, indices: Sequence[int], epoch: int = 0
+    ) -> tuple[Float[Tensor, "B C H W"], Int[Tensor, "B *pixels"]]:
         """Normalised images and labels, a pure function of the arguments."""
         raise NotImplementedError
 
@@ -44,7 +46,8 @@ class ImageSet(Dataset[tuple[Tensor, Tensor]]):
         """A whole batch at once: `DataLoader` calls this where it is there."""
         positions = [p if isinstance(p, Position) else Position(p) for p in positions]
         images, labels = self.batch([p.index for p in positions], positions[0].epoch)
-        return images, labels.masked_fill(~torch.tensor([p.counts for p in positions]), IGNORED)
+        fills = torch.tensor([not position.counts for position in positions])
+        return images, labels.masked_fill(fills.view(-1, *(1 for _ in labels.shape[1:])), IGNORED)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 import difflib
 from pathlib import Path
 
-from narrows.data import digits
+from narrows.data import digit_canvas, digits
+from narrows.data.augmentation import Augmentation
 from narrows.data.image_set import ImageData
 from narrows.errors import InvalidArgument, MissingExtra
 from narrows.validation import check_positive
@@ -17,6 +18,7 @@ def load(
     image_size: int | None = None,
     seed: int = 0,
     unreadable_share: float = 0.01,
+    augmentation: Augmentation | None = None,
 ) -> ImageData:
     """Images to train on and held-out images to judge by.
 
@@ -27,12 +29,17 @@ def load(
         image_size: side of the square images; by default 32 for digits and 64 for folders.
         seed: of the training scenes or of the augmentation. Held-out images do not depend on it.
         unreadable_share: how many images of a folder may be unreadable (one may in any case); they are skipped.
+        augmentation: how a folder's training images are varied, by default cropped and mirrored.
 
     Raises:
-        InvalidArgument: `data` is a file or does not exist, or `image_size` is too small.
+        InvalidArgument: `data` is a file or does not exist, `image_size` is too small, or digits with `augmentation`.
         DataError: no class folders, no images, a single class, too few or too many unreadable images.
     """
     if str(data) == "digits":
+        if augmentation is not None:
+            raise InvalidArgument(
+                "augmentation", expected="None for digit scenes, which are drawn anew every epoch", got=augmentation
+            )
         return _load_digits(DIGITS_SIZE if image_size is None else image_size, seed)
     size = FOLDER_SIZE if image_size is None else image_size
     check_positive(image_size=size)
@@ -45,7 +52,13 @@ def load(
         from narrows.data.folder import load_folder
     except ImportError as error:
         raise MissingExtra(error.name or "torchvision", extra="train", purpose="read a folder of images") from error
-    return load_folder(Path(data), image_size=size, seed=seed, unreadable_share=unreadable_share)
+    return load_folder(
+        Path(data),
+        image_size=size,
+        seed=seed,
+        unreadable_share=unreadable_share,
+        augmentation=augmentation or Augmentation(),
+    )
 
 
 def _load_digits(size: int, seed: int) -> ImageData:
@@ -58,5 +71,5 @@ def _load_digits(size: int, seed: int) -> ImageData:
         classes=tuple("0123456789"),
         image_size=size,
         channels=1,
-        held_out_rule=digits.HELD_OUT_RULE,
+        held_out_rule=digit_canvas.HELD_OUT_RULE,
     )

@@ -4,18 +4,17 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
-from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
+from narrows.data.augmentation import Augmentation
 from narrows.data.folder import load_unlabelled
 from narrows.data.image_set import ImageData, ImageSet
 from narrows.data.load import load
-from narrows.data.positions import PositionSampler
-from narrows.errors import DataError
-from narrows.validation import check_positive
+from narrows.data.positioned import PositionedDataModule
+from narrows.data.segmented import load_segmented
 
 
-class ImageDataModule(LightningDataModule):
+class ImageDataModule(PositionedDataModule):
     """Digit scenes or a folder of images, in an order that is a pure function of (seed, epoch, position).
 
     A checkpoint taken in the middle of an epoch goes on with the very next image.
@@ -27,6 +26,60 @@ class ImageDataModule(LightningDataModule):
         num_workers: processes that prepare images; 0 prepares them in the training process.
         seed: of scenes, augmentation and order.
         images: what `predict` looks at: image files, or folders of them; by default the held-out images.
+        augmentation: how a folder's training images are varied, by default cropped and mirrored.
+    """
+
+    def __init__(
+        self,
+        data: str = "digits",
+        *,
+        image_size: int | None = None,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        seed: int = 0,
+        images: Sequence[str] | None = None,
+        augmentation: Augmentation | None = None,
+    ) -> None:
+        super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed)
+        self.data, self.image_size, self.images, self.augmentation = data, image_size, images, augmentation
+
+    @cached_property
+    def loaded(self) -> ImageData:
+        """The images; read, and checked for images that cannot be read, when first asked for."""
+        return load(self.data, image_size=self.image_size, seed=self.seed, augmentation=self.augmentation)
+
+    @cached_property
+    def to_predict(self) -> ImageSet:
+        """The images that `predict` looks at."""
+        loaded = self.loaded
+        if self.images is None:
+            return loaded.held_out
+        return load_unlabelled(self.images, image_size=loaded.image_size, channels=loaded.channels)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Full batches of an epoch's images in an order of their own."""
+        return self.in_new_order(self.loaded.train, self.loaded.name)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """The held-out images."""
+        return self.in_order(self.loaded.held_out)
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """The test images: the held-out ones, unless the folder has both `val` and `test`."""
+        return self.in_order(self.loaded.test)
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """The images to predict."""
+        return self.in_order(self.to_predict)
+
+
+class SegmentationDataModule(ImageDataModule):
+    """The same with the class of every pixel as labels: digit scenes with several digits.
+
+    Args:
+        data: "digits".
+        image_size: side of the square images; by default 64.
+        batch_size, num_workers, seed, images: as of `ImageDataModule`.
     """
 
     def __init__(
@@ -39,88 +92,11 @@ class ImageDataModule(LightningDataModule):
         seed: int = 0,
         images: Sequence[str] | None = None,
     ) -> None:
-        super().__init__()
-        check_positive(batch_size=batch_size)
-        self.data, self.image_size, self.batch_size = data, image_size, batch_size
-        self.num_workers, self.seed, self.images = num_workers, seed, images
-        self._resumed: dict[str, int] = {}
+        super().__init__(
+            data, image_size=image_size, batch_size=batch_size, num_workers=num_workers, seed=seed, images=images
+        )
 
     @cached_property
     def loaded(self) -> ImageData:
-        """The images; read, and checked for images that cannot be read, when first asked for."""
-        return load(self.data, image_size=self.image_size, seed=self.seed)
-
-    @cached_property
-    def to_predict(self) -> ImageSet:
-        """The images that `predict` looks at."""
-        loaded = self.loaded
-        if self.images is None:
-            return loaded.held_out
-        return load_unlabelled(self.images, image_size=loaded.image_size, channels=loaded.channels)
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Full batches of an epoch's images in an order of their own."""
-        images = self.loaded.train
-        sampler = PositionSampler(images, seed=self.seed, shuffle=True, fill=False, **self._processes)
-        if len(sampler) < self.batch_size:
-            raise DataError(
-                f"{self.loaded.name} has {len(images)} training images, {len(sampler)} for each process: fewer than "
-                f"batch_size = {self.batch_size}. Lower batch_size or add images."
-            )
-        if self._resumed:
-            sampler.begin_at(self._resumed["epoch"], self._resumed["images"])
-            self._resumed = {}
-        return self._loader(images, sampler, drop_last=True)
-
-    def val_dataloader(self) -> DataLoader[Any]:
-        """The held-out images."""
-        return self._in_order(self.loaded.held_out)
-
-    def test_dataloader(self) -> DataLoader[Any]:
-        """The test images: the held-out ones, unless the folder has both `val` and `test`."""
-        return self._in_order(self.loaded.test)
-
-    def predict_dataloader(self) -> DataLoader[Any]:
-        """The images to predict."""
-        return self._in_order(self.to_predict)
-
-    def state_dict(self) -> dict[str, int]:
-        """How far the epoch has come."""
-        if self.trainer is None:
-            return {}
-        done = self.trainer.fit_loop.epoch_loop.batch_progress.current.processed  # pyright: ignore[reportAttributeAccessIssue]
-        finished = done >= self.trainer.num_training_batches
-        return {
-            "epoch": self.trainer.current_epoch + int(finished),
-            "images": 0 if finished else done * self.batch_size,
-        }
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Go on from there."""
-        self._resumed = state_dict
-
-    @property
-    def _processes(self) -> dict[str, int]:
-        if self.trainer is None:
-            return {}
-        return {"num_replicas": self.trainer.world_size, "rank": self.trainer.global_rank}
-
-    def _in_order(self, images: ImageSet) -> DataLoader[Any]:
-        return self._loader(images, PositionSampler(images, shuffle=False, fill=True, **self._processes))
-
-    def _loader(self, images: ImageSet, sampler: PositionSampler, *, drop_last: bool = False) -> DataLoader[Any]:
-        return DataLoader(
-            images,
-            batch_size=self.batch_size,
-            sampler=sampler,
-            drop_last=drop_last,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            collate_fn=_as_it_is,
-            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
-        )
-
-
-def _as_it_is(batch: Any) -> Any:
-    """`ImageSet` returns whole batches."""
-    return batch
+        """The images, drawn when asked for."""
+        return load_segmented(self.data, image_size=self.image_size, seed=self.seed)

@@ -12,20 +12,20 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from narrows.data import ImageDataModule, Position
-from narrows.models import ImageClassifier
-from narrows.tasks.classification import Classification
+from narrows.tasks.base import Task
+from narrows.tasks.starting import save_model
 
 
 class SavePretrained(Callback):
     """Writes the best model as safetensors and config into `<run>/model`.
 
     It is the last model where nothing says which is best, or where checkpoints are sharded. `load_model` and
-    `narrows show` take the folder.
+    `narrows show` take the folder; timm takes that of a model of its own as "local-dir:<folder>".
     """
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save."""
-        assert isinstance(pl_module, Classification)
+        assert isinstance(pl_module, Task)
         best = Path(getattr(trainer.checkpoint_callback, "best_model_path", ""))
         # Every process has to ask for these two: they come from all of them.
         folder = trainer.log_dir
@@ -34,9 +34,8 @@ class SavePretrained(Callback):
             if best.is_file():
                 weights = torch.load(best, map_location="cpu", weights_only=True)["state_dict"]
             model = pl_module.new_model()
-            assert isinstance(model, ImageClassifier)
             model.load_state_dict({k.removeprefix("model."): v for k, v in weights.items() if k.startswith("model.")})
-            model.save_pretrained(Path(folder) / "model")
+            save_model(model, Path(folder) / "model")
 
 
 class PredictionTable(BasePredictionWriter):

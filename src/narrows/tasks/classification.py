@@ -4,31 +4,30 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from jaxtyping import Float
-from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from narrows.data import IGNORED
-from narrows.models import create_model
-from narrows.tasks.optimisation import parameter_groups, warmup_cosine
+from narrows.models import create_model, list_models
+from narrows.tasks.base import Task
+from narrows.tasks.mixing import Mixing
+from narrows.tasks.starting import starting_model
 
 Batch = Sequence[Tensor]
 
 
-class Classification(LightningModule):
+class Classification(Task):
     """Trains a classifier with cross-entropy and AdamW; the learning rate warms up and falls along a cosine.
 
     Logged are `train/loss`, `train/accuracy`, `val/loss`, `val/accuracy`, `test/loss`, `test/accuracy`. Images with
     the label -100 count in none of them.
 
     Args:
-        model: a registry name (`narrows info` lists them), or a module that maps images to logits.
+        model: a registry name (`narrows info` lists them), a folder with a saved model, "timm:<name>", or a module that
+            maps images to logits.
         num_classes: width of the logits.
         image_size: side of the square images.
         channels: channels of the images.
@@ -36,7 +35,9 @@ class Classification(LightningModule):
         learning_rate: at its highest.
         weight_decay: of AdamW; biases, norms and what the model names in `no_weight_decay()` do not decay.
         warmup: share of all steps in which the learning rate rises.
+        betas: of AdamW. 0.999 averages squared gradients over as many steps as a short run has.
         label_smoothing: of the cross-entropy in training.
+        mixing: mix the images of every training batch; None leaves them as they are.
     """
 
     def __init__(
@@ -50,16 +51,22 @@ class Classification(LightningModule):
         learning_rate: float = 2e-3,
         weight_decay: float = 0.05,
         warmup: float = 0.1,
+        betas: tuple[float, float] = (0.9, 0.98),
         label_smoothing: float = 0.1,
+        mixing: Mixing | None = None,
     ) -> None:
-        super().__init__()
-        self.save_hyperparameters(ignore=[] if isinstance(model, str) else ["model"])
-        self.learning_rate, self.weight_decay = learning_rate, weight_decay
-        self.warmup, self.label_smoothing = warmup, label_smoothing
-        self._model_name = model if isinstance(model, str) else None
         sizes = {"num_classes": num_classes, "image_size": image_size, "channels": channels}
-        self._model_args = {**sizes, **(model_args or {})}
-        self.model = create_model(model, **self._model_args) if isinstance(model, str) else model
+        arguments = {**sizes, **(model_args or {})}
+        super().__init__(
+            starting_model(model, **arguments) if isinstance(model, str) else model,
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            warmup=warmup,
+            betas=betas,
+        )
+        self.save_hyperparameters(ignore=["mixing"] if isinstance(model, str) else ["mixing", "model"])
+        self._model_name, self._model_args = model if isinstance(model, str) else None, arguments
+        self.num_classes, self.label_smoothing, self.mixing = num_classes, label_smoothing, mixing
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
         self.train_accuracy, self.val_accuracy, self.test_accuracy = (
             MulticlassAccuracy(num_classes, average="micro", ignore_index=IGNORED) for _ in range(3)
@@ -67,19 +74,9 @@ class Classification(LightningModule):
 
     def new_model(self) -> nn.Module:
         """A model like the one in training, with weights of its own."""
-        if self._model_name is None:
+        if self._model_name not in list_models():
             return copy.deepcopy(self.model)
         return create_model(self._model_name, **self._model_args)
-
-    def configure_model(self) -> None:
-        """Shard the parameters (FSDP2) where the strategy brings a device mesh: block by block, then the rest."""
-        if self.device_mesh is None:
-            return
-        mesh = self.device_mesh["data_parallel"]
-        stacks = [module for name, module in self.model.named_modules() if name.rpartition(".")[2] == "blocks"]
-        for block in [block for stack in stacks for block in stack.children()]:
-            fully_shard(block, mesh=mesh)
-        fully_shard(self.model, mesh=mesh)
 
     def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B classes"]:
         """Logits."""
@@ -88,8 +85,12 @@ class Classification(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Cross-entropy of a batch."""
         images, labels = batch
+        targets = labels
+        if self.mixing is not None:
+            images, targets = self.mixing(images, labels, self.num_classes)
+            labels = targets.argmax(1)  # the class that has the greatest share of the mixed image
         logits = self(images)
-        loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        loss = F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
         self.train_accuracy.update(logits.detach(), labels)
         self.log("train/loss", loss, prog_bar=True)
         self.log("train/accuracy", self.train_accuracy, on_step=False, on_epoch=True)
@@ -106,15 +107,6 @@ class Classification(LightningModule):
     def predict_step(self, batch: Batch, batch_idx: int) -> Float[Tensor, "B classes"]:
         """Probability of each class."""
         return self(batch[0]).softmax(-1)
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW with a learning rate that changes with every step."""
-        # 0.999 averages squared gradients over as many steps as a short run has.
-        groups, betas = parameter_groups(self.model, self.weight_decay), (0.9, 0.98)
-        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=betas)
-        steps = int(self.trainer.estimated_stepping_batches)
-        scheduler = warmup_cosine(optimizer, total_steps=steps, warmup=self.warmup)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _judge(self, part: str, batch: Batch, loss: MeanMetric, accuracy: MulticlassAccuracy) -> None:
         images, labels = batch

@@ -1,20 +1,13 @@
 """The main job: train the baseline and every mechanism under one budget, and say what each costs and keeps."""
 
-import logging
 import math
-import signal
-import time
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
-from itertools import count, product
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -22,11 +15,12 @@ from tqdm import tqdm
 from narrows.data import ImageData, ImageDataModule
 from narrows.errors import InvalidArgument
 from narrows.measure import compare_speed, measure, peak_memory
-from narrows.models import ImageClassifier, create_model, load_model
+from narrows.models import create_model, load_model
 from narrows.tasks.classification import Classification
 from narrows.tasks.comparison import Comparison, Expense, Run, write_runs
 from narrows.tasks.comparison_report import carriers_in_use, narrowest, write_report
-from narrows.tasks.progress import RunProgress
+from narrows.tasks.place import accelerator_of, new_folder
+from narrows.tasks.training import quiet_lightning, train
 from narrows.validation import check_positive
 
 MODELS = ("vit_mini", "ats_vit_mini", "soft_moe_vit_mini", "sepvit_mini", "slot_vit_mini", "resampler_vit_mini")
@@ -67,18 +61,18 @@ def compare(
     check_positive(seeds=seeds, epochs=epochs, batch_size=batch_size)
     if not models:
         raise InvalidArgument("models", expected="at least one registry name", got="none")
-    accelerator = _accelerator(device)
+    accelerator = accelerator_of(device)
     found = ImageDataModule(data, image_size=image_size).loaded
     # Built before anything is trained: a wrong name or size must not cost the time of the others.
     for name in models:
         create_model(name, **_shape(found))
-    folder = _new_folder(Path(output))
+    folder = new_folder(Path(output))
     tqdm.write(_announcement(found, models, seeds, epochs, folder))
 
     runs: list[Run] = []
     loaded = {0: found}
     interrupted = False
-    with _quiet_lightning():
+    with quiet_lightning():
         try:
             for number, (seed, name) in enumerate(product(range(seeds), models), start=1):
                 label = f"{number}/{seeds * len(models)} {name}" + (f" seed {seed}" if seeds > 1 else "")
@@ -87,7 +81,7 @@ def compare(
                 images.loaded = loaded[seed] = loaded.get(seed) or images.loaded
                 torch.manual_seed(seed)
                 task = Classification(name, **_shape(found), learning_rate=learning_rate)
-                runs.append(_train(task, name, images, folder, label=label, epochs=epochs, accelerator=accelerator))
+                runs.append(train(task, name, images, folder, label=label, epochs=epochs, accelerator=accelerator))
                 write_runs(runs, folder / "runs.csv")
         except KeyboardInterrupt:
             if not runs:
@@ -96,42 +90,6 @@ def compare(
     comparison = Comparison(runs, _expenses(runs, found, batch_size, accelerator), folder, interrupted)
     write_report(comparison, found, epochs=epochs, batch_size=batch_size)
     return comparison
-
-
-def _train(
-    task: Classification, name: str, images: ImageDataModule, folder: Path, *, label: str, epochs: int, accelerator: str
-) -> Run:
-    """Train one model, judge it on the held-out images and save it."""
-    run_name = f"{name}-seed{images.seed}"
-    trainer = Trainer(
-        max_epochs=epochs,
-        accelerator=accelerator,
-        devices=1,
-        gradient_clip_val=1.0,
-        check_val_every_n_epoch=max(1, epochs // 4),
-        num_sanity_val_steps=0,
-        callbacks=[RunProgress(label)],
-        logger=CSVLogger(folder / "logs", name=run_name, version=""),
-        enable_progress_bar=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-    )
-    start = time.perf_counter()
-    try:
-        trainer.fit(task, datamodule=images)
-    except SystemExit:
-        if not trainer.interrupted:
-            raise
-        # Lightning turns Ctrl-C into an exit and goes on ignoring it; both are for the caller to decide.
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        raise KeyboardInterrupt from None
-    seconds = time.perf_counter() - start
-    accuracy = trainer.validate(task, datamodule=images, verbose=False)[0]["val/accuracy"]
-    model = task.model
-    assert isinstance(model, ImageClassifier)
-    model.save_pretrained(folder / "models" / run_name)
-    images_seen = trainer.global_step * images.batch_size
-    return Run(name, images.seed, accuracy, images_seen, seconds, folder / "models" / run_name)
 
 
 def _expenses(runs: Sequence[Run], data: ImageData, batch_size: int, accelerator: str) -> dict[str, Expense]:
@@ -167,45 +125,9 @@ def _shape(data: ImageData) -> dict[str, Any]:
     return {"num_classes": data.num_classes, "image_size": data.image_size, "channels": data.channels}
 
 
-def _accelerator(device: str) -> str:
-    if device not in ("auto", "cpu", "cuda"):
-        raise InvalidArgument("device", expected="'auto', 'cpu' or 'cuda'", got=repr(device))
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InvalidArgument("device", expected="'cpu' or 'auto' on a machine without CUDA", got="'cuda'")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-
-
-def _new_folder(output: Path) -> Path:
-    if output.is_file():
-        raise InvalidArgument("output", expected="a folder", got=f"the file {str(output)!r}")
-    stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
-    for attempt in count():
-        folder = output / (f"{stamp}_{attempt}" if attempt else stamp)
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        return folder
-    raise AssertionError
-
-
 def _announcement(data: ImageData, models: Sequence[str], seeds: int, epochs: int, folder: Path) -> str:
     return (
         f"{data.name}: {len(data.train):,} training and {len(data.held_out):,} held-out images of "
         f"{data.image_size} pixels in {data.num_classes} classes (held out: {data.held_out_rule})\n"
         f"{len(models)} models, {seeds} seed{'s' if seeds > 1 else ''}, {epochs} epochs each; results in {folder}"
     )
-
-
-@contextmanager
-def _quiet_lightning() -> Iterator[None]:
-    """The bar says what there is to say; Lightning's notes on devices and workers would tear it apart."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="lightning")
-        try:
-            yield
-        finally:
-            logger.setLevel(level)

@@ -1,18 +1,16 @@
 """The page that shows a comparison."""
 
 import csv
-import platform
 from collections.abc import Sequence
 
-import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from narrows._version import __version__
 from narrows.data import ImageData, picture
 from narrows.models import ImageClassifier, load_model
 from narrows.routing import Routing
 from narrows.tasks.comparison import BEST, COLUMNS, Comparison
+from narrows.tasks.place import machine
 from narrows.visualize import Report, gallery, overlay, pareto, save
 
 NUM_PICTURES = 6
@@ -54,7 +52,7 @@ def write_report(comparison: Comparison, data: ImageData, *, epochs: int, batch_
         f"{len(data.held_out):,} held-out images it gets right (held out: {data.held_out_rule}). MACs are "
         "multiply-accumulates of one image with the tokens really kept. Tokens: what an image's tokens are at "
         "first, and how many carriers they pass through at the narrowest place. Speeds were taken in turns on one "
-        f"machine ({_machine()})."
+        f"machine ({machine()})."
     )
     if data.skipped:
         names = ", ".join(str(path) for path in data.skipped[:5])
@@ -113,8 +111,3 @@ def _test_images(data: ImageData) -> tuple[Tensor, list[str]]:
 def _summary(model: ImageClassifier) -> str:
     """The first paragraph of the model's docstring: what its bottleneck does."""
     return " ".join((type(model).__doc__ or "").split("\n\n")[0].split()).replace("`", "")
-
-
-def _machine() -> str:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
-    return f"{device}, {platform.machine()}, torch {torch.__version__}, narrows {__version__}"

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from textwrap import fill
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jaxtyping import Float
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from narrows.errors import InvalidArgument
 from narrows.routing import Routing
 from narrows.validation import check_positive
-from narrows.visualize import paint
+from narrows.visualize import paint, panels
 from narrows.visualize.canvas import new_figure
 from narrows.visualize.images import to_image
 from narrows.visualize.palette import CARRIERS, INK, MUTED, carrier_colour
@@ -77,28 +77,25 @@ def gallery(
         raise InvalidArgument("images", expected="at least one image", got="none")
     if captions is not None and len(captions) != len(canvases):
         raise InvalidArgument("captions", expected=f"one for each of the {len(canvases)} images", got=len(captions))
-    ratios = [_ratio(canvas) for canvas in canvases]
+    ratios = [panels.ratio(canvas) for canvas in canvases]
     figure = new_figure(PANEL * (1 + len(columns)) + 0.3, sum(PANEL * ratio + 0.25 for ratio in ratios) + 0.8)
     axes = figure.subplots(len(canvases), 1 + len(columns), squeeze=False, height_ratios=ratios)
     for row, canvas in enumerate(canvases):
-        _show(axes[row][0], canvas)
+        panels.show(axes[row][0], canvas)
         if captions is not None:
             axes[row][0].set_ylabel(fill(captions[row], 26), fontsize=9, color=INK)
-    _heading(axes[0][0], "image", "")
+    panels.heading(axes[0][0], "image", "")
     for column, (heading, routing) in enumerate(columns.items(), start=1):
         for row, canvas in enumerate(canvases):
             maps = _maps_of(routing, row, name=f"columns[{heading!r}]")
-            _show(axes[row][column], _summary(canvas, maps, routing))
+            panels.show(axes[row][column], _summary(canvas, maps, routing))
             if keeps_tokens(routing):
                 axes[row][column].set_xlabel(_kept_count(maps), fontsize=8, color=MUTED, labelpad=3)
-        _heading(axes[0][column], heading, _passage(routing))
-    _note(figure, "Colour: the carrier with the greatest share of the token. Grey: dropped tokens, read by no carrier.")
+        panels.heading(axes[0][column], heading, _passage(routing))
+    panels.note(
+        figure, "Colour: the carrier with the greatest share of the token. Grey: dropped tokens, read by no carrier."
+    )
     return figure
-
-
-def _ratio(canvas: Tensor) -> float:
-    """Height of a panel for its width: the image's own, though a tall image does not make a tower of the figure."""
-    return min(canvas.shape[1] / canvas.shape[2], 1.5)
 
 
 def _maps_of(routing: Routing, sample: int, name: str = "routing") -> Float[Tensor, "K h w"]:
@@ -138,10 +135,10 @@ def _passage(routing: Routing) -> str:
 
 
 def _kept_figure(canvas: Tensor, maps: Tensor, title: str | None) -> "matplotlib.figure.Figure":
-    figure = new_figure(4.0, 4.0 * _ratio(canvas) + 0.7)
-    _show(figure.subplots(), paint.kept(canvas, maps.amax(0) > 0))
-    _title(figure, title or _kept_count(maps))
-    _note(figure, "Grey: dropped tokens.")
+    figure = new_figure(4.0, 4.0 * panels.ratio(canvas) + 0.7)
+    panels.show(figure.subplots(), paint.kept(canvas, maps.amax(0) > 0))
+    panels.title(figure, title or _kept_count(maps))
+    panels.note(figure, "Grey: dropped tokens.")
     return figure
 
 
@@ -154,20 +151,20 @@ def _mixed_figure(
     colours = {carrier: carrier_colour(rank) for rank, carrier in enumerate(sorted(shown))}
     one = routing.carriers.removesuffix("s")
 
-    panels = 2 + len(shown)
-    rows = -(-panels // PANELS_PER_ROW)
-    columns = -(-panels // rows)
-    figure = new_figure(PANEL * columns, (PANEL * _ratio(canvas) + 0.28) * rows + 0.75)
+    count = 2 + len(shown)
+    rows = -(-count // PANELS_PER_ROW)
+    columns = -(-count // rows)
+    figure = new_figure(PANEL * columns, (PANEL * panels.ratio(canvas) + 0.28) * rows + 0.75)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    _show(axes[0], canvas, "image")
-    _show(axes[1], paint.owned(canvas, owners(maps), colours), "owner of each token")
+    panels.show(axes[0], canvas, "image")
+    panels.show(axes[1], paint.owned(canvas, owners(maps), colours), "owner of each token")
     for axis, (carrier, colour) in zip(axes[2:], colours.items(), strict=False):
         part = parts[carrier].item()
         name = f"{one} {carrier} · {part:.0%}" if part >= 0.095 else f"{one} {carrier} · {part:.1%}"
-        _show(axis, paint.over(canvas, maps[carrier], colour), name, colour)
-    for axis in axes[panels:]:
+        panels.show(axis, paint.over(canvas, maps[carrier], colour), name, colour)
+    for axis in axes[count:]:
         axis.set_axis_off()
-    _title(figure, title or _passage(routing))
+    panels.title(figure, title or _passage(routing))
     note = (
         f"Owner: the {one} with the greatest share of the token. Maps: where each {one} reads, against its own "
         "maximum, and the part of all tokens it carries."
@@ -177,32 +174,5 @@ def _mixed_figure(
             f" Not shown, and grey: the other {len(maps) - len(shown)} of {len(maps)} {routing.carriers}; "
             "none carries more than these."
         )
-    _note(figure, note)
+    panels.note(figure, note)
     return figure
-
-
-def _show(axis: Any, picture: Tensor, title: str = "", frame: str | None = None) -> None:
-    """A picture in its panel, with `frame` as the colour of a line around it."""
-    axis.imshow(picture.movedim(0, -1).numpy(), interpolation="auto")
-    axis.set_xticks([])
-    axis.set_yticks([])
-    axis.spines[:].set_visible(frame is not None)
-    if frame is not None:
-        axis.spines[:].set(color=frame, linewidth=2.5)
-    if title:
-        axis.set_title(title, fontsize=9, color=INK, loc="left", pad=5)
-
-
-def _heading(axis: Any, text: str, detail: str) -> None:
-    axis.set_title(text, fontsize=10, fontweight="bold", color=INK, pad=18)
-    axis.annotate(detail, (0.5, 1), (0, 6), "axes fraction", "offset points", ha="center", fontsize=8, color=MUTED)
-
-
-def _title(figure: "matplotlib.figure.Figure", text: str) -> None:
-    text = fill(text, int(9 * figure.get_figwidth()))
-    figure.suptitle(text, x=0.012, ha="left", fontsize=12, fontweight="bold", color=INK)
-
-
-def _note(figure: "matplotlib.figure.Figure", text: str) -> None:
-    text = fill(text, int(16 * figure.get_figwidth()))
-    figure.supxlabel(text, x=0.012, ha="left", fontsize=8, color=MUTED)

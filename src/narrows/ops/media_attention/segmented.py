@@ -1,16 +1,16 @@
-r"""Text attending to its own medium only: the T x M grid of which one column per row counts is never laid out.
+r"""Text attending to the few media it sees: the T x M grid, of which at most W columns a row count, is never laid out.
 
-The text is sorted by medium and cut into blocks of c rows, every block within one medium:
+The text is sorted by the last medium it sees and cut into blocks of c rows, every block within one medium:
 
-    medium      1           2      3
-    rows        a b c d e   f      g h i      (sorted by medium)
-    blocks      [a b c] [d e ·] [f · ·] [g h i]
+    last medium   1           2      3
+    rows          a b c d e   f      g h i      (sorted)
+    blocks        [a b c] [d e ·] [f · ·] [g h i]
 
-Each block then attends to the N latents of its medium, all blocks as one batch. A medium read by l rows takes
-ceil(l / c) blocks, so that G = floor((T + M (c - 1)) / c) blocks suffice whatever the segments are: the shapes
-follow from T and M alone, nothing is read back from the device, and one graph serves every layout. With
-c = ceil(T / M) rows and latents are each gathered at most twice, hence O(T N) operations and O(T + M N) memory where
-the dense form has O(T M N) of both.
+Each block then attends to the W N latents of its medium and the W - 1 before it, all blocks as one batch. A medium read
+by l rows takes ceil(l / c) blocks, so that G = floor((T + M (c - 1)) / c) blocks suffice whatever the segments are: the
+shapes follow from T, M and W alone, nothing is read back from the device, and one graph serves every layout. With
+c = ceil(T / M) rows and latents are each gathered at most twice (W times twice), hence O(T N W) operations and
+O(T + M N W) memory where the dense form has O(T M N) of both.
 """
 
 from typing import NamedTuple
@@ -19,9 +19,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
-from torch.utils.checkpoint import checkpoint
 
 from narrows.errors import ImplementationUnavailable
+from narrows.ops.media_attention.common import made_again
+from narrows.ops.media_attention.visible import VisibleMedia
 
 
 class _Blocks(NamedTuple):
@@ -29,12 +30,12 @@ class _Blocks(NamedTuple):
 
     Args:
         slot: `[B * T]`, the place of a row among the `B * G * c` places; one more, the last, for rows that see nothing.
-        medium: `[B * G]`, the medium of a block among the `B * M`.
+        medium: `[B, G]`, the last medium of a block, counted from 0.
         rows: c, rows to a block.
     """
 
     slot: Int[Tensor, " BT"]
-    medium: Int[Tensor, " BG"]
+    medium: Int[Tensor, "B G"]
     rows: int
 
 
@@ -42,36 +43,22 @@ def segmented(
     query: Float[Tensor, "B T H E"],
     key: Float[Tensor, "B M N H E"],
     value: Float[Tensor, "B M N H E"],
-    text_time: Int[Tensor, "B T"] | None,
+    visible: VisibleMedia | None,
     mask: Bool[Tensor, "B M N"] | None,
-    *,
-    attend: str,
 ) -> Float[Tensor, "B T H E"]:
-    """The reference for attend="last", where each row meets the latents of its own medium and no others."""
-    if attend != "last" or text_time is None:
+    """The reference where each row sees few media, and meets the latents of few others."""
+    if visible is None or visible.most is None:
         raise ImplementationUnavailable(
-            "media_attention: impl='segmented' cannot run here: it gives each text token one medium, that is, "
-            f"attend='last' and text_time given; got attend={attend!r}, text_time {'not ' * (text_time is None)}given. "
+            "media_attention: impl='segmented' cannot run here: it needs a bound on how many media a text token sees, "
+            f"as LastMedium and LastMedia give; got {visible if visible is None else 'most=None'}. "
             "Use impl='fused' or impl='auto'."
         )
     num_media = key.shape[1]
-    seen = (text_time >= 1) & (text_time <= num_media)
-    medium = (text_time.long() - 1).clamp(0, num_media - 1)
-    if mask is not None:
-        seen = seen & mask.any(-1).gather(1, medium)
+    seen = visible.any(num_media, mask)
+    medium = (visible.last.long() - 1).clamp(0, num_media - 1)
     blocks = _cut(torch.where(seen, medium, num_media), num_media)
     # Padded rows and gathered latents are cheap to make again and, kept for backward, would outweigh all the rest.
-    read = checkpoint(
-        _attend,
-        query,
-        key,
-        value,
-        mask,
-        *blocks,
-        use_reentrant=False,
-        preserve_rng_state=False,
-        determinism_check="none",
-    )
+    read = made_again(_attend, query, key, value, mask, blocks, visible.first, min(visible.most, num_media))
     return torch.where(seen[..., None, None], read, 0.0)
 
 
@@ -99,7 +86,7 @@ def _cut(medium: Int[Tensor, "B T"], num_media: int) -> _Blocks:
     block = torch.arange(num_blocks, device=medium.device).expand(batch, num_blocks).contiguous()
     # Blocks to spare read the last medium; no row of theirs is ever looked at.
     block_medium = torch.searchsorted(last_blocks, block, right=True).clamp(max=num_media - 1)
-    return _Blocks(slot.flatten(), (sample * num_media + block_medium).flatten(), rows)
+    return _Blocks(slot.flatten(), block_medium, rows)
 
 
 def _attend(
@@ -107,19 +94,35 @@ def _attend(
     key: Float[Tensor, "B M N H E"],
     value: Float[Tensor, "B M N H E"],
     mask: Bool[Tensor, "B M N"] | None,
-    slot: Int[Tensor, " BT"],
-    medium: Int[Tensor, " BG"],
-    rows: int,
+    blocks: _Blocks,
+    first: Int[Tensor, "B T"],
+    width: int,
 ) -> Float[Tensor, "B T H E"]:
-    num_blocks, heads, width = medium.shape[0], *query.shape[2:]
-    places = query.new_zeros(num_blocks * rows + 1, heads, width).index_copy(0, slot, query.flatten(0, 1))
-    key, value = (latents.flatten(0, 1).index_select(0, medium).transpose(1, 2) for latents in (key, value))
+    """What every row reads of the `width` media of its block."""
+    batch, num_media, num_latents = key.shape[:3]
+    slot, rows, num_blocks = blocks.slot, blocks.rows, blocks.medium.numel()
+    window = blocks.medium.flatten()[:, None] + torch.arange(1 - width, 1, device=slot.device)  # [BG, W]
+    sample = torch.arange(batch, device=slot.device).repeat_interleave(blocks.medium.shape[1])[:, None]
+    chosen = (sample * num_media + window.clamp(min=0)).flatten()
+
+    def of_blocks(latents: Tensor) -> Tensor:
+        return latents.flatten(0, 1).index_select(0, chosen).unflatten(0, (num_blocks, width)).flatten(1, 2)
+
     visible = None
+    if width > 1:
+        # Rows of one block may begin at different media; the window of a block at the first media reaches before them.
+        begin = (
+            first.new_zeros(num_blocks * rows + 1).index_copy(0, slot, first.flatten())[:-1].view(num_blocks, rows, 1)
+        )
+        visible = ((window + 1)[:, None] >= begin.clamp(min=1)).repeat_interleave(num_latents, dim=-1)
     if mask is not None:
-        visible = mask.flatten(0, 1).index_select(0, medium)[:, None, None]
-        # A block of a wholly masked medium holds no row that is looked at, and must only stay finite.
-        visible = visible | ~visible.any(-1, keepdim=True)
-    blocks = places[:-1].view(num_blocks, rows, heads, width).transpose(1, 2)
-    read = scaled_dot_product_attention(blocks, key, value, attn_mask=visible).transpose(1, 2)
-    read = read.reshape(num_blocks * rows, heads, width)
+        latents = of_blocks(mask)[:, None]
+        visible = latents if visible is None else visible & latents
+    if visible is not None:
+        # A place that sees nothing holds no row that is looked at, and must only stay finite.
+        visible = (visible | ~visible.any(-1, keepdim=True))[:, None]
+    places = query.new_zeros(num_blocks * rows + 1, *query.shape[2:]).index_copy(0, slot, query.flatten(0, 1))
+    queries = places[:-1].unflatten(0, (num_blocks, rows)).transpose(1, 2)
+    keys, values = (of_blocks(latents).transpose(1, 2) for latents in (key, value))
+    read = scaled_dot_product_attention(queries, keys, values, attn_mask=visible).transpose(1, 2).flatten(0, 1)
     return read.index_select(0, slot.clamp(max=num_blocks * rows - 1)).view_as(query)
