@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from narrows.layers.gated_cross_attention import GatedCrossAttentionBlock, MaskedCrossAttention
+from narrows.ops.media_attention import AllPrevious, Attend, ConsecutiveGroup, LastMedia, LastMedium
 from tests.cases import LayerCase
 
 
@@ -11,7 +12,7 @@ def masked(**kwargs: object) -> nn.Module:
     return MaskedCrossAttention(16, media_dim=12, heads=2, head_dim=8, **kwargs)
 
 
-def gated(attend: str, **kwargs: object) -> nn.Module:
+def gated(attend: Attend, **kwargs: object) -> nn.Module:
     block = GatedCrossAttentionBlock(16, heads=2, head_dim=4, mlp_ratio=2, attend=attend, **kwargs)
     nn.init.constant_(block.attn_gate, 0.7)
     nn.init.constant_(block.ff_gate, -0.6)
@@ -19,11 +20,19 @@ def gated(attend: str, **kwargs: object) -> nn.Module:
 
 
 def gated_last(**kwargs: object) -> nn.Module:
-    return gated("last", **kwargs)
+    return gated(LastMedium(), **kwargs)
 
 
 def gated_previous(**kwargs: object) -> nn.Module:
-    return gated("previous", **kwargs)
+    return gated(AllPrevious(), **kwargs)
+
+
+def gated_group(**kwargs: object) -> nn.Module:
+    return gated(ConsecutiveGroup(), feed_forward_without_media=False, **kwargs)
+
+
+def gated_last_two(**kwargs: object) -> nn.Module:
+    return gated(LastMedia(2), feed_forward_without_media=False, **kwargs)
 
 
 def interleaved(batch: int, media_dim: int = 16) -> dict[str, Tensor]:
@@ -76,6 +85,22 @@ CASES = [
         outputs,
         padded=PADDED,
         impls=("reference", "fused"),
+    ),
+    LayerCase(
+        "GatedCrossAttentionBlock-group",
+        gated_group,
+        interleaved,
+        outputs,
+        padded=PADDED,
+        impls=("reference", "fused"),
+    ),
+    LayerCase(
+        "GatedCrossAttentionBlock-last-two",
+        gated_last_two,
+        interleaved,
+        outputs,
+        padded=PADDED,
+        impls=("reference", "fused", "segmented"),
     ),
     LayerCase(
         "GatedCrossAttentionBlock-all",

@@ -10,10 +10,20 @@ from torch import Tensor, nn
 from narrows.checkpoints import from_upstream
 from narrows.errors import InvalidArgument, InvalidType
 from narrows.layers.gated_cross_attention import GatedCrossAttentionBlock, MaskedCrossAttention
+from narrows.ops.media_attention import (
+    AllPrevious,
+    Attend,
+    ConsecutiveGroup,
+    LastMedia,
+    LastMedium,
+    VisibleMedia,
+)
 from tests.support import assert_close, gradients
 
 IMPLS = ("reference", "fused", "segmented")
-both_policies = pytest.mark.parametrize("attend", ["last", "previous"])
+both_policies = pytest.mark.parametrize("attend", [LastMedium(), AllPrevious()], ids=["last", "previous"])
+POLICIES = [LastMedium(), LastMedia(2), ConsecutiveGroup(), AllPrevious()]
+every_policy = pytest.mark.parametrize("attend", POLICIES, ids=str)
 
 
 def attention(**kwargs: object) -> nn.Module:
@@ -24,6 +34,10 @@ def opened(block: nn.Module) -> nn.Module:
     nn.init.constant_(block.attn_gate, 0.8)
     nn.init.constant_(block.ff_gate, -0.5)
     return block
+
+
+def gated(**kwargs: object) -> GatedCrossAttentionBlock:
+    return opened(GatedCrossAttentionBlock(16, heads=2, head_dim=4, **kwargs)).double()
 
 
 def draw(media: int = 3, text: int = 9, batch: int = 1) -> tuple[Tensor, Tensor]:
@@ -64,7 +78,7 @@ def module_without_locations(module: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("impl", IMPLS[:2])
 def test_text_reads_all_media_before_it_and_none_after(impl: str) -> None:
-    module, (text, media) = attention(impl=impl, attend="previous"), draw()
+    module, (text, media) = attention(impl=impl, attend=AllPrevious()), draw()
     output = module(text, media, places(2, 4, 5))
     assert (output[:, :2] == 0).all()
     for count, span in enumerate([slice(2, 4), slice(4, 5), slice(5, 9)], start=1):
@@ -95,7 +109,7 @@ def test_defect_4_text_after_a_medium_that_was_not_given_reads_nothing() -> None
 
 
 def test_more_locations_than_media_leave_all_previous_media_in_sight() -> None:
-    module, (text, media) = attention(attend="previous"), draw(media=2)
+    module, (text, media) = attention(attend=AllPrevious()), draw(media=2)
     assert_close(module(text, media, places(0, 3, 6))[:, 6:], module(text, media)[:, 6:], 1e-12)
 
 
@@ -126,7 +140,7 @@ def test_defect_14_media_may_have_a_width_of_their_own() -> None:
 
 
 @both_policies
-def test_defect_15_masked_media_do_not_poison_even_as_nan(attend: str) -> None:
+def test_defect_15_masked_media_do_not_poison_even_as_nan(attend: Attend) -> None:
     """Neither a closed gate nor a mask on scores stops NaN: 0 * NaN. Masked media are taken out before anything."""
     block = GatedCrossAttentionBlock(16, heads=2, head_dim=4, attend=attend).double()
     text, media = draw()
@@ -167,20 +181,19 @@ def test_no_layout_leaks(layout: tuple[Tensor, int, Tensor]) -> None:
     locations, num_media, mask = layout
     text, media = draw(num_media, locations.shape[1])
     media.requires_grad_()
-    time = locations.cumsum(-1)[0]
-    for attend in ("last", "previous"):
+    for attend in POLICIES:
         output = attention(attend=attend)(text, media, locations, mask)
-        for position in range(len(time)):
+        shown = attend.visible(locations).media(num_media)[0]
+        for position in range(locations.shape[1]):
             (gradient,) = torch.autograd.grad(output[0, position].sum(), media, retain_graph=True, allow_unused=True)
             reached = [] if gradient is None else [m for m in range(num_media) if (gradient[0, m] != 0).any()]
-            first = 0 if attend == "previous" else max(0, int(time[position]) - 1)
-            seen = [m for m in range(first, min(num_media, int(time[position]))) if mask[0, m]]
+            seen = [m for m in range(num_media) if mask[0, m] and shown[position, m]]
             assert reached == seen
             assert seen or (output[0, position] == 0).all()
 
 
 @both_policies
-def test_a_closed_block_is_the_identity_and_its_gates_learn(attend: str) -> None:
+def test_a_closed_block_is_the_identity_and_its_gates_learn(attend: Attend) -> None:
     block = GatedCrossAttentionBlock(16, attend=attend)
     text, media = torch.randn(2, 9, 16), torch.randn(2, 3, 4, 16)
     output = block(text, media, places(2, 4, 5).expand(2, 9))
@@ -197,8 +210,78 @@ def test_an_open_block_is_the_figure_of_the_paper() -> None:
     assert_close(block(text, media, places(2, 4)), y + block.ff_gate.tanh() * (hidden @ block.ff[3].weight.T), 1e-12)
 
 
+@every_policy
+def test_media_projected_once_are_read_as_if_projected_each_time(attend: Attend) -> None:
+    block, (text, media) = gated(attend=attend), draw()
+    locations, mask = places(2, 4, 5), torch.tensor([[True, False, True]])
+    kept = block.keys_values(media, mask)
+    assert torch.equal(block(text, kept, locations), block(text, media, locations, mask))
+    assert torch.equal(
+        block.routing(text, kept, locations).weights, block.routing(text, media, locations, mask).weights
+    )
+    assert torch.equal(block(text, kept), block(text, media, media_mask=mask))
+
+
+@every_policy
+def test_a_part_of_the_text_reads_what_it_reads_in_the_whole(attend: Attend) -> None:
+    block, (text, media) = gated(attend=attend), draw()
+    whole, kept = block(text, media, places(2, 4, 5)), block.keys_values(media)
+    visible = attend.visible(places(2, 4, 5))
+    for position in range(9):
+        part = block(text[:, position : position + 1], kept, visible=visible.rows(position, position + 1))
+        assert_close(part, whole[:, position : position + 1], 1e-12)
+
+
+def test_only_the_last_medium_has_to_be_kept() -> None:
+    module, (text, media) = attention(), draw()
+    whole, last = module(text, media, places(2, 4, 5)), module.keys_values(media[:, 2:])
+    first = torch.ones(1, 4, dtype=torch.long)
+    assert_close(module(text[:, 5:], last, visible=VisibleMedia(first, first, 1)), whole[:, 5:], 1e-12)
+
+
+@pytest.mark.compiled
+def test_a_decoded_token_is_one_graph() -> None:
+    block, (text, media) = gated(), draw()
+    torch._dynamo.reset()
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    first = torch.ones(1, 1, dtype=torch.long)
+    kept, visible = block.keys_values(media[:, 2:]), VisibleMedia(first, first, 1)
+    assert_close(compiled(text[:, 8:], kept, visible=visible), block(text, media, places(2, 4, 5))[:, 8:], 1e-12)
+
+
+@every_policy
+def test_packed_documents_read_what_each_reads_alone(attend: Attend) -> None:
+    block = gated(attend=attend)
+    (first, its), (second, theirs) = draw(2), draw(3)
+    locations = [places(1, 8), places(0, 1, 5)]  # the first ends with a medium, the second begins with one
+    alone = [block(first, its, locations[0]), block(second, theirs, locations[1])]
+    visible = attend.visible(torch.cat(locations, 1), torch.arange(18)[None] % 9 == 0)
+    packed = block(torch.cat((first, second), 1), torch.cat((its, theirs), 1), visible=visible)
+    assert_close(packed, torch.cat(alone, 1), 1e-12)
+
+
+@every_policy
+def test_feed_forward_may_leave_text_without_media_alone(attend: Attend) -> None:
+    block = opened(GatedCrossAttentionBlock(16, heads=2, head_dim=4, attend=attend)).double()
+    sparing = GatedCrossAttentionBlock(
+        16, heads=2, head_dim=4, attend=attend, feed_forward_without_media=False
+    ).double()
+    sparing.load_state_dict(block.state_dict())
+    text, media = draw()
+    mask = torch.tensor([[True, False, True]])
+    output, other = sparing(text, media, places(2, 4, 6), mask), block(text, media, places(2, 4, 6), mask)
+    reads = sparing.routing(text, media, places(2, 4, 6), mask).weights.sum((1, 2))[0] > 0
+    assert 2 <= reads.sum() <= 7
+    assert torch.equal(output[:, ~reads], text[:, ~reads])
+    assert torch.equal(output[:, reads], other[:, reads])
+    assert (other[:, ~reads] != text[:, ~reads]).any()
+    assert torch.equal(sparing(text, media, media_mask=mask), block(text, media, media_mask=mask))
+    assert torch.equal(sparing(text, media, media_mask=~mask | mask), block(text, media))
+    assert torch.equal(sparing(text, media, media_mask=mask & ~mask), text)
+
+
 @both_policies
-def test_routing_says_which_media_a_token_reads(attend: str) -> None:
+def test_routing_says_which_media_a_token_reads(attend: Attend) -> None:
     module, (text, media) = attention(attend=attend), draw()
     routing = module.routing(text, media, places(2, 4, 5))
     assert (routing.carriers, routing.weights.shape) == ("media", (1, 2, 3, 9))
@@ -206,7 +289,7 @@ def test_routing_says_which_media_a_token_reads(attend: str) -> None:
     seen = (routing.weights > 0)[0, 0].T.int().tolist()
     last = 2 * [[0, 0, 0]] + 2 * [[1, 0, 0]] + [[0, 1, 0]] + 4 * [[0, 0, 1]]
     previous = 2 * [[0, 0, 0]] + 2 * [[1, 0, 0]] + [[1, 1, 0]] + 4 * [[1, 1, 1]]
-    assert seen == (last if attend == "last" else previous)
+    assert seen == (last if attend == LastMedium() else previous)
     block = GatedCrossAttentionBlock(16, heads=2, head_dim=4, attend=attend).double()
     block.attn.load_state_dict(module.state_dict())
     assert torch.equal(block.routing(text, media, places(2, 4, 5)).weights, routing.weights)
@@ -220,11 +303,21 @@ def test_what_is_wrong_is_said() -> None:
         module(torch.randn(1, 5, 16), torch.randn(1, 2, 3, 16))
     with pytest.raises(InvalidArgument, match=r"media_mask: expected shape \[B, M, N\] = \(1, 2, 3\)"):
         module(torch.randn(1, 5, 16), torch.randn(1, 2, 3, 12), media_mask=torch.ones(1, 2, 4, dtype=torch.bool))
-    with pytest.raises(InvalidArgument, match="attend: expected one of"):
-        MaskedCrossAttention(16, attend="next")
+    text, kept = torch.randn(1, 5, 16), module.keys_values(torch.randn(1, 2, 3, 12))
+    locations = torch.zeros(1, 5, dtype=torch.bool)
+    with pytest.raises(InvalidArgument, match="media_mask: expected None with keys and values"):
+        module(text, kept, media_mask=torch.ones(1, 2, dtype=torch.bool))
+    with pytest.raises(InvalidArgument, match="visible: expected None with media_locations"):
+        module(text, kept, locations, visible=LastMedium().visible(locations))
     for name in ("media_dim", "heads", "head_dim"):
         with pytest.raises(InvalidArgument, match=f"{name}: expected a positive integer, got 0"):
             GatedCrossAttentionBlock(16, **{name: 0})
+
+
+@pytest.mark.compiled  # beartype would speak first
+def test_a_policy_is_no_string() -> None:
+    with pytest.raises(InvalidType, match=r"attend: expected a policy, LastMedium\(\) for instance, got 'last'"):
+        MaskedCrossAttention(16, attend="last")
 
 
 @pytest.mark.compiled  # jaxtyping would speak first

@@ -10,36 +10,46 @@ from torch import Tensor
 
 from narrows.errors import ImplementationUnavailable, InvalidArgument, InvalidType
 from narrows.measure import saved_for_backward
-from narrows.ops.media_attention import IMPLEMENTATIONS, media_attention, media_attention_weights
+from narrows.ops.media_attention import VisibleMedia, media_attention, media_attention_weights
 from tests.support import assert_close, assert_within_budget, gradients
 
+POLICIES = ("last", "previous", "last two", "odd")
 RUNS = [
-    ("reference", "last"),
-    ("reference", "previous"),
-    ("fused", "last"),
-    ("fused", "previous"),
-    ("segmented", "last"),
+    (impl, policy)
+    for impl in ("reference", "fused", "segmented")
+    for policy in POLICIES
+    if impl != "segmented" or policy != "previous"
 ]
-every_run = pytest.mark.parametrize(("impl", "attend"), RUNS)
+every_run = pytest.mark.parametrize(("impl", "policy"), RUNS)
+every_policy = pytest.mark.parametrize("policy", POLICIES)
 FAST = [run for run in RUNS if run[0] != "reference"]
 
 
+def seen(time: Tensor | None, policy: str) -> VisibleMedia | None:
+    """What a policy shows at these times; "odd" is none of ours: tokens of one time begin at different media."""
+    if time is None:
+        return None
+    begin = torch.arange(time.shape[1]) % 3
+    first = {"last": time, "previous": torch.ones_like(time), "last two": time - 1, "odd": time - begin}
+    return VisibleMedia(first[policy], time, {"last": 1, "previous": None, "last two": 2, "odd": 3}[policy])
+
+
 def one_token_at_a_time(
-    query: Tensor, key: Tensor, value: Tensor, time: Tensor | None, mask: Tensor | None, *, attend: str
+    query: Tensor, key: Tensor, value: Tensor, visible: VisibleMedia | None, mask: Tensor | None
 ) -> Tensor:
     """What each token reads, from the definition, in the precision of the inputs."""
     batch, num_media = key.shape[:2]
     rows = []
     for b in range(batch):
         for t in range(query.shape[1]):
-            phi = num_media if time is None else int(time[b, t])
-            first = 0 if attend == "previous" or time is None else max(0, phi - 1)
-            seen = slice(first, max(0, phi))
-            keep = torch.ones(key.shape[1:3], dtype=torch.bool)[seen] if mask is None else mask[b, seen]
+            first = 1 if visible is None else max(1, int(visible.first[b, t]))
+            last = num_media if visible is None else min(num_media, int(visible.last[b, t]))
+            sees = slice(first - 1, max(first - 1, last))
+            keep = torch.ones(key.shape[1:3], dtype=torch.bool)[sees] if mask is None else mask[b, sees]
             if not keep.any():
                 rows.append(torch.zeros_like(query[b, t]))
                 continue
-            keys, values = key[b, seen][keep], value[b, seen][keep]
+            keys, values = key[b, sees][keep], value[b, sees][keep]
             scores = (keys * query[b, t]).sum(-1) / math.sqrt(query.shape[-1])
             rows.append((scores.softmax(0)[..., None] * values).sum(0))
     return torch.stack(rows).view_as(query) if rows else torch.zeros_like(query)
@@ -71,26 +81,26 @@ PLACES = {"times": (TIME, None), "mask": (TIME, MASK), "no times": (None, None),
 
 
 @pytest.mark.parametrize(
-    ("impl", "attend", "place"),
+    ("impl", "policy", "place"),
     [(*run, place) for run in RUNS for place in PLACES if run[0] != "segmented" or PLACES[place][0] is not None],
 )
-def test_each_token_reads_its_media_and_no_others(impl: str, attend: str, place: str) -> None:
+def test_each_token_reads_its_media_and_no_others(impl: str, policy: str, place: str) -> None:
     time, mask = PLACES[place]
-    inputs = draw()
-    expected = one_token_at_a_time(*inputs, time, mask, attend=attend)
-    output = media_attention(*inputs, time, mask=mask, attend=attend, impl=impl)
+    inputs, visible = draw(), seen(time, policy)
+    expected = one_token_at_a_time(*inputs, visible, mask)
+    output = media_attention(*inputs, visible, mask=mask, impl=impl)
     assert_close(output, expected, 1e-12)
     for ours, theirs in zip(gradients(output, *inputs), gradients(expected, *inputs), strict=True):
         assert_close(ours, theirs, 1e-12)
 
 
-@pytest.mark.parametrize("attend", ["last", "previous"])
+@every_policy
 @pytest.mark.parametrize("mask", [None, MASK[:, :, :3]], ids=["whole", "masked"])
-def test_reference_passes_gradcheck(attend: str, mask: Tensor | None) -> None:
+def test_reference_passes_gradcheck(policy: str, mask: Tensor | None) -> None:
     inputs = draw(text=9, latents=3, heads=1, width=2)
 
     def run(*inputs: Tensor) -> Tensor:
-        return media_attention(*inputs, TIME, mask=mask, attend=attend, impl="reference")
+        return media_attention(*inputs, seen(TIME, policy), mask=mask, impl="reference")
 
     assert torch.autograd.gradcheck(run, inputs)
 
@@ -122,9 +132,9 @@ def problems(draw_from: st.DrawFn) -> tuple[tuple[Tensor, Tensor, Tensor], Tenso
 @given(problems())
 def test_fast_forms_have_the_numbers_of_the_loop(problem: tuple) -> None:
     inputs, time, mask = problem
-    for impl, attend in FAST:
-        expected = one_token_at_a_time(*inputs, time, mask, attend=attend)
-        output = media_attention(*inputs, time, mask=mask, attend=attend, impl=impl)
+    for impl, policy in FAST:
+        expected = one_token_at_a_time(*inputs, seen(time, policy), mask)
+        output = media_attention(*inputs, seen(time, policy), mask=mask, impl=impl)
         assert_close(output, expected, 1e-10)
         if not expected.requires_grad:  # no token sees any medium
             assert all((gradient == 0).all() for gradient in gradients(output, *inputs))
@@ -134,20 +144,20 @@ def test_fast_forms_have_the_numbers_of_the_loop(problem: tuple) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("impl", "attend"), FAST)
+@pytest.mark.parametrize(("impl", "policy"), FAST)
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
 def test_low_precision_is_as_good_as_the_plain_formula(
-    impl: str, attend: str, dtype: torch.dtype, masked: bool
+    impl: str, policy: str, dtype: torch.dtype, masked: bool
 ) -> None:
     sizes = {"text": 33, "media": 5, "latents": 7, "width": 16}
     generator = torch.Generator().manual_seed(1)
-    time = torch.randint(0, 7, (2, 33), generator=generator)
+    visible = seen(torch.randint(0, 7, (2, 33), generator=generator), policy)
     mask = torch.rand(2, 5, 7, generator=generator) > 0.3 if masked else None
     low = draw(**sizes, dtype=dtype)
     exact = draw(**sizes)
-    oracle = one_token_at_a_time(*exact, time, mask, attend=attend)
-    plain = one_token_at_a_time(*low, time, mask, attend=attend)
-    fast = media_attention(*low, time, mask=mask, attend=attend, impl=impl)
+    oracle = one_token_at_a_time(*exact, visible, mask)
+    plain = one_token_at_a_time(*low, visible, mask)
+    fast = media_attention(*low, visible, mask=mask, impl=impl)
     assert fast.dtype == dtype
     assert_within_budget(fast, plain, oracle)
     results = zip(gradients(fast, *low), gradients(plain, *low), gradients(oracle, *exact), strict=True)
@@ -164,10 +174,11 @@ def test_nothing_leaks(problem: tuple, medium: int) -> None:
     changed = [x.detach().clone() for x in (key, value)]
     for x in changed:
         x[:, medium] = 100 * torch.randn_like(x[:, medium])
-    for impl, attend in RUNS:
-        before = media_attention(query, key, value, time, mask=mask, attend=attend, impl=impl)
-        after = media_attention(query, *changed, time, mask=mask, attend=attend, impl=impl)
-        allowed = time == medium + 1 if attend == "last" else time >= medium + 1
+    for impl, policy in RUNS:
+        visible = seen(time, policy)
+        before = media_attention(query, key, value, visible, mask=mask, impl=impl)
+        after = media_attention(query, *changed, visible, mask=mask, impl=impl)
+        allowed = (visible.first <= medium + 1) & (medium + 1 <= visible.last)
         if mask is not None:
             allowed = allowed & mask[:, medium].any(-1)[:, None]
         moved = (before != after).flatten(2).any(-1)
@@ -176,12 +187,13 @@ def test_nothing_leaks(problem: tuple, medium: int) -> None:
 
 
 @every_run
-def test_text_that_sees_nothing_reads_exactly_zero(impl: str, attend: str) -> None:
+def test_text_that_sees_nothing_reads_exactly_zero(impl: str, policy: str) -> None:
     inputs = draw()
-    output = media_attention(*inputs, TIME, mask=MASK, attend=attend, impl=impl)
-    blind = TIME == 0
-    if attend == "last":
-        blind |= (TIME == 4) | ((TIME == 2) & (torch.arange(2) == 0)[:, None])  # beyond the media; medium masked
+    visible = seen(TIME, policy)
+    output = media_attention(*inputs, visible, mask=MASK, impl=impl)
+    blind = ~(visible.media(3) & MASK.any(-1)[:, None]).any(-1)
+    assert blind.sum() >= 2
+    assert torch.equal(visible.any(3, MASK), ~blind)
     assert (output[blind] == 0).all()
     assert (output[~blind] != 0).all()
     query_gradient, *_ = gradients(output, *inputs)
@@ -189,99 +201,106 @@ def test_text_that_sees_nothing_reads_exactly_zero(impl: str, attend: str) -> No
 
 
 @every_run
-def test_masked_latents_reach_nothing_even_as_nan(impl: str, attend: str) -> None:
+def test_masked_latents_reach_nothing_even_as_nan(impl: str, policy: str) -> None:
     inputs = draw()
     poisoned = [x.detach().clone().requires_grad_() for x in inputs]
     with torch.no_grad():
         poisoned[1][~MASK] = torch.nan
         poisoned[2][~MASK] = torch.inf
-    clean = media_attention(*inputs, TIME, mask=MASK, attend=attend, impl=impl)
-    output = media_attention(*poisoned, TIME, mask=MASK, attend=attend, impl=impl)
+    clean = media_attention(*inputs, seen(TIME, policy), mask=MASK, impl=impl)
+    output = media_attention(*poisoned, seen(TIME, policy), mask=MASK, impl=impl)
     assert torch.equal(clean, output)
     for ours, theirs in zip(gradients(output, *poisoned), gradients(clean, *inputs), strict=True):
         assert torch.equal(ours, theirs)
 
 
 @every_run
-def test_a_mask_is_a_truncation(impl: str, attend: str) -> None:
+def test_a_mask_is_a_truncation(impl: str, policy: str) -> None:
     query, key, value = draw(media=5, latents=6)
     mask = torch.zeros(2, 5, 6, dtype=torch.bool)
     mask[:, :3, :4] = True
-    masked = media_attention(query, key, value, TIME, mask=mask, attend=attend, impl=impl)
-    cut = media_attention(query, key[:, :3, :4], value[:, :3, :4], TIME, attend=attend, impl=impl)
+    masked = media_attention(query, key, value, seen(TIME, policy), mask=mask, impl=impl)
+    cut = media_attention(query, key[:, :3, :4], value[:, :3, :4], seen(TIME, policy), impl=impl)
     assert_close(masked, cut, 1e-12)
 
 
 @every_run
-def test_the_order_of_latents_and_of_text_does_not_matter(impl: str, attend: str) -> None:
+def test_the_order_of_latents_and_of_text_does_not_matter(impl: str, policy: str) -> None:
     query, key, value = draw()
     latents, text = torch.randperm(4), torch.randperm(9)
-    expected = media_attention(query, key, value, TIME, attend=attend, impl=impl)
-    shuffled = media_attention(
-        query[:, text], key[:, :, latents], value[:, :, latents], TIME[:, text], attend=attend, impl=impl
-    )
+    expected = media_attention(query, key, value, seen(TIME, policy), impl=impl)
+    first, last, most = seen(TIME, policy)
+    moved = VisibleMedia(first[:, text], last[:, text], most)
+    shuffled = media_attention(query[:, text], key[:, :, latents], value[:, :, latents], moved, impl=impl)
     assert_close(shuffled, expected[:, text], 1e-12)
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_packed_documents_read_what_each_reads_alone(impl: str) -> None:
-    query, key, value = draw(batch=1, text=18, media=4)
-    first, second = torch.tensor([[0, 1, 1, 2, 2, 2, 2, 2, 2]]), torch.tensor([[0, 0, 0, 1, 1, 1, 2, 2, 2]])
-    packed = media_attention(query, key, value, torch.cat((first, (second + 2).where(second > 0, 0)), 1), impl=impl)
-    alone = [
-        media_attention(query[:, :9], key[:, :2], value[:, :2], first, impl=impl),
-        media_attention(query[:, 9:], key[:, 2:], value[:, 2:], second, impl=impl),
-    ]
-    assert_close(packed, torch.cat(alone, 1), 1e-12)
-
-
-@pytest.mark.parametrize("attend", ["last", "previous"])
-def test_weights_are_what_the_output_is_made_of(attend: str) -> None:
+@every_policy
+def test_weights_are_what_the_output_is_made_of(policy: str) -> None:
     query, key, value = draw()
-    weights = media_attention_weights(query, key, TIME, mask=MASK, attend=attend)
-    output = media_attention(query, key, value, TIME, mask=MASK, attend=attend, impl="fused")
+    weights = media_attention_weights(query, key, seen(TIME, policy), mask=MASK)
+    output = media_attention(query, key, value, seen(TIME, policy), mask=MASK, impl="fused")
     assert_close(torch.einsum("bhtmn,bmnhe->bthe", weights, value), output, 1e-12)
     sums = weights.sum((3, 4))
     assert_close(sums, (output != 0).all(-1).transpose(1, 2).double(), 1e-12)
 
 
-def test_segmented_keeps_for_backward_nothing_that_grows_with_text_times_media() -> None:
+@pytest.mark.parametrize("impl", ["reference", "fused"])
+def test_long_text_is_read_a_part_at_a_time(impl: str) -> None:
+    inputs = draw(batch=1, text=1100, media=3, width=2)
+    visible = seen(torch.arange(1100)[None] // 300, "previous")
+    whole = media_attention(*inputs, visible, impl=impl)
+    for rows in (slice(0, 100), slice(500, 530), slice(1000, 1100)):
+        part = VisibleMedia(visible.first[:, rows], visible.last[:, rows], visible.most)
+        assert_close(whole[:, rows], media_attention(inputs[0][:, rows], *inputs[1:], part), 1e-12)
+
+
+@pytest.mark.parametrize(("impl", "policy"), [("segmented", "last"), ("segmented", "last two"), ("fused", "previous")])
+def test_nothing_is_kept_for_backward_that_grows_with_text_times_media(impl: str, policy: str) -> None:
     def kept(media: int, impl: str) -> int:
-        inputs = draw(batch=1, text=256, media=media, latents=128 // media, width=8)
-        time = torch.arange(256)[None] * media // 256 + 1
-        return saved_for_backward(lambda: media_attention(*inputs, time, impl=impl), exclude=inputs)
+        inputs = draw(batch=1, text=1024, media=media, latents=128 // media, width=8)
+        visible = seen(torch.arange(1024)[None] * media // 1024 + 1, policy)
+        return saved_for_backward(lambda: media_attention(*inputs, visible, impl=impl), exclude=inputs)
 
     for media in (2, 32):
-        assert kept(media, "segmented") <= 8 * (256 + 2 * media) + 256  # a place per token, a medium per block, a mask
-    assert kept(32, "reference") > 20 * kept(32, "segmented")
+        # A place and a first medium per token, a medium per block, a mask; fused: parts of the text, and their results.
+        per_token = 8 * 3 if impl == "segmented" else 8 * (2 * 2 * 8 + 2)
+        assert kept(media, impl) <= per_token * (1024 + 2 * media) + 1024
+    assert kept(32, "reference") > 6 * kept(32, impl)
 
 
-def test_auto_takes_segments_where_each_token_has_one_medium_of_several() -> None:
+def test_auto_takes_segments_where_a_token_sees_less_than_half_of_the_media() -> None:
     inputs = draw(dtype=torch.float32)
-    for attend, time, impl in [("last", TIME, "segmented"), ("previous", TIME, "fused"), ("last", None, "fused")]:
-        chosen = media_attention(*inputs, time, attend=attend)
-        assert torch.equal(chosen, media_attention(*inputs, time, attend=attend, impl=impl))
+    for policy, time, impl in [
+        ("last", TIME, "segmented"),
+        ("last two", TIME, "fused"),
+        ("previous", TIME, "fused"),
+        ("last", None, "fused"),
+    ]:
+        chosen = media_attention(*inputs, seen(time, policy))
+        assert torch.equal(chosen, media_attention(*inputs, seen(time, policy), impl=impl))
 
 
 @every_run
-def test_no_media_and_no_text(impl: str, attend: str) -> None:
+def test_no_media_and_no_text(impl: str, policy: str) -> None:
     query, key, value = draw()
-    assert (media_attention(query, key[:, :0], value[:, :0], TIME, attend=attend, impl=impl) == 0).all()
-    assert media_attention(query[:, :0], key, value, TIME[:, :0], attend=attend, impl=impl).shape == (2, 0, 2, 5)
+    assert (media_attention(query, key[:, :0], value[:, :0], seen(TIME, policy), impl=impl) == 0).all()
+    assert media_attention(query[:, :0], key, value, seen(TIME[:, :0], policy), impl=impl).shape == (2, 0, 2, 5)
 
 
 @every_run
-def test_times_of_any_integer_type(impl: str, attend: str) -> None:
+def test_times_of_any_integer_type(impl: str, policy: str) -> None:
     inputs = draw()
-    expected = media_attention(*inputs, TIME, mask=MASK, attend=attend, impl=impl)
-    assert torch.equal(media_attention(*inputs, TIME.int(), mask=MASK, attend=attend, impl=impl), expected)
+    expected = media_attention(*inputs, seen(TIME, policy), mask=MASK, impl=impl)
+    assert torch.equal(media_attention(*inputs, seen(TIME.int(), policy), mask=MASK, impl=impl), expected)
 
 
 @pytest.mark.compiled
-def test_segmented_is_one_graph_for_any_number_of_media_and_any_length() -> None:
+@pytest.mark.parametrize("policy", ["last", "last two"])
+def test_segmented_is_one_graph_for_any_number_of_media_and_any_length(policy: str) -> None:
     class Segmented(torch.nn.Module):
         def forward(self, query: Tensor, key: Tensor, value: Tensor, time: Tensor) -> Tensor:
-            return media_attention(query, key, value, time, impl="segmented")
+            return media_attention(query, key, value, seen(time, policy), impl="segmented")
 
     batch, text, media = (torch.export.Dim(name, min=2, max=4096) for name in ("batch", "text", "media"))
     of_media = {0: batch, 1: media}
@@ -291,41 +310,40 @@ def test_segmented_is_one_graph_for_any_number_of_media_and_any_length() -> None
         for sizes in [(2, 9, 3), (3, 100, 2), (5, 3, 11), (2, 130, 2)]:
             inputs = draw(*sizes)
             time = torch.randint(0, sizes[2] + 2, sizes[:2])
-            assert_close(program(*inputs, time), media_attention(*inputs, time, impl="reference"), 1e-12)
+            assert_close(program(*inputs, time), media_attention(*inputs, seen(time, policy), impl="reference"), 1e-12)
 
 
 def test_segmented_says_when_it_cannot_run() -> None:
     inputs = draw()
-    with pytest.raises(ImplementationUnavailable, match=r"attend='previous', text_time given.*Use impl='fused'"):
-        media_attention(*inputs, TIME, attend="previous", impl="segmented")
-    with pytest.raises(ImplementationUnavailable, match="text_time not given"):
+    with pytest.raises(ImplementationUnavailable, match=r"needs a bound.*got most=None. Use impl='fused'"):
+        media_attention(*inputs, seen(TIME, "previous"), impl="segmented")
+    with pytest.raises(ImplementationUnavailable, match="got None"):
         media_attention(*inputs, impl="segmented")
 
 
 def test_what_is_wrong_is_said() -> None:
     query, key, value = draw()
-    with pytest.raises(InvalidArgument, match=r"attend: expected one of \('last', 'previous'\), got 'next'"):
-        media_attention(query, key, value, TIME, attend="next")
     with pytest.raises(InvalidArgument, match=r"impl: expected 'auto' or one of .*got 'fast'"):
-        media_attention(query, key, value, TIME, impl="fast")
+        media_attention(query, key, value, impl="fast")
 
 
 @pytest.mark.compiled  # jaxtyping would speak first
 def test_what_is_wrong_with_a_shape_or_a_type_is_said() -> None:
     query, key, value = draw()
+    visible = seen(TIME, "last")
     with pytest.raises(InvalidArgument, match=r"query: expected shape \[B, T, H, E\], got shape \(2, 9, 2\)"):
-        media_attention(query[..., 0], key, value, TIME)
+        media_attention(query[..., 0], key, value, visible)
     with pytest.raises(InvalidType, match="key: expected a floating-point tensor"):
-        media_attention(query, key.long(), value, TIME)
+        media_attention(query, key.long(), value, visible)
     with pytest.raises(InvalidArgument, match=r"key: .*B, H, E of query \(2, 9, 2, 5\), got \(2, 3, 4, 1, 5\)"):
-        media_attention(query, key[:, :, :, :1], value, TIME)
+        media_attention(query, key[:, :, :, :1], value, visible)
     with pytest.raises(InvalidArgument, match=r"value: expected the shape of key \(2, 3, 4, 2, 5\)"):
-        media_attention(query, key, value[:, :2], TIME)
-    with pytest.raises(InvalidType, match=r"text_time: expected integers.*torch.bool.*media_locations.cumsum"):
-        media_attention(query, key, value, TIME > 0)
-    with pytest.raises(InvalidArgument, match=r"text_time: expected shape \[B, T\] = \(2, 9\), got \(2, 8\)"):
-        media_attention(query, key, value, TIME[:, 1:])
+        media_attention(query, key, value[:, :2], visible)
+    with pytest.raises(InvalidType, match=r"visible.last: expected integers.*torch.bool.*LastMedium\(\).visible"):
+        media_attention(query, key, value, VisibleMedia(TIME, TIME > 0))
+    with pytest.raises(InvalidArgument, match=r"visible.first: expected shape \[B, T\] = \(2, 9\), got \(2, 8\)"):
+        media_attention(query, key, value, VisibleMedia(TIME[:, 1:], TIME))
     with pytest.raises(InvalidType, match=r"mask: expected a boolean tensor.*Use mask.bool\(\)"):
-        media_attention(query, key, value, TIME, mask=MASK.float())
+        media_attention(query, key, value, visible, mask=MASK.float())
     with pytest.raises(InvalidArgument, match=r"mask: expected shape \[B, M, N\] = \(2, 3, 4\)"):
-        media_attention(query, key, value, TIME, mask=MASK[:, :2])
+        media_attention(query, key, value, visible, mask=MASK[:, :2])

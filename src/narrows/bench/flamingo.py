@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from narrows.bench.case import BenchCase, Contest
 from narrows.checkpoints import from_upstream
+from narrows.layers.gated_cross_attention import GatedCrossAttentionBlock
 
 DIM, TEXT, LATENTS = 1024, 2048, 64
 
@@ -67,12 +68,56 @@ def resampler(num_media: int, num_tokens: int) -> BenchCase:
     return BenchCase(name, "flamingo_pytorch.PerceiverResampler", prepare)
 
 
+class _Decoding(nn.Module):
+    """A gated block that reads one token, with what it kept of the media in place of the media."""
+
+    def __init__(self, block: GatedCrossAttentionBlock, media: Tensor, *, last_alone: bool) -> None:
+        super().__init__()
+        with torch.no_grad():
+            self.block, self.kept = block, block.keys_values(media[:, -1:] if last_alone else media)
+
+    def forward(self, text: Tensor, media: Tensor) -> Tensor:
+        """The token after the block; `media` is what upstream needs again at each of them."""
+        return self.block(text, self.kept)
+
+
+def decode_step(num_media: int, reads: str, targets: Mapping[str, float] | None = None) -> BenchCase:
+    """One token behind all its media: "last" reads the last of them, "all" every one."""
+
+    def prepare(device: torch.device) -> Contest:
+        from flamingo_pytorch import GatedCrossAttentionBlock as Upstream
+
+        torch.manual_seed(0)
+        rival = Upstream(dim=DIM, only_attend_immediate_media=reads == "last").to(device)
+        nn.init.constant_(rival.attn_gate, 0.5)
+        nn.init.constant_(rival.ff_gate, 0.5)
+        text, media = torch.randn(1, 1, DIM, device=device), torch.randn(1, num_media, LATENTS, DIM, device=device)
+        block = from_upstream(rival)
+        assert isinstance(block, GatedCrossAttentionBlock)
+        ours = _Decoding(block, media, last_alone=reads == "last").to(device)
+        tolerance = None if reads == "last" else 1e-4
+        return Contest(ours, rival, lambda module: module(text, media), (text,), tolerance)
+
+    alone = "Upstream's token has no time of its own and reads all media at the same cost; ours reads the last one."
+    return BenchCase(
+        f"gated_block_decode/{num_media}-media/{reads}",
+        "flamingo_pytorch.GatedCrossAttentionBlock",
+        prepare,
+        targets or {},
+        alone if reads == "last" else "",
+        quantities=("forward",),
+    )
+
+
 CASES = (
-    text_reads(4, "equal"),
-    text_reads(16, "equal"),
-    text_reads(32, "equal", {"forward+backward": 3.0, "saved": 8.0}),
-    text_reads(32, "ragged", {"forward+backward": 3.0, "saved": 8.0}),
+    text_reads(4, "equal", {"forward+backward": 1.6}),
+    text_reads(16, "equal", {"forward+backward": 2.5}),
+    text_reads(32, "equal", {"forward+backward": 3.5, "saved": 8.0}),
+    text_reads(32, "ragged", {"forward+backward": 3.5, "saved": 8.0}),
     text_reads(32, "previous"),
+    decode_step(32, "last", {"forward": 8.0}),
+    decode_step(32, "all"),
+    decode_step(4, "last"),
     text_reads(32, "ragged", rival="GatedCrossAttentionBlock"),
     resampler(8, 256),
 )

@@ -1,19 +1,43 @@
 """Gated cross attention: text reads the media that stand before it."""
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from narrows.errors import InvalidArgument
+from narrows.errors import InvalidArgument, InvalidType
 from narrows.layers.linear import Linear
 from narrows.layers.perceiver_resampler import feed_forward
-from narrows.ops.media_attention import ATTEND, media_attention, media_attention_weights
+from narrows.ops.media_attention import Attend, LastMedium, VisibleMedia, media_attention, media_attention_weights
 from narrows.routing import Routing
-from narrows.validation import check_choice, check_mask, check_positive, check_tokens
+from narrows.validation import check_mask, check_positive, check_tokens
+
+LAST_MEDIUM = LastMedium()
+
+
+def check_attend(attend: object) -> None:
+    """Raise unless `attend` is a policy."""
+    if not isinstance(attend, Attend):
+        raise InvalidType("attend", expected="a policy, LastMedium() for instance", got=repr(attend))
+
+
+class MediaKeysValues(NamedTuple):
+    """Media as one `MaskedCrossAttention` reads them, projected: to be made once and read by any number of texts.
+
+    Args:
+        key: `[B, M, N, H, E]`.
+        value: as `key`.
+        mask: `[B, M, N]`, True at real latents, or None where all are.
+    """
+
+    key: Float[Tensor, "B M N H E"]
+    value: Float[Tensor, "B M N H E"]
+    mask: Bool[Tensor, "B M N"] | None = None
 
 
 class MaskedCrossAttention(nn.Module):
-    r"""Text tokens read the latents of their last medium, or of all media before them (Flamingo, section 2.3).
+    r"""Text tokens read the latents of the media they may see (Flamingo, section 2.3).
 
     $$y_l = W_o \operatorname{attn}\bigl(q = W_q \operatorname{LN}(y_l),\; kv = W_{kv}\, x_{V(l)}\bigr)$$
 
@@ -26,13 +50,14 @@ class MaskedCrossAttention(nn.Module):
         heads: number of heads.
         head_dim: width of a head; the inner width is heads * head_dim (upstream's and OpenFlamingo's 512 by default;
             the paper takes the width of the text).
-        attend: "last": text sees the medium just before it. "previous": it sees every medium before it.
+        attend: which media text may see: `LastMedium()`, `LastMedia(count)`, `ConsecutiveGroup()`, `AllPrevious()`.
         impl: "auto" or an implementation of `media_attention`.
         device, dtype: where and in what precision parameters are made.
 
     Raises:
-        InvalidArgument: an unknown policy, shapes that do not belong together.
-        ImplementationUnavailable: on call, impl="segmented" with attend="previous" or without media_locations.
+        InvalidArgument: shapes that do not belong together.
+        InvalidType: `attend` is no policy.
+        ImplementationUnavailable: on call, impl="segmented" where a token may see any number of media.
 
     >>> attention = MaskedCrossAttention(64, media_dim=32)
     >>> locations = torch.tensor([[False, True, False, True, False]])
@@ -50,7 +75,7 @@ class MaskedCrossAttention(nn.Module):
         media_dim: int | None = None,
         heads: int = 8,
         head_dim: int = 64,
-        attend: str = "last",
+        attend: Attend = LAST_MEDIUM,
         impl: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -58,7 +83,7 @@ class MaskedCrossAttention(nn.Module):
         super().__init__()
         media_dim = dim if media_dim is None else media_dim
         check_positive(dim=dim, media_dim=media_dim, heads=heads, head_dim=head_dim)
-        check_choice("attend", attend, ATTEND)
+        check_attend(attend)
         self.dim, self.media_dim, self.heads = dim, media_dim, heads
         self.attend, self.impl = attend, impl
         inner = heads * head_dim
@@ -70,9 +95,11 @@ class MaskedCrossAttention(nn.Module):
     def forward(
         self,
         text: Float[Tensor, "B T D"],
-        media: Float[Tensor, "B M N C"],
+        media: Float[Tensor, "B M N C"] | MediaKeysValues,
         media_locations: Bool[Tensor, "B T"] | None = None,
         media_mask: Bool[Tensor, "B M *N"] | None = None,
+        *,
+        visible: VisibleMedia | None = None,
     ) -> Float[Tensor, "B T D"]:
         """What the text reads of the media, 0 where it sees none.
 
@@ -80,52 +107,75 @@ class MaskedCrossAttention(nn.Module):
             text: `[B, T, D]`.
             media: `[B, M, N, media_dim]`, N latents for each of M media; M may be 0. The m-th True of a row of
                 `media_locations` is where its m-th medium stands. Text after a medium that is not in `media`, because
-                there are more locations than media, does not see it, and does not see another in its place.
+                there are more locations than media, does not see it, and does not see another in its place. Or what
+                `keys_values` made of media.
             media_locations: `[B, T]`, True where a medium stands; the token there sees it already. None: all text sees
                 all media.
             media_mask: `[B, M]` or `[B, M, N]`, True at real media or latents. The others, NaN included, reach no
                 output and no gradient.
+            visible: the media that each token sees, in place of `media_locations`: for a text that is not whole
+                (decoding), documents packed into one row, or a rule of your own.
         """
-        query, key, value, mask = self._project(text, media, media_locations, media_mask)
-        time = None if media_locations is None else media_locations.cumsum(-1)
-        read = media_attention(query, key, value, time, mask=mask, attend=self.attend, impl=self.impl)
+        media, visible = self.resolve(text, media, media_locations, media_mask, visible)
+        query = self.to_q(self.norm(text)).unflatten(-1, (self.heads, -1))
+        read = media_attention(query, media.key, media.value, visible, mask=media.mask, impl=self.impl)
         return self.to_out(read.flatten(2))
+
+    def keys_values(
+        self, media: Float[Tensor, "B M N C"], media_mask: Bool[Tensor, "B M *N"] | None = None
+    ) -> MediaKeysValues:
+        """The keys and values of media, which `forward` takes in their place."""
+        check_tokens("media", media, dim=self.media_dim, layout="[B, M, N, D]")
+        if media_mask is not None:
+            if media_mask.ndim == 2:
+                check_mask("media_mask", media_mask, media.shape[:2], layout="[B, M]")
+                media_mask = media_mask[..., None].expand(media.shape[:3])
+            check_mask("media_mask", media_mask, media.shape[:3], layout="[B, M, N]")
+            # Before the projection: its weight's gradient would take in 0 * NaN otherwise.
+            media = media.masked_fill(~media_mask[..., None], 0.0)
+        key, value = self.to_kv(media).unflatten(-1, (2, self.heads, -1)).unbind(3)
+        return MediaKeysValues(key, value, media_mask)
 
     def routing(
         self,
         text: Float[Tensor, "B T D"],
-        media: Float[Tensor, "B M N C"],
+        media: Float[Tensor, "B M N C"] | MediaKeysValues,
         media_locations: Bool[Tensor, "B T"] | None = None,
         media_mask: Bool[Tensor, "B M *N"] | None = None,
+        *,
+        visible: VisibleMedia | None = None,
     ) -> Routing:
         """How much each text token reads of each medium, over all its latents: weights `[B, H, M, T]`.
 
         A column sums to 1, or to 0 where the token sees no medium. Takes what `forward` takes.
         """
-        query, key, _, mask = self._project(text, media, media_locations, media_mask)
-        time = None if media_locations is None else media_locations.cumsum(-1)
-        weights = media_attention_weights(query, key, time, mask=mask, attend=self.attend)
+        media, visible = self.resolve(text, media, media_locations, media_mask, visible)
+        query = self.to_q(self.norm(text)).unflatten(-1, (self.heads, -1))
+        weights = media_attention_weights(query, media.key, visible, mask=media.mask)
         return Routing(weights.sum(-1).transpose(2, 3), "media")
 
-    def _project(
-        self, text: Tensor, media: Tensor, locations: Tensor | None, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Query `[B, T, H, E]`, key and value `[B, M, N, H, E]`, and the mask of the latents `[B, M, N]`."""
+    def resolve(
+        self,
+        text: Float[Tensor, "B T D"],
+        media: Float[Tensor, "B M N C"] | MediaKeysValues,
+        media_locations: Bool[Tensor, "B T"] | None,
+        media_mask: Bool[Tensor, "B M *N"] | None,
+        visible: VisibleMedia | None,
+    ) -> tuple[MediaKeysValues, VisibleMedia | None]:
+        """The arguments of `forward` in the one form it works with: projected media, and what the text sees of them."""
         check_tokens("text", text, dim=self.dim, layout="[B, T, D]")
-        check_tokens("media", media, dim=self.media_dim, layout="[B, M, N, D]")
-        if media.shape[0] != text.shape[0]:
-            raise InvalidArgument("media", expected=f"the batch of text, {text.shape[0]}", got=tuple(media.shape))
-        check_mask("media_locations", locations, text.shape[:2], layout="[B, T]")
-        if mask is not None and mask.ndim == 2:
-            check_mask("media_mask", mask, media.shape[:2], layout="[B, M]")
-            mask = mask[..., None].expand(media.shape[:3])
-        check_mask("media_mask", mask, media.shape[:3], layout="[B, M, N]")
-        if mask is not None:
-            # Before the projection: its weight's gradient would take in 0 * NaN otherwise.
-            media = media.masked_fill(~mask[..., None], 0.0)
-        query = self.to_q(self.norm(text)).unflatten(-1, (self.heads, -1))
-        key, value = self.to_kv(media).unflatten(-1, (2, self.heads, -1)).unbind(3)
-        return query, key, value, mask
+        if not isinstance(media, MediaKeysValues):
+            media = self.keys_values(media, media_mask)
+        elif media_mask is not None:
+            raise InvalidArgument("media_mask", expected="None with keys and values, which have theirs", got="a mask")
+        if media.key.shape[0] != text.shape[0]:
+            raise InvalidArgument("media", expected=f"the batch of text, {text.shape[0]}", got=tuple(media.key.shape))
+        if media_locations is None:
+            return media, visible
+        check_mask("media_locations", media_locations, text.shape[:2], layout="[B, T]")
+        if visible is not None:
+            raise InvalidArgument("visible", expected="None with media_locations", got="both")
+        return media, self.attend.visible(media_locations)
 
 
 class GatedCrossAttentionBlock(nn.Module):
@@ -134,15 +184,16 @@ class GatedCrossAttentionBlock(nn.Module):
     $$y \leftarrow y + \tanh(\alpha)\operatorname{attn}(q = y,\; kv = x), \qquad
     y \leftarrow y + \tanh(\beta)\operatorname{ffw}(y)$$
 
-    With $\alpha = \beta = 0$, as at the start, the block is the identity. The feed-forward also applies to text that
-    sees no medium, as in the paper.
+    With $\alpha = \beta = 0$, as at the start, the block is the identity.
 
     Args:
         dim: width D of the text.
         media_dim: width of the media latents; None: as the text.
         heads: number of heads.
         head_dim: width of a head.
-        attend: "last" or "previous", which media text may see.
+        attend: which media text may see: `LastMedium()`, `LastMedia(count)`, `ConsecutiveGroup()`, `AllPrevious()`.
+        feed_forward_without_media: whether the feed-forward also applies to text that sees no medium (paper,
+            OpenFlamingo, Idefics), or leaves it as it is (Llama 3.2).
         mlp_ratio: hidden width of the feed-forward, in D.
         activation: "gelu", or the paper's "squared_relu".
         impl: "auto" or an implementation of `media_attention`.
@@ -163,7 +214,8 @@ class GatedCrossAttentionBlock(nn.Module):
         media_dim: int | None = None,
         heads: int = 8,
         head_dim: int = 64,
-        attend: str = "last",
+        attend: Attend = LAST_MEDIUM,
+        feed_forward_without_media: bool = True,
         mlp_ratio: int | float = 4,
         activation: str = "gelu",
         impl: str = "auto",
@@ -181,6 +233,7 @@ class GatedCrossAttentionBlock(nn.Module):
             device=device,
             dtype=dtype,
         )
+        self.feed_forward_without_media = feed_forward_without_media
         self.attn_gate = nn.Parameter(torch.zeros(1, device=device, dtype=dtype))
         self.ff = feed_forward(dim, mlp_ratio=mlp_ratio, activation=activation, device=device, dtype=dtype)
         self.ff_gate = nn.Parameter(torch.zeros(1, device=device, dtype=dtype))
@@ -188,20 +241,42 @@ class GatedCrossAttentionBlock(nn.Module):
     def forward(
         self,
         text: Float[Tensor, "B T D"],
-        media: Float[Tensor, "B M N C"],
+        media: Float[Tensor, "B M N C"] | MediaKeysValues,
         media_locations: Bool[Tensor, "B T"] | None = None,
         media_mask: Bool[Tensor, "B M *N"] | None = None,
+        *,
+        visible: VisibleMedia | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Text that has read its media. Takes what `MaskedCrossAttention.forward` takes."""
-        text = text + self.attn_gate.tanh() * self.attn(text, media, media_locations, media_mask)
-        return text + self.ff_gate.tanh() * self.ff(text)
+        media, visible = self.attn.resolve(text, media, media_locations, media_mask, visible)
+        text = text + self.attn_gate.tanh() * self.attn(text, media, visible=visible)
+        added = self.ff_gate.tanh() * self.ff(text)
+        if not self.feed_forward_without_media:
+            added = torch.where(_reads(media, visible)[..., None], added, 0.0)
+        return text + added
+
+    def keys_values(
+        self, media: Float[Tensor, "B M N C"], media_mask: Bool[Tensor, "B M *N"] | None = None
+    ) -> MediaKeysValues:
+        """The keys and values of media, which `forward` takes in their place."""
+        return self.attn.keys_values(media, media_mask)
 
     def routing(
         self,
         text: Float[Tensor, "B T D"],
-        media: Float[Tensor, "B M N C"],
+        media: Float[Tensor, "B M N C"] | MediaKeysValues,
         media_locations: Bool[Tensor, "B T"] | None = None,
         media_mask: Bool[Tensor, "B M *N"] | None = None,
+        *,
+        visible: VisibleMedia | None = None,
     ) -> Routing:
         """How much each text token reads of each medium, as `MaskedCrossAttention.routing`."""
-        return self.attn.routing(text, media, media_locations, media_mask)
+        return self.attn.routing(text, media, media_locations, media_mask, visible=visible)
+
+
+def _reads(media: MediaKeysValues, visible: VisibleMedia | None) -> Bool[Tensor, "B _"]:
+    """Which text tokens see a latent at all, `[B, T]`; where all see all, `[B, 1]`."""
+    if visible is not None:
+        return visible.any(media.key.shape[1], media.mask)
+    latents = media.key.new_ones(media.key.shape[:3], dtype=torch.bool) if media.mask is None else media.mask
+    return latents.flatten(1).any(-1, keepdim=True)

@@ -5,6 +5,7 @@ from typing import Any
 
 from narrows.layers.gated_cross_attention import GatedCrossAttentionBlock, MaskedCrossAttention
 from narrows.layers.perceiver_resampler import PerceiverResampler
+from narrows.ops.media_attention import AllPrevious, LastMedium
 
 
 def perceiver_resampler(upstream: Any) -> PerceiverResampler:
@@ -55,7 +56,7 @@ def _attention_arguments(attention: Any) -> dict[str, Any]:
         "media_dim": attention.to_kv.in_features,
         "heads": attention.heads,
         "head_dim": attention.to_q.out_features // attention.heads,
-        "attend": "last" if attention.only_attend_immediate_media else "previous",
+        "attend": LastMedium() if attention.only_attend_immediate_media else AllPrevious(),
     }
 
 

@@ -1,29 +1,49 @@
-"""Text attending to media through one fused attention under a dense mask: any policy, T x (M N) booleans."""
+"""Text attending to media through fused attention, some rows of text at a time: any policy.
+
+The mask is made for the rows at hand, and made again in the backward pass: no T x (M N) of it is ever kept.
+"""
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from narrows.ops.media_attention.common import visible_latents
+from narrows.ops.media_attention.common import made_again, visible_latents
+from narrows.ops.media_attention.visible import VisibleMedia
+
+ROWS = 512
 
 
 def fused(
     query: Float[Tensor, "B T H E"],
     key: Float[Tensor, "B M N H E"],
     value: Float[Tensor, "B M N H E"],
-    text_time: Int[Tensor, "B T"] | None,
+    visible: VisibleMedia | None,
     mask: Bool[Tensor, "B M N"] | None,
-    *,
-    attend: str,
 ) -> Float[Tensor, "B T H E"]:
     """The reference through `scaled_dot_product_attention`, which keeps no scores."""
+    length = query.shape[1]
+    # torch.export cannot count the pieces of a length it leaves open.
+    if visible is None or not isinstance(length, int) or length <= ROWS:
+        return _attend(query, key, value, visible, mask)
+    starts = range(0, length, ROWS)
+    pieces = [(query[:, start : start + ROWS], key, value, visible.rows(start, start + ROWS), mask) for start in starts]
+    return torch.cat([made_again(_attend, *piece) for piece in pieces], 1)
+
+
+def _attend(
+    query: Float[Tensor, "B T H E"],
+    key: Float[Tensor, "B M N H E"],
+    value: Float[Tensor, "B M N H E"],
+    visible: VisibleMedia | None,
+    mask: Bool[Tensor, "B M N"] | None,
+) -> Float[Tensor, "B T H E"]:
     query = query.transpose(1, 2)
     keys, values = (latents.flatten(1, 2).transpose(1, 2) for latents in (key, value))
-    if text_time is None and mask is None:
+    if visible is None and mask is None:
         return scaled_dot_product_attention(query, keys, values).transpose(1, 2)
-    visible = visible_latents(key, text_time, mask, attend=attend).flatten(2)
-    something = visible.any(-1, keepdim=True)
+    seen = visible_latents(key, visible, mask).flatten(2)
+    something = seen.any(-1, keepdim=True)
     # A row without any visible latent attends to all, finite, and is emptied after it.
-    read = scaled_dot_product_attention(query, keys, values, attn_mask=(visible | ~something)[:, None])
+    read = scaled_dot_product_attention(query, keys, values, attn_mask=(seen | ~something)[:, None])
     return torch.where(something[..., None], read.transpose(1, 2), 0.0)

@@ -1,0 +1,98 @@
+"""Everything that ever touches a language model: hooks on it and on the decoder layers that have a block."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers.cache_utils import Cache
+
+from narrows.adapters.flamingo import cache as caches
+from narrows.adapters.flamingo.call import CALL, PASS, MediaPass, mine
+from narrows.adapters.flamingo.host import Host
+from narrows.errors import InvalidArgument
+from narrows.ops.media_attention import Attend
+
+
+class MediaHooks:
+    """Lets the text of a language model read media between its decoder layers, in calls that bring a `MediaCall`.
+
+    A pass of the language model outside of such a call is not touched.
+
+    Args:
+        host: the language model.
+        blocks: gated cross attention blocks by the number of their decoder layer.
+        placement: "before" or "after" the layer.
+        attend: which media text may see.
+    """
+
+    def __init__(self, host: Host, blocks: Mapping[int, nn.Module], *, placement: str, attend: Attend) -> None:
+        self.attend = attend
+        self._handles: list[RemovableHandle] = [
+            host.model.register_forward_pre_hook(self._begin, with_kwargs=True),
+            host.model.register_forward_hook(self._end),
+        ]
+        for number, (layer_number, block) in enumerate(blocks.items()):
+            layer, reads = host.layers[layer_number], partial(self._read, number, block)
+            if placement == "before":
+                hook = layer.register_forward_pre_hook(partial(_before, reads), with_kwargs=True)
+            else:
+                hook = layer.register_forward_hook(partial(_after, reads))
+            self._handles.append(hook)
+
+    def remove(self) -> None:
+        """Take every hook off."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A pass of the language model begins."""
+        if (call := mine(self, CALL)) is None:
+            return
+        text = kwargs.get("input_ids", args[0] if args else None)
+        batch, length = (kwargs["inputs_embeds"] if text is None else text).shape[:2]
+        cache = kwargs.get("past_key_values")
+        memory, start = caches.read(cache), caches.text_length(cache)
+        PASS.set((self, MediaPass(call, memory, batch=batch, start=start, length=length, attend=self.attend)))
+
+    def _end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """A pass of the language model has run: what it learned of media goes with its keys and values."""
+        if (one := mine(self, PASS)) is None:
+            return
+        PASS.set(None)
+        for part in output if isinstance(output, tuple) else output.values():
+            if isinstance(part, Cache):
+                caches.write(part, one.memory())
+
+    def _read(self, number: int, block: nn.Module, layer: nn.Module, text: Tensor) -> Tensor | None:
+        """The text at a decoder layer after it has read its media; None where nothing is to be read."""
+        if (one := mine(self, PASS)) is None:
+            return None
+        if text.shape[:-1] != one.shape:
+            raise InvalidArgument(
+                "language_model",
+                expected="one hidden state for each token between decoder layers",
+                got=f"shape {tuple(text.shape)} for text {one.shape} at {type(layer).__name__}",
+                hint="This architecture cannot be supported.",
+            )
+        again = layer.training and getattr(layer, "gradient_checkpointing", False)
+        return one.read(number, block, text, again=bool(again))
+
+
+def _before(
+    reads: Any, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """The text enters a decoder layer, as its first argument or by name."""
+    text = reads(layer, args[0] if args else kwargs["hidden_states"])
+    if text is None:
+        return None
+    return ((text, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": text})
+
+
+def _after(reads: Any, layer: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
+    """The text leaves a decoder layer, alone or first of several."""
+    if not isinstance(output, tuple):
+        return reads(layer, output)
+    text = reads(layer, output[0])
+    return None if text is None else (text, *output[1:])

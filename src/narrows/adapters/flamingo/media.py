@@ -1,0 +1,117 @@
+"""Media as users have them to latents as the gated blocks read them."""
+
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from narrows.errors import InvalidArgument
+from narrows.layers.perceiver_resampler import PerceiverResampler
+from narrows.validation import check_mask, check_tokens
+
+
+class EncodedMedia(NamedTuple):
+    """Latents of the media of each text, in the order of the text and without gaps.
+
+    Args:
+        latents: `[B, M, K, D]`, M the most that a text has; those beyond a text's count are nobody's.
+        counts: `[B]`, how many a text has.
+    """
+
+    latents: Float[Tensor, "B M K D"]
+    counts: Int[Tensor, " B"]
+
+
+def encode(
+    media: Float[Tensor, "B M *medium"],
+    mask: Bool[Tensor, "B M *N"] | None,
+    *,
+    vision_encoder: nn.Module | None,
+    resampler: PerceiverResampler,
+) -> EncodedMedia:
+    """Encode and resample the real media, each once.
+
+    Args:
+        media: images `[B, M, 3, H, W]` or clips `[B, M, F, 3, H, W]` for `vision_encoder`; encoded `[B, M, N, D]`, or
+            encoded clips `[B, M, F, N, D]` where there is no encoder.
+        mask: `[B, M]`, or at every axis of encoded media but the last; True at what is real.
+        vision_encoder: images `[n, 3, H, W]` to tokens.
+        resampler: tokens to latents.
+    """
+    images = _check(media, mask, encoder=vision_encoder is not None, dim=resampler.dim)
+    like = resampler.latents
+    of_tokens = mask if mask is not None and mask.ndim > 2 else None
+    if mask is None:
+        mask = torch.ones(media.shape[:2], dtype=torch.bool, device=media.device)
+    there = mask.flatten(2).any(-1) if mask.ndim > 2 else mask
+    counts = there.sum(1)
+    if not counts.any():
+        return no_media(len(media), resampler)
+    slots = torch.arange(int(counts.max()), device=counts.device) < counts[:, None]
+    latents = like.new_zeros(*slots.shape, *like.shape)
+    real = media[there]  # [n, ...]: nothing is spent on media that are not there
+    real = _tokens_of(vision_encoder, real) if images and vision_encoder is not None else real
+    readable = None if of_tokens is None else of_tokens[there].unsqueeze(1).to(like.device)
+    made = resampler(real.to(like.device, like.dtype).unsqueeze(1), readable).squeeze(1)
+    latents = latents.index_put(slots.to(like.device).nonzero(as_tuple=True), made)
+    return EncodedMedia(latents, counts.to(like.device))
+
+
+def _check(media: Tensor, mask: Tensor | None, *, encoder: bool, dim: int) -> bool:
+    """Whether media are images or clips of them; raise where they are nothing that can be read."""
+    images = {5: "[B, M, 3, H, W]", 6: "[B, M, F, 3, H, W]"} if encoder else {}
+    encoded = {4: "[B, M, N, D]"} | ({} if encoder else {5: "[B, M, F, N, D]"})
+    if media.ndim not in images and media.ndim not in encoded:
+        raise InvalidArgument(
+            "media",
+            expected=f"one of {[*images.values(), *encoded.values()]}",
+            got=f"shape {tuple(media.shape)}",
+            hint="" if encoder else "Images need a vision_encoder.",
+        )
+    if media.ndim in images:
+        check_tokens("media", media, layout=images[media.ndim])
+    else:
+        check_tokens("media", media, dim=dim, layout=encoded[media.ndim])
+    if mask is not None and mask.ndim > 2 and media.ndim in encoded:
+        layout = encoded[media.ndim].replace(", D", "")
+        check_mask("media_mask", mask, tuple(media.shape[:-1]), layout=layout)
+    else:
+        check_mask("media_mask", mask, tuple(media.shape[:2]), layout="[B, M]")
+    return media.ndim in images
+
+
+def no_media(num_texts: int, resampler: PerceiverResampler) -> EncodedMedia:
+    """What text without media reads.
+
+    While training, one medium that no text sees: every parameter takes part in every step, as DDP and FSDP expect.
+    """
+    like = resampler.latents
+    counts = torch.zeros(num_texts, dtype=torch.long, device=like.device)
+    if not (resampler.training and torch.is_grad_enabled()):
+        return EncodedMedia(like.new_zeros(num_texts, 0, *like.shape), counts)
+    latents = resampler(like.new_zeros(num_texts, 1, 1, resampler.dim))
+    return EncodedMedia(latents, counts)
+
+
+def _tokens_of(encoder: nn.Module, images: Float[Tensor, "n *frames C H W"]) -> Float[Tensor, "n *frames N D"]:
+    """The encoder's tokens of each image: timm's features, transformers' last hidden state, or what it returns."""
+    parameter = next(encoder.parameters(), images)
+    images = images.to(parameter.device, parameter.dtype)
+    run: Any = getattr(encoder, "forward_features", encoder)
+    flat = run(images.flatten(0, -4))
+    features: Tensor = getattr(flat, "last_hidden_state", flat)
+    if features.ndim == 4:  # a map [n, D, h, w]
+        features = features.flatten(2).transpose(1, 2)
+    if features.ndim == 2:  # one vector for an image
+        features = features.unsqueeze(1)
+    return features.unflatten(0, images.shape[:-3])
+
+
+def width_of(encoder: nn.Module | None) -> int | None:
+    """The width of an encoder's tokens where it says so, or None."""
+    config = getattr(encoder, "config", None)
+    for source, name in ((encoder, "num_features"), (encoder, "embed_dim"), (config, "hidden_size")):
+        if isinstance(width := getattr(source, name, None), int):
+            return width
+    return None

@@ -1,0 +1,109 @@
+"""What a conversation knows of its media: where each stands in the text so far, and what text yet to come may read.
+
+A `MediaMemory` is a value. A call makes a new one from the last, and puts it beside the keys and values of the language
+model only once it has run to its end.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from narrows.layers.gated_cross_attention import MediaKeysValues
+
+
+@dataclass(frozen=True)
+class MediaMemory:
+    """Media and their places in R texts of S tokens each.
+
+    Args:
+        locations: `[R, S]`, True where a medium stands: all there is to say what any token sees (`Attend.visible`).
+        latents: `[L, M, N, D]`, the media of L samples, those of a sample one after another. Kept whole, so that text
+            cut back to before a medium reads the one before it again; they are small, and nothing copies them.
+        sample: `[R]`, the sample whose media a text reads: beams share one.
+        counts: `[R]`, how many media a text has been given.
+        keys_values: for each block, keys and values of those media that text to come may see, `[R, W, N, H, E]`;
+            None: to be projected from the latents.
+        dropped: `[R]`, how many media stand before those in `keys_values`.
+    """
+
+    locations: Bool[Tensor, "R S"]
+    latents: Float[Tensor, "L M N D"]
+    sample: Int[Tensor, " R"]
+    counts: Int[Tensor, " R"]
+    keys_values: tuple[MediaKeysValues, ...] | None
+    dropped: Int[Tensor, " R"]
+
+    @staticmethod
+    def of_text(num_texts: int, length: int, media: Float[Tensor, "L M N D"]) -> "MediaMemory":
+        """Texts of which no media are known; `media` says width, device and precision."""
+        none = torch.zeros(num_texts, dtype=torch.long, device=media.device)
+        locations = torch.zeros(num_texts, length, dtype=torch.bool, device=media.device)
+        return MediaMemory(locations, media[:1, :0], none, none, None, none)
+
+    @property
+    def length(self) -> int:
+        """S, the tokens so far."""
+        return self.locations.shape[1]
+
+    def with_media(self, media: Float[Tensor, "B M N D"], counts: Int[Tensor, " B"]) -> "MediaMemory":
+        """The same with `counts` more media for each text; R is a multiple of B where a prompt is continued often."""
+        repeats = len(self.sample) // len(media)
+        if self.latents.shape[1] == 0:
+            sample = torch.arange(len(media), device=media.device).repeat_interleave(repeats)
+            return replace(self, latents=media, sample=sample, counts=counts.repeat_interleave(repeats))
+        new = media.repeat_interleave(repeats, dim=0)
+        return replace(
+            self,
+            latents=append(self.latents[self.sample], self.counts, new),
+            sample=torch.arange(len(self.sample), device=media.device),
+            counts=self.counts + counts.repeat_interleave(repeats),
+        )
+
+    def with_text(self, locations: Bool[Tensor, "R T"]) -> "MediaMemory":
+        """The same, T tokens later."""
+        return replace(self, locations=torch.cat((self.locations, locations), 1))
+
+    def seen_from(self, first: Int[Tensor, " R"]) -> "MediaMemory":
+        """The same without keys and values of media before number `first`, which text to come does not see."""
+        assert self.keys_values is not None
+        dropped = torch.maximum(self.dropped, first - 1)
+        width = int((self.counts - dropped).max().clamp(min=0))
+        columns = (dropped - self.dropped)[:, None] + torch.arange(width, device=first.device)
+        kept = tuple(MediaKeysValues(take(key, columns), take(value, columns)) for key, value, _ in self.keys_values)
+        return replace(self, keys_values=kept, dropped=dropped)
+
+    def without_last(self, num_tokens: int) -> "MediaMemory":
+        """The same, so many tokens ago."""
+        length = max(self.length - num_tokens, 0)
+        kept, cut = self.locations[:, :length], self.locations[:, length:]
+        if not cut.any():
+            return replace(self, locations=kept)
+        none = torch.zeros_like(self.dropped)
+        return replace(self, locations=kept, counts=kept.sum(1), keys_values=None, dropped=none)
+
+    def rows(self, index: Int[Tensor, " rows"]) -> "MediaMemory":
+        """Some of the texts, in any order, each as often as wanted."""
+        index = index.to(self.sample.device)
+        kept = self.keys_values
+        if kept is not None:
+            kept = tuple(MediaKeysValues(key[index], value[index]) for key, value, _ in kept)
+        return MediaMemory(
+            self.locations[index], self.latents, self.sample[index], self.counts[index], kept, self.dropped[index]
+        )
+
+
+def take(media: Float[Tensor, "R M *media"], columns: Int[Tensor, "R W"]) -> Float[Tensor, "R W *media"]:
+    """`media[r, columns[r]]`; the last medium for columns beyond it, which no text sees."""
+    row = torch.arange(len(media), device=media.device)[:, None]
+    return media[row, columns.clamp(max=media.shape[1] - 1)] if media.shape[1] else media
+
+
+def append(
+    media: Float[Tensor, "R M *media"], counts: Int[Tensor, " R"], new: Float[Tensor, "R m *media"]
+) -> Float[Tensor, "R both *media"]:
+    """`new` after the first `counts` media of each row, without gaps."""
+    number = torch.arange(media.shape[1] + new.shape[1], device=media.device)
+    columns = torch.where(number < counts[:, None], number, media.shape[1] + number - counts[:, None])
+    return take(torch.cat((media, new), 1), columns)

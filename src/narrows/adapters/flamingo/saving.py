@@ -1,0 +1,77 @@
+"""What a `Flamingo` adds to its language model, in a folder: weights as safetensors, arguments as `config.json`."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import constants, hf_hub_download
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from narrows.errors import InvalidArgument
+from narrows.ops.media_attention import AllPrevious, Attend, ConsecutiveGroup, LastMedia, LastMedium
+
+POLICIES = {policy.__name__: policy for policy in (LastMedium, LastMedia, ConsecutiveGroup, AllPrevious)}
+ADDED = ("resampler.", "blocks.")
+
+
+def describe(model: PreTrainedModel) -> dict[str, Any]:
+    """What a language model must have in common with the one that weights were trained beside."""
+    config = model.config.get_text_config(decoder=True)
+    return {"model_type": config.model_type, "width": config.hidden_size, "layers": config.num_hidden_layers}
+
+
+def encode_policy(attend: Attend) -> dict[str, Any] | None:
+    """A policy as JSON; None for a class of the user's, which the user passes again."""
+    name = type(attend).__name__
+    return {"name": name} | asdict(attend) if POLICIES.get(name) is type(attend) else None
+
+
+def decode_policy(policy: Mapping[str, Any]) -> Attend:
+    """The policy that `encode_policy` wrote."""
+    return POLICIES[policy["name"]](**{name: value for name, value in policy.items() if name != "name"})
+
+
+def check_made_for(model: PreTrainedModel, made_for: Mapping[str, Any], folder: str) -> None:
+    """Raise unless the weights in `folder` were trained beside such a language model."""
+    found = describe(model)
+    if found != dict(made_for):
+        raise InvalidArgument(
+            "language_model", expected=f"one like that {folder} was made for, {dict(made_for)}", got=found
+        )
+
+
+def save_added(model: nn.Module, folder: Path) -> None:
+    """Write what was added; where it is sharded, every process has to call this."""
+    added = {name: value for name, value in model.state_dict().items() if name.startswith(ADDED)}
+    whole = {n: value.full_tensor().cpu() if isinstance(value, DTensor) else value for n, value in added.items()}
+    state = {name: value.contiguous() for name, value in whole.items()}
+    save_file(state, folder / constants.SAFETENSORS_SINGLE_FILE)
+
+
+def load_added(model: nn.Module, folder: str, **download: Any) -> None:
+    """Read what was added, from a folder or a repository of the Hub.
+
+    Raises:
+        InvalidArgument: no weights there, or weights of other parts than `model` has.
+    """
+    file = Path(folder) / constants.SAFETENSORS_SINGLE_FILE
+    if not Path(folder).is_dir():
+        file = Path(hf_hub_download(folder, constants.SAFETENSORS_SINGLE_FILE, **download))
+    elif not file.is_file():
+        raise InvalidArgument("path", expected=f"a folder with {file.name}", got=folder)
+    state = load_file(file)
+    expected = {name: value.shape for name, value in model.state_dict().items() if name.startswith(ADDED)}
+    wrong = {
+        name for name in expected.keys() | state.keys() if name not in state or expected.get(name) != state[name].shape
+    }
+    if wrong:
+        raise InvalidArgument(
+            "path",
+            expected="the weights of this resampler and these blocks",
+            got=f"{file} with other {sorted(wrong)[:4]}",
+        )
+    model.load_state_dict(state, strict=False)

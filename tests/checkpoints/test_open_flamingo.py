@@ -1,0 +1,174 @@
+"""The same numbers as the modules of OpenFlamingo and Otter, recorded by `record_open_flamingo.py`."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from narrows.adapters.flamingo import Flamingo
+from narrows.checkpoints import from_upstream, read_open_flamingo
+from narrows.checkpoints.open_flamingo import block_of, resampler_of
+from narrows.errors import InvalidArgument
+from narrows.layers.gated_cross_attention import GatedCrossAttentionBlock
+from narrows.layers.perceiver_resampler import PerceiverResampler
+from narrows.measure import audit
+from narrows.ops.media_attention import AllPrevious, LastMedium
+from tests.checkpoints.record_open_flamingo import LANGUAGE_MODEL, MEDIA_TOKEN, RECORDED
+from tests.support import assert_close
+
+HEAD_DIM = 4
+
+
+@pytest.fixture(scope="module")
+def recorded() -> dict[str, Tensor]:
+    return load_file(RECORDED)
+
+
+def under(recorded: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in recorded.items() if name.startswith(prefix)}
+
+
+@pytest.mark.parametrize("name", ["open_flamingo.resampler", "otter.resampler"])
+@pytest.mark.parametrize("kind", ["", ".frames", ".media"], ids=["neither", "frames", "media"])
+def test_resampler(recorded, name, kind):
+    state = under(recorded, f"{name}{kind}/")
+    expected = state.pop("output")
+    resampler = resampler_of(state, head_dim=HEAD_DIM)
+    assert resampler.time_axis == ("media" if kind == ".media" else "frames")
+    assert_close(resampler(recorded["clips"]), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "attend"),
+    [
+        ("open_flamingo.block", LastMedium()),
+        ("otter.block", LastMedium()),
+        ("open_flamingo.block.previous", AllPrevious()),
+    ],
+)
+def test_gated_block(recorded, name, attend):
+    state = under(recorded, f"{name}/")
+    expected = state.pop("output")
+    block = block_of(state, head_dim=HEAD_DIM, attend=attend)
+    output = block(recorded["text"], recorded["latents"], recorded["locations"])
+    # All previous media: text before the first reads a mean of all media there, future ones included.
+    rows = slice(None) if attend == LastMedium() else slice(1, 2)
+    assert_close(output[rows], expected[rows])
+
+
+def test_a_checkpoint_gives_the_resampler_and_the_blocks_by_layer(recorded):
+    parts = read_open_flamingo(under(recorded, "model/checkpoint."), head_dim=HEAD_DIM)
+    assert list(parts.blocks) == [1, 3]
+    assert len(parts.resampler.layers) == 2
+    assert not parts.others
+
+
+def test_a_whole_open_flamingo_on_a_language_model_gives_the_same_logits(recorded):
+    """Its trained weights, as its trainer saves them, beside the same Llama in a `narrows.Flamingo`."""
+    language_model = LlamaForCausalLM(LlamaConfig(**LANGUAGE_MODEL))
+    language_model.load_state_dict(under(recorded, "model/llama."))
+    parts = read_open_flamingo(under(recorded, "model/checkpoint."), head_dim=HEAD_DIM)
+    model = Flamingo(language_model, media_token_id=MEDIA_TOKEN, **parts.arguments())
+    missing, unexpected = model.load_state_dict(parts.state_dict(), strict=False)
+    assert not unexpected
+    assert all(name.startswith("language_model.") for name in missing)
+    output = model.eval()(recorded["model/input_ids"], media=recorded["model/features"])
+    assert_close(output.logits, recorded["model/logits"])
+    assert audit(model, {"input_ids": recorded["model/input_ids"], "media": recorded["model/features"]}).passed
+
+
+def _full_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As a DDP model's whole state dict has them: under both names, beside the language model."""
+    twice = {
+        name.replace("model.layers", "gated_cross_attn_layers").replace(".gated_cross_attn_layer.", "."): value
+        for name, value in state.items()
+    }
+    embeddings = {"lang_encoder.model.embed_tokens.weight": torch.zeros(19, 8)}
+    return {f"module.{name}": value for name, value in (state | twice | embeddings).items()}
+
+
+@pytest.mark.parametrize("form", ["trained weights", "whole model", "saved by training", "safetensors"])
+def test_every_form_of_a_checkpoint_is_read(recorded, form, tmp_path):
+    state = under(recorded, "model/checkpoint.")
+    expected = read_open_flamingo(state, head_dim=HEAD_DIM)
+    path = tmp_path / ("a.safetensors" if form == "safetensors" else "a.pt")
+    if form == "safetensors":
+        save_file(state, path)
+    else:
+        written = _full_names(state) if form == "whole model" else state
+        torch.save({"model_state_dict": written, "epoch": 3} if form == "saved by training" else written, path)
+    parts = read_open_flamingo(path, head_dim=HEAD_DIM)
+    assert list(parts.others) == (["module.lang_encoder.model.embed_tokens.weight"] if form == "whole model" else [])
+    read, known = ([each.resampler, *each.blocks.values()] for each in (parts, expected))
+    for ours, theirs in zip(read, known, strict=True):
+        for name, value in ours.state_dict().items():
+            assert torch.equal(value, theirs.state_dict()[name])
+
+
+def test_live_modules_convert(recorded):
+    """Stand-ins that carry the names of their classes: `from_upstream` asks for the class and reads heads from it."""
+    kinds = {"open_flamingo.resampler": PerceiverResampler, "open_flamingo.block": GatedCrossAttentionBlock}
+    for name, kind in kinds.items():
+        state = under(recorded, f"{name}/")
+        state.pop("output")
+        converted = from_upstream(_live(state, kind))
+        assert isinstance(converted, kind)
+        attention = converted.attn if isinstance(converted, GatedCrossAttentionBlock) else converted.layers[0].attn
+        assert attention.heads == 2
+
+
+def _live(state: dict[str, Tensor], kind: type[nn.Module]) -> nn.Module:
+    """A module of the recorded weights whose class is named as OpenFlamingo names its own."""
+
+    def hold(module: nn.Module, name: str, value: Tensor) -> None:
+        first, _, rest = name.partition(".")
+        if not rest:
+            module.register_parameter(first, nn.Parameter(value))
+            return
+        if not hasattr(module, first):
+            module.add_module(first, nn.Module())
+        hold(module.get_submodule(first), rest, value)
+
+    theirs = type(kind.__name__, (nn.Module,), {"__module__": "open_flamingo.src.helpers"})()
+    for name, value in state.items():
+        hold(theirs, name, value)
+    if kind is GatedCrossAttentionBlock:
+        attention = theirs.attn
+        attention.only_attend_immediate_media = True
+    else:
+        theirs.layers = nn.ModuleList(nn.ModuleList(layer.children()) for layer in theirs.layers.children())
+        attention = theirs.layers[0][0]
+    attention.heads, attention.to_q.out_features = 2, len(attention.to_q.weight)
+    return theirs
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: {}, "expected weights named 'perceiver...'"),
+        (lambda state: {k: v for k, v in state.items() if "perceiver" in k}, "gated_cross_attn_layer"),
+        (lambda state: {k.replace("to_q", "query"): v for k, v in state.items()}, "no 'layers.0.attn.to_q.weight'"),
+        (
+            lambda state: (
+                state | {"perceiver.frame_embs": torch.zeros(2, 6), "perceiver.media_time_embs": torch.zeros(2, 1, 6)}
+            ),
+            "got both",
+        ),
+        (lambda state: state | {"perceiver.proj.weight": torch.zeros(2)}, r"got also \['proj.weight'\]"),
+    ],
+    ids=["empty", "no blocks", "other names", "both embeddings", "one too many"],
+)
+def test_other_weights_are_refused(recorded, change, message):
+    with pytest.raises(InvalidArgument, match=message):
+        read_open_flamingo(change(under(recorded, "model/checkpoint.")), head_dim=HEAD_DIM)
+
+
+def test_heads_of_another_width_are_refused(recorded):
+    with pytest.raises(InvalidArgument, match="head_dim: expected a divisor of the inner width 8, got 3"):
+        read_open_flamingo(under(recorded, "model/checkpoint."), head_dim=3)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(InvalidArgument, match="nope"):
+        read_open_flamingo(tmp_path / "nope.pt")
