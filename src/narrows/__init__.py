@@ -4,7 +4,10 @@ Slot attention, soft mixtures of experts, separable window attention, the Percei
 attention, and adaptive token sampling: each exact to its paper and to the code people use today, and faster.
 """
 
+from typing import TYPE_CHECKING
+
 from narrows._version import __version__
+from narrows.adapters import Reduction, TargetLatency, TargetMACs, reduce_tokens
 from narrows.checkpoints import from_upstream
 from narrows.errors import NarrowsError
 from narrows.layers import (
@@ -18,29 +21,53 @@ from narrows.layers import (
     SoftMoE,
     TwoWaySlotAttention,
 )
-from narrows.measure import Cost, measure
+from narrows.measure import Audit, Cost, audit, measure
 from narrows.models import ATSViT, SepViT, create_model, list_models, load_model
+from narrows.ops.media_attention import AllPrevious, ConsecutiveGroup, LastMedia, LastMedium
 from narrows.routing import Routing
+
+if TYPE_CHECKING:
+    from narrows.adapters.flamingo import Flamingo
 
 __all__ = [
     "ATSViT",
     "AdaptiveTokenSampler",
+    "AllPrevious",
+    "Audit",
+    "ConsecutiveGroup",
     "Cost",
     "DynamicSlotsSoftMoE",
+    "Flamingo",
     "GatedCrossAttentionBlock",
+    "LastMedia",
+    "LastMedium",
     "MaskedCrossAttention",
     "NarrowsError",
     "PerceiverResampler",
+    "Reduction",
     "Routing",
     "SepViT",
     "SeparableAttention",
     "SlotAttention",
     "SoftMoE",
+    "TargetLatency",
+    "TargetMACs",
     "TwoWaySlotAttention",
     "__version__",
+    "audit",
     "create_model",
     "from_upstream",
     "list_models",
     "load_model",
     "measure",
+    "reduce_tokens",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """`Flamingo` is imported when it is asked for: it needs transformers."""
+    if name != "Flamingo":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from narrows.adapters.flamingo import Flamingo
+
+    return Flamingo

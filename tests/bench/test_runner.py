@@ -162,6 +162,11 @@ def test_a_difference_by_design_is_raced_and_its_reason_noted() -> None:
     assert row.note == reason
 
 
+def test_only_what_a_case_asks_for_is_measured() -> None:
+    assert list(rows_of(case(Scale(), Scale(), quantities=("forward",)))) == ["forward"]
+    assert list(rows_of(case(Scale(), Scale(), quantities=("saved",)))) == ["saved"]
+
+
 def test_no_tolerance_needs_a_reason() -> None:
     with pytest.raises(InvalidArgument, match="why_not_equal: expected the reason why fake/1000 has no tolerance"):
         rows_of(case(Scale(), Scale(), tolerance=None))
@@ -226,6 +231,13 @@ class TestFinding:
     def test_by_wildcard(self) -> None:
         assert [case.name for case in find_cases()] == ["fake/a", "fake/b", "other/a"]
         assert [case.name for case in find_cases("fake/*")] == ["fake/a", "fake/b"]
+
+    def test_by_device(self, room: Path) -> None:
+        with (room / "zz_fake.py").open("a") as file:
+            file.write("CASES = [replace(CASES[0], device='cuda'), replace(CASES[1], device='cpu'), CASES[2]]\n")
+        assert [case.name for case in find_cases(device="cpu")] == ["fake/b", "other/a"]
+        assert [case.name for case in find_cases(device="cuda")] == ["fake/a", "other/a"]
+        assert [row.case for row in run("*/a", repeats=1)] == ["other/a"] * 3
 
     def test_nothing_found(self) -> None:
         with pytest.raises(InvalidArgument, match=r"pattern: expected a match for any of \['fake/a', .* got 'fakes'"):

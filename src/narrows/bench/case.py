@@ -39,6 +39,8 @@ class BenchCase:
         targets: least ratio rival / narrows for each of "forward", "forward+backward" (time) and "saved" (bytes kept
             for backward). Measured and reported in any case; a target only adds a verdict.
         why_not_equal: for a contest without tolerance, why outputs differ by design.
+        quantities: what is measured; a network too large to train is raced forward only.
+        device: "cpu" or "cuda" where it is made for one of them; run on both if None.
     """
 
     name: str
@@ -46,3 +48,5 @@ class BenchCase:
     prepare: Callable[[torch.device], Contest]
     targets: Mapping[str, float] = field(default_factory=dict)
     why_not_equal: str = ""
+    quantities: tuple[str, ...] = ("forward", "forward+backward", "saved")
+    device: str | None = None

@@ -20,7 +20,7 @@ from narrows.errors import InvalidArgument, NarrowsError
 from narrows.measure import Spread, compare_speed, saved_for_backward
 
 SEED = 0
-RIVALS = "slot-attention soft-moe-pytorch vit-pytorch flamingo-pytorch"
+RIVALS = "slot-attention soft-moe-pytorch vit-pytorch flamingo-pytorch timm"
 
 
 class MissingRival(NarrowsError, ImportError):
@@ -33,8 +33,12 @@ class MissingRival(NarrowsError, ImportError):
         )
 
 
-def find_cases(pattern: str = "*") -> list[BenchCase]:
+def find_cases(pattern: str = "*", *, device: str | None = None) -> list[BenchCase]:
     """The cases in the files of this room whose names match the shell wildcard `pattern`.
+
+    Args:
+        pattern: shell wildcard over the names of cases.
+        device: "cpu" or "cuda" for those that run there; None for all.
 
     Raises:
         InvalidArgument: no case matches.
@@ -43,6 +47,7 @@ def find_cases(pattern: str = "*") -> list[BenchCase]:
     names = [info.name for info in pkgutil.iter_modules(narrows.bench.__path__, f"{narrows.bench.__name__}.")]
     with _rivals_needed():
         cases = [case for name in sorted(names) for case in getattr(importlib.import_module(name), "CASES", ())]
+    cases = [case for case in cases if device is None or case.device in (None, device)]
     chosen = [case for case in cases if fnmatchcase(case.name, pattern)]
     if not chosen:
         raise InvalidArgument("pattern", expected=f"a match for any of {[c.name for c in cases]}", got=repr(pattern))
@@ -73,7 +78,7 @@ def run(
     device = torch.device(device)
     modes = ("eager", "compiled") if compile or (compile is None and device.type == "cuda") else ("eager",)
     rows: list[Row] = []
-    for case in find_cases(pattern):
+    for case in find_cases(pattern, device=device.type):
         for row in race(case, device, modes=modes, repeats=repeats):
             rows.append(row)
             on_row(row)
@@ -114,7 +119,7 @@ def race(
             if complaint:
                 yield row(mode=mode, quantity="agreement", unit="", verdict="disagrees", note=complaint)
                 continue
-            measured = _measure(contest, device, repeats)
+            measured = _measure(contest, device, repeats, case.quantities)
         except Exception as error:  # Whatever either of the two raises is the outcome of this race, not of the next.
             reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
             yield row(mode=mode, quantity="agreement", unit="", verdict="failed", note=reason)
@@ -176,7 +181,9 @@ def _difference(ours: Tensor, theirs: Tensor) -> float:
     return (ours - theirs).abs().max().item()
 
 
-def _measure(contest: Contest, device: torch.device, repeats: int) -> dict[str, tuple[str, Spread, Spread]]:
+def _measure(
+    contest: Contest, device: torch.device, repeats: int, quantities: tuple[str, ...]
+) -> dict[str, tuple[str, Spread, Spread]]:
     """Unit, narrows' samples and the rival's, of each quantity."""
 
     def forward(module: nn.Module) -> None:
@@ -194,10 +201,13 @@ def _measure(contest: Contest, device: torch.device, repeats: int) -> dict[str, 
 
     measured: dict[str, tuple[str, Spread, Spread]] = {}
     for quantity, function in (("forward", forward), ("forward+backward", step)):
+        if quantity not in quantities:
+            continue
         contenders = {"narrows": partial(function, contest.narrows), "rival": partial(function, contest.rival)}
         timings = compare_speed(contenders, repeats=repeats, device=device)
         measured[quantity] = ("s", timings["narrows"], timings["rival"])
-    measured["saved"] = ("bytes", saved(contest.narrows), saved(contest.rival))
+    if "saved" in quantities:
+        measured["saved"] = ("bytes", saved(contest.narrows), saved(contest.rival))
     return measured
 
 

@@ -23,17 +23,21 @@ COMMANDS = {
         "compare", "train a baseline and every mechanism under one budget; report what each costs and keeps"
     ),
     "show": Command("show", "draw where the tokens of images go in a model"),
+    "reduce": Command("reduce", "let a vision transformer carry fewer tokens; report what it costs and keeps"),
     "info": Command("info", "say what is installed, which models there are and what can run here"),
     "fit": Command("training", "train one model, with checkpoints and exact resume"),
     "validate": Command("training", "loss and accuracy on the held-out images"),
     "test": Command("training", "loss and accuracy on the test images"),
     "predict": Command("training", "class and probability of images, as a table"),
+    "generate": Command("generate", "let a language model write after a prompt with pictures"),
     "bench": Command("bench", "time narrows against the packages people use today"),
 }
 
 _GROUPS = {
     "Which mechanism is for me?": ("compare", "show"),
+    "How fast can a model you have be?": ("reduce",),
     "Train one": ("fit", "validate", "test", "predict"),
+    "Let a language model see": ("generate",),
     "How fast, and what is here?": ("bench", "info"),
 }
 

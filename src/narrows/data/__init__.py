@@ -2,16 +2,19 @@
 
 from typing import TYPE_CHECKING, Any
 
+from narrows.data.augmentation import Augmentation
 from narrows.data.digits import DigitScenes, Scenes
 from narrows.data.image_set import IGNORED, ImageData, ImageSet, picture
 from narrows.data.load import load
 from narrows.data.positions import Position, PositionSampler
+from narrows.data.segmented import SegmentedDigits, SegmentedScenes
 
 if TYPE_CHECKING:
     from narrows.data.module import ImageDataModule
 
 __all__ = [
     "IGNORED",
+    "Augmentation",
     "DigitScenes",
     "ImageData",
     "ImageDataModule",
@@ -19,6 +22,8 @@ __all__ = [
     "Position",
     "PositionSampler",
     "Scenes",
+    "SegmentedDigits",
+    "SegmentedScenes",
     "load",
     "picture",
 ]

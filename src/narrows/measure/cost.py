@@ -91,7 +91,7 @@ def measure(
     def forward() -> object:
         return model(*positional, **keywords)
 
-    with _evaluating(model):
+    with evaluating(model):
         macs = macs_per_sample(model, *positional, batch=len(first), **keywords)
         memory = peak_memory(forward, first.device)
         latency = compare_speed({"": forward}, repeats=repeats, warmup=warmup, device=first.device)[""]
@@ -132,7 +132,7 @@ def _first_tensor(inputs: tuple[Any, ...]) -> Tensor:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode and no gradients; every module goes back to the mode it was in."""
     modes = {module: module.training for module in model.modules()}
     model.eval()

@@ -87,7 +87,7 @@ def pareto(points: Sequence[ParetoPoint], *, x: str, y: str, title: str = "") ->
             capsize=3,
             zorder=3,
         )
-    _style(axes, points, x, y)
+    style_axes(axes, points, x, y)
     if title:
         figure.suptitle(title, x=0.012, ha="left", fontsize=12, fontweight="bold", color=INK)
     corners = _front_line(front, right=axes.get_xlim()[1])
@@ -107,7 +107,8 @@ def _front_line(front: Sequence[ParetoPoint], right: float) -> list[tuple[int | 
     return [*corners, (right, front[-1].quality)]
 
 
-def _style(axes: Any, points: Sequence[ParetoPoint], x: str, y: str) -> None:
+def style_axes(axes: Any, points: Sequence[ParetoPoint], x: str, y: str) -> None:
+    """Quiet axes with room around these points, costs on a logarithmic axis where they differ much."""
     from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 
     costs = [point.cost for point in points]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 from torch import nn
 
-from narrows.checkpoints.upstream import ats_vit, flamingo, sepvit, slot_attention, soft_moe
+from narrows.checkpoints.upstream import ats_vit, flamingo, open_flamingo, sepvit, slot_attention, soft_moe
 from narrows.errors import InvalidType
 
 CONVERTERS: Mapping[str, Callable[[nn.Module], nn.Module]] = {
@@ -17,6 +17,7 @@ CONVERTERS: Mapping[str, Callable[[nn.Module], nn.Module]] = {
     **sepvit.CONVERTERS,
     **ats_vit.CONVERTERS,
     **flamingo.CONVERTERS,
+    **open_flamingo.CONVERTERS,
 }
 
 
@@ -25,7 +26,8 @@ def from_upstream(module: nn.Module) -> nn.Module:
 
     Understood are modules of the PyPI packages `slot-attention` (SlotAttention, MultiHeadSlotAttention,
     SlotAttentionExperimental), `soft-moe-pytorch` (SoftMoE, DynamicSlotsSoftMoE), `vit-pytorch` (`sep_vit.SepViT`,
-    `ats_vit.ViT`) and `flamingo-pytorch` (PerceiverResampler, MaskedCrossAttention, GatedCrossAttentionBlock).
+    `ats_vit.ViT`), `flamingo-pytorch` (PerceiverResampler, MaskedCrossAttention, GatedCrossAttentionBlock), and the
+    resampler and gated block of `open-flamingo` and `otter-ai`; `read_open_flamingo` reads their checkpoints.
     Weights are copied, so that training one leaves the other as it was; device, dtype and train/eval mode carry over.
 
     Raises:

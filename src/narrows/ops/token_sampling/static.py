@@ -20,17 +20,21 @@ def inverse_transform_sample(
     """
     real = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask
     weights = _whole(scores, real)
-    ascending, order = weights.sort(dim=1, stable=True)
+    # Numbered, so that equal weights keep their order in a plain sort: ONNX has no stable one.
+    places = torch.arange(scores.shape[1], device=scores.device)
+    order = (weights * scores.shape[1] + places).sort(dim=1).indices
+    ascending = weights.gather(1, order)
     # Masked tokens have weight 0: they come first, at entries of 0, which no quantile is nearest to.
-    cdf = (ascending.cumsum(1) - weights.masked_fill(~real, 2**62).amin(1, keepdim=True)).clamp_min(0)
+    cdf = _positive(ascending.cumsum(1) - _first(ascending, after=~real), otherwise=0)
     greatest, steps = cdf[:, -1:], max(num_samples - 1, 1)
-    least = torch.where(cdf > 0, cdf, greatest).amin(1, keepdim=True)
+    least = _first(cdf, after=cdf <= 0)
 
     # Quantiles above the midpoint of each token's entry and its predecessor's, cdf - ascending / 2.
-    spacing = (2 * (greatest - least)).clamp_min(1)
-    above = -torch.div((2 * (cdf - greatest) - ascending) * steps, spacing, rounding_mode="floor")
+    spacing = _positive(2 * (greatest - least), otherwise=1)
+    # Not `torch.div(..., rounding_mode="floor")`, which ONNX computes in float32.
+    above = -((2 * (cdf - greatest) - ascending) * steps // spacing)
     above = above.clamp(0, num_samples)
-    is_last = torch.arange(scores.shape[1], device=scores.device) == scores.shape[1] - 1
+    is_last = places == scores.shape[1] - 1
     nearest = torch.zeros_like(real).scatter(1, order, (above > above.roll(-1, 1)) | is_last)
     return _gated(nearest, real, num_samples, sample_always)
 
@@ -59,6 +63,16 @@ def _whole(scores: Tensor, real: Tensor) -> Tensor:
     top = scores.amax(1, keepdim=True)
     shares = torch.where(top > 0, scores / top, 1.0)
     return (shares * 2.0**32).round().long().masked_fill(~real, 0)
+
+
+def _positive(numbers: Tensor, *, otherwise: int) -> Tensor:
+    """Not `clamp_min`: of numbers beyond 32 bits, ONNX Runtime finds neither the greater nor the least."""
+    return torch.where(numbers > 0, numbers, otherwise)
+
+
+def _first(ascending: Tensor, *, after: Tensor) -> Tensor:
+    """`[B, 1]`: the first of ascending numbers after so many; the last where that is all."""
+    return ascending.gather(1, after.sum(1, keepdim=True).clamp_max(ascending.shape[1] - 1))
 
 
 def _gated(sampled: Tensor, real: Tensor, num_samples: int, sample_always: bool) -> TokenSample:

@@ -1,0 +1,156 @@
+"""How many tokens each block carries on."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
+
+from narrows.adapters.token_reduction.methods.base import ReductionMethod
+from narrows.errors import InvalidArgument, InvalidType
+
+if TYPE_CHECKING:
+    from narrows.adapters.token_reduction.handle import Reduction
+
+# A count of tokens after the prefix, a share of those that the image had, or None for all that come.
+Entry = int | float | None
+Schedule = tuple[Entry, ...]
+
+
+@runtime_checkable
+class Target(Protocol):
+    """A budget that has to be worked out: so much time, so many multiply-accumulates."""
+
+    def solve(self, attempt: "Attempt") -> "Solution":
+        """The budget that meets the target.
+
+        Args:
+            attempt: reduces the model by a budget and returns the handle; each is removed before the next.
+        """
+        ...
+
+
+Budget = int | float | Sequence[Entry] | Mapping[int, Entry] | Target
+Attempt = Callable[[Budget], "Reduction"]
+
+
+class Solution(NamedTuple):
+    """What a target came down to.
+
+    Args:
+        budget: that meets it.
+        note: what was asked and what was reached, for the handle's `str()`.
+    """
+
+    budget: int | float | Sequence[Entry] | Mapping[int, Entry]
+    note: str
+
+
+def schedule_of(
+    budget: int | float | Sequence[Entry] | Mapping[int, Entry],
+    method: ReductionMethod,
+    *,
+    depth: int,
+    num_tokens: int,
+) -> Schedule:
+    """One entry for each block.
+
+    A single number holds from block `depth // 4` on: tokens that have been through fewer blocks say little about
+    themselves. A method that removes only so many tokens at once gets there in as few consecutive blocks as it can.
+
+    Args:
+        budget: a count, a share, one entry for each block, or entries by number of the block.
+        method: what is to meet it.
+        depth: number of blocks.
+        num_tokens: tokens after the prefix, at the model's own image size.
+
+    Raises:
+        InvalidArgument, InvalidType: it cannot be met or is none.
+    """
+    if isinstance(budget, Mapping):
+        schedule = _by_block(budget, depth)
+    elif isinstance(budget, Sequence) and not isinstance(budget, str):
+        schedule = tuple(budget)
+        if len(schedule) != depth:
+            raise InvalidArgument(
+                "budget", expected=f"one entry for each of the {depth} blocks", got=f"{len(schedule)} entries"
+            )
+    else:
+        _check_entry(budget, num_tokens)
+        assert isinstance(budget, int | float)
+        schedule = _from_one(budget, method, depth, num_tokens)
+    for entry in schedule:
+        if entry is not None:
+            _check_entry(entry, num_tokens)
+    if all(entry is None for entry in schedule):
+        raise InvalidArgument("budget", expected="an entry that is not None", got=list(schedule))
+    _check_steps(schedule, method, num_tokens)
+    return schedule
+
+
+def count_of(entry: int | float, num_tokens: int) -> int:
+    """How many of `num_tokens` an entry allows: a count, or a share rounded to at least one."""
+    return entry if isinstance(entry, int) else max(1, round(entry * num_tokens))
+
+
+def _by_block(budget: Mapping[int, Entry], depth: int) -> Schedule:
+    unknown = [block for block in budget if not isinstance(block, int) or not 0 <= block < depth]
+    if unknown:
+        raise InvalidArgument("budget", expected=f"numbers of blocks from 0 to {depth - 1}", got=unknown)
+    return tuple(budget.get(block) for block in range(depth))
+
+
+def _from_one(entry: int | float, method: ReductionMethod, depth: int, num_tokens: int) -> Schedule:
+    first = depth // 4
+    if method.adaptive and count_of(entry, num_tokens) == num_tokens:
+        return (None,) * first + (entry,) * (depth - first)
+    share = count_of(entry, num_tokens) / num_tokens
+    for steps in range(1, depth - first + 1):
+        between = [share ** (step / steps) for step in range(1, steps)]
+        schedule = (None,) * first + (*between, entry) + (None,) * (depth - first - steps)
+        if _too_steep(schedule, method, num_tokens) is None:
+            return schedule
+    raise InvalidArgument(
+        "budget",
+        expected=f"at most what {method.name} can remove in the {depth - first} blocks from block {first} on",
+        got=entry,
+    )
+
+
+def _check_entry(entry: object, num_tokens: int) -> None:
+    if isinstance(entry, bool) or not isinstance(entry, int | float):
+        raise InvalidType(
+            "budget",
+            expected="a count, a share, a sequence or mapping of them, or a target such as narrows.TargetMACs",
+            got=repr(entry),
+        )
+    if isinstance(entry, int) and not 1 <= entry <= num_tokens:
+        raise InvalidArgument("budget", expected=f"a count of 1 to {num_tokens} tokens", got=entry)
+    if isinstance(entry, float) and not 0 < entry <= 1:
+        raise InvalidArgument("budget", expected="a share above 0 and at most 1", got=entry)
+
+
+def _check_steps(schedule: Schedule, method: ReductionMethod, num_tokens: int) -> None:
+    counts = [count_of(entry, num_tokens) for entry in schedule if entry is not None]
+    if counts != sorted(counts, reverse=True):
+        raise InvalidArgument(
+            "budget", expected="entries that do not grow: tokens do not come back", got=list(schedule)
+        )
+    block = _too_steep(schedule, method, num_tokens)
+    if block is not None:
+        raise InvalidArgument(
+            "budget",
+            expected=f"steps in which {method.name} removes at most {method.removes_at_most:.0%} of the tokens",
+            got=f"{schedule[block]} at block {block}",
+            hint="Give one number, which is spread over blocks, or a schedule with smaller steps.",
+        )
+
+
+def _too_steep(schedule: Schedule, method: ReductionMethod, num_tokens: int) -> int | None:
+    """The first block that would have to remove more tokens than the method can."""
+    left = num_tokens
+    for block, entry in enumerate(schedule):
+        if entry is None:
+            continue
+        count = min(left, count_of(entry, num_tokens))
+        if count < int(left * (1 - method.removes_at_most)):
+            return block
+        left = count
+    return None

@@ -1,0 +1,136 @@
+"""The plain vision transformers of narrows, taken apart."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from narrows.adapters.token_reduction.carried import kept_in, pooled
+from narrows.adapters.token_reduction.hosts.base import BlockCall, HostBlock, HostModel, QueryKeyValue, not_understood
+from narrows.adapters.token_reduction.hosts.linear import apply_part
+from narrows.models.base import ImageClassifier
+from narrows.models.parts import Block, FeedForward, SelfAttention, TransformerClassifier
+from narrows.models.vit import ViT
+
+
+def recognise(module: nn.Module) -> HostModel | None:
+    """The module as a host if it is a vision transformer.
+
+    Raises:
+        InvalidType: it is a classifier of another kind.
+    """
+    if not isinstance(module, ImageClassifier):
+        return None
+    if not isinstance(module, TransformerClassifier):
+        raise not_understood("model", module, "a plain vision transformer, blocks one after another")
+    return NarrowsModel(module)
+
+
+class NarrowsModel(HostModel):
+    """A vision transformer that reads its class token, or the mean of all tokens."""
+
+    module: TransformerClassifier
+
+    def __init__(self, module: TransformerClassifier) -> None:
+        embedding = module.embedding
+        side = embedding.side * embedding.patch_size
+        super().__init__(
+            module,
+            blocks=module.blocks,
+            prefix=embedding.prefix,
+            embedding=embedding,
+            image_size=(side, side),
+            class_token=embedding.class_token is not None,
+        )
+
+    def block(self, index: int) -> "NarrowsBlock":
+        """The block at `index`, taken apart.
+
+        Raises:
+            InvalidType: it is a bottleneck itself, or holds one.
+        """
+        block = self.blocks[index]
+        if type(block) is not Block:
+            raise not_understood(f"blocks.{index}", block, "a plain block, not a bottleneck of its own")
+        if type(block.feed_forward) is not FeedForward:
+            known = "a feed-forward that treats every token for itself"
+            raise not_understood(f"blocks.{index}.feed_forward", block.feed_forward, known)
+        return NarrowsBlock(block)
+
+    @property
+    def readout(self) -> Sequence[tuple[nn.Module, str, Callable[..., Any]]]:
+        """The mean over all tokens, where that is what the head reads."""
+        mean = type(self.module).forward_features in (ViT.forward_features, TransformerClassifier.forward_features)
+        return ((self.module, "forward_features", self.features),) if mean and not self.class_token else ()
+
+    def features(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D"]:
+        """The mean of the tokens that were kept, normalised."""
+        tokens = self.module.blocks(self.module.embedding(images))
+        normed, kept = self.module.norm(tokens), kept_in(tokens)
+        return normed.mean(1) if kept is None else pooled(normed, kept, "avg")
+
+    def token_grid(self, height: int, width: int) -> tuple[int, int]:
+        """`(height, width)` of the grid after the prefix for images of this height and width."""
+        patch = self.module.embedding.patch_size
+        return height // patch, width // patch
+
+    def example(self, batch: int) -> dict[str, Tensor]:
+        """Random images, on the model's device and in its precision."""
+        embedding = self.module.embedding
+        return {"images": torch.randn(batch, embedding.channels, *self.image_size).to(embedding.positions)}
+
+
+class NarrowsBlock(HostBlock):
+    """One block of the plain transformer."""
+
+    module: Block
+
+    def __init__(self, module: Block) -> None:
+        self._attention: SelfAttention = module.attention
+        width = self._attention.out.in_features // self._attention.heads
+        super().__init__(module, scale=width**-0.5)
+
+    @property
+    def dropout(self) -> float:
+        """Probability at which attention weights are dropped, 0 in evaluation."""
+        return self._attention.dropout if self.module.training else 0.0
+
+    def arguments(self, tokens: Float[Tensor, "B N D"]) -> BlockCall:
+        """What the block was called with."""
+        return BlockCall(tokens)
+
+    def normed(self, tokens: Float[Tensor, "R n D"]) -> Float[Tensor, "R n D"]:
+        """What attention reads."""
+        return self.module.attention_norm(tokens)
+
+    def query(self, normed: Float[Tensor, "R m D"]) -> Float[Tensor, "R m H d"]:
+        """Queries."""
+        (query,) = self._projected(normed, 0, 1)
+        return query
+
+    def key_value(self, normed: Float[Tensor, "R n D"]) -> tuple[Tensor, Tensor]:
+        """Keys and values `[R, n, H, d]`."""
+        key, value = self._projected(normed, 1, 3)
+        return key, value
+
+    def query_key_value(self, normed: Float[Tensor, "R n D"]) -> QueryKeyValue:
+        """All three of the same rows."""
+        return QueryKeyValue(*self._projected(normed, 0, 3))
+
+    def attention_update(
+        self, attended: Float[Tensor, "R m HD"], normed: Float[Tensor, "R m D"]
+    ) -> Float[Tensor, "R m D"]:
+        """What attention adds to the tokens."""
+        return nn.functional.dropout(self._attention.out(attended), self.dropout)
+
+    def feed_forward_update(self, tokens: Float[Tensor, "R m D"]) -> Float[Tensor, "R m D"]:
+        """What the feed-forward adds to the tokens."""
+        return self.module.feed_forward(self.module.feed_forward_norm(tokens))
+
+    def _projected(self, normed: Tensor, first: int, last: int) -> tuple[Tensor, ...]:
+        """Query, key and value from the one of number `first` to the one before `last`."""
+        width = self._attention.out.in_features
+        rows = apply_part(self._attention.qkv, normed, first * width, last * width)
+        return rows.unflatten(-1, (last - first, self._attention.heads, -1)).unbind(-3)

@@ -1,0 +1,294 @@
+"""Vision transformers of Hugging Face transformers, taken apart.
+
+One layer looks like another in all of them: norm, attention with separate projections, norm, feed-forward. What differs
+is how the parts are called, and what stands between them.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from narrows.adapters.token_reduction.carried import kept_in
+from narrows.adapters.token_reduction.hosts.base import BlockCall, HostBlock, HostModel, not_understood
+from narrows.errors import InvalidArgument
+
+
+class Parts(NamedTuple):
+    """What a family calls the parts of its layers.
+
+    Args:
+        attention: holds `q_proj`, `k_proj`, `v_proj`.
+        norms: before attention and before the feed-forward.
+        output: the projection that ends attention.
+        scale: what logits are multiplied by.
+        dropout: of attention weights.
+        after: what each update passes before it is added; nothing where empty.
+    """
+
+    attention: str
+    norms: tuple[str, str]
+    output: str
+    scale: str
+    dropout: str
+    after: tuple[str, ...] = ()
+
+
+_VIT = Parts(
+    "attention",
+    ("layernorm_before", "layernorm_after"),
+    "o_proj",
+    "scaling",
+    "attention_dropout",
+    ("dropout", "dropout"),
+)
+_DINOV2 = Parts(
+    "attention", ("norm1", "norm2"), "o_proj", "scaling", "attention_dropout", ("layer_scale1", "layer_scale2")
+)
+_DINOV3 = _DINOV2._replace(dropout="dropout")
+_CLIP = Parts("self_attn", ("layer_norm1", "layer_norm2"), "out_proj", "scale", "dropout")
+
+
+class Family(NamedTuple):
+    """Models that share an embedding and a layer.
+
+    Args:
+        layer: class of the layers.
+        parts: how the parts of a layer are called.
+        prefix: tokens before the grid, registers not counted.
+    """
+
+    layer: str
+    parts: Parts
+    prefix: int
+
+
+# By the class of the embedding, which only the vision tower of a model of several has.
+FAMILIES = {
+    "vit.modeling_vit.ViTEmbeddings": Family("ViTLayer", _VIT, 1),
+    "deit.modeling_deit.DeiTEmbeddings": Family("DeiTLayer", _VIT, 2),
+    "dinov2.modeling_dinov2.Dinov2Embeddings": Family("Dinov2Layer", _DINOV2, 1),
+    "dinov2_with_registers.modeling_dinov2_with_registers.Dinov2WithRegistersEmbeddings": Family(
+        "Dinov2WithRegistersLayer", _DINOV2, 1
+    ),
+    "dinov3_vit.modeling_dinov3_vit.DINOv3ViTEmbeddings": Family("DINOv3ViTLayer", _DINOV3, 1),
+    "clip.modeling_clip.CLIPVisionEmbeddings": Family("CLIPEncoderLayer", _CLIP, 1),
+    "siglip.modeling_siglip.SiglipVisionEmbeddings": Family("SiglipEncoderLayer", _CLIP, 0),
+    "siglip2.modeling_siglip2.Siglip2VisionEmbeddings": Family("Siglip2EncoderLayer", _CLIP, 0),
+}
+
+
+def recognise(module: nn.Module) -> HostModel | None:
+    """The module as a host if it is the vision tower of a model of these families."""
+    family = FAMILIES.get(_known_as(getattr(module, "embeddings", None)))
+    return None if family is None else TransformersModel(module, family)
+
+
+def _known_as(module: object) -> str:
+    """Its class as `FAMILIES` writes it."""
+    return f"{type(module).__module__}.{type(module).__qualname__}".removeprefix("transformers.models.")
+
+
+class TransformersModel(HostModel):
+    """The vision tower of a model of transformers."""
+
+    def __init__(self, module: Any, family: Family) -> None:
+        # A tower has one list of modules outside its layers: the list of its layers.
+        layers = next(child for child in module.modules() if isinstance(child, nn.ModuleList))
+        self._family = family
+        self._tower, self._config = module, module.config
+        super().__init__(
+            module,
+            blocks=layers,
+            prefix=family.prefix + (getattr(module.config, "num_register_tokens", 0) if family.prefix else 0),
+            embedding=module.embeddings,
+            image_size=self._image_size(),
+            class_token=family.prefix > 0,
+        )
+
+    def block(self, index: int) -> "TransformersBlock":
+        """The layer at `index`, taken apart.
+
+        Raises:
+            InvalidType: it is not of the class that its family has.
+        """
+        layer = self.blocks[index]
+        attention = getattr(layer, self._family.parts.attention, None)
+        if type(layer).__name__ != self._family.layer or not hasattr(attention, "q_proj"):
+            raise not_understood(f"layer {index}", layer, f"{self._family.layer}, as in transformers 5.23")
+        return TransformersBlock(layer, self._family.parts)
+
+    def pooling_logits(self, tokens: Float[Tensor, "R n D"]) -> Float[Tensor, "R n H"] | None:
+        """What the probe of an attention pooling would say of these tokens were they the last."""
+        attention = self._pooling
+        if attention is None:
+            return None
+        (query_weight, key_weight, _), (query_bias, key_bias, _) = (
+            stacked.chunk(3) for stacked in (attention.in_proj_weight, attention.in_proj_bias)
+        )
+        heads = (attention.num_heads, attention.head_dim)
+        query = F.linear(self._tower.head.probe[0, 0], query_weight, query_bias).unflatten(0, heads)
+        key = F.linear(self._tower.post_layernorm(tokens), key_weight, key_bias).unflatten(-1, heads)
+        return (key * query).sum(-1) / math.sqrt(attention.head_dim)
+
+    @property
+    def readout(self) -> Sequence[tuple[nn.Module, str, Callable[..., Any]]]:
+        """Attention pooling. A mean that a head takes of its own accord, inside its `forward`, is beyond reach."""
+        return () if self._pooling is None else ((self._pooling, "forward", self.pool),)
+
+    @property
+    def between(self) -> Sequence[nn.Module]:
+        """The last norm."""
+        return (self._tower.post_layernorm,)
+
+    def pool(self, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """The attention of the head, over the tokens that were kept."""
+        assert self._pooling is not None
+        kept = kept_in(key)
+        if kept is not None:
+            kwargs["key_padding_mask"] = key.new_zeros(kept.shape).masked_fill(~kept, -torch.inf)
+        return nn.MultiheadAttention.forward(self._pooling, query, key, value, **kwargs)
+
+    def token_grid(self, height: int, width: int) -> tuple[int, int]:
+        """`(height, width)` of the grid after the prefix for images of this height and width."""
+        of_patch = _pair(self._config.patch_size)
+        return height // of_patch[0], width // of_patch[1]
+
+    @property
+    def _pooling(self) -> nn.MultiheadAttention | None:
+        return None if self.class_token or not hasattr(self._tower, "head") else self._tower.head.attention
+
+    def _image_size(self) -> tuple[int, int]:
+        if hasattr(self._config, "image_size"):
+            return _pair(self._config.image_size)
+        side = math.isqrt(self._config.num_patches) * self._config.patch_size
+        return side, side
+
+    def example(self, batch: int) -> dict[str, Tensor]:
+        """Random inputs the tower can be called with, on its device and in its precision."""
+        like = next(self.module.parameters())
+        channels, (height, width) = self._config.num_channels, _pair(self._config.patch_size)
+        if hasattr(self._config, "num_patches"):  # takes patches, as many as fit, and the grid of each image
+            num_patches = self._config.num_patches
+            return {
+                "pixel_values": torch.randn(batch, num_patches, channels * height * width).to(like),
+                "pixel_attention_mask": torch.ones(batch, num_patches, dtype=torch.long, device=like.device),
+                "spatial_shapes": torch.full((batch, 2), math.isqrt(num_patches), device=like.device),
+            }
+        return {"pixel_values": torch.randn(batch, channels, *self.image_size).to(like)}
+
+
+class TransformersBlock(HostBlock):
+    """One layer of a model of transformers."""
+
+    def __init__(self, module: Any, parts: Parts) -> None:
+        self._parts, self._layer = parts, module
+        self._attention = getattr(module, parts.attention)
+        super().__init__(module, scale=getattr(self._attention, parts.scale))
+
+    @property
+    def dropout(self) -> float:
+        """Probability at which attention weights are dropped, 0 in evaluation."""
+        return getattr(self._attention, self._parts.dropout) if self.module.training else 0.0
+
+    def call(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """`forward` in the place of the layer's own, checkpointed where that would be."""
+        if self.module.training and getattr(self.module, "gradient_checkpointing", False):
+            return self._layer._gradient_checkpointing_func(partial(forward, **kwargs), *args)
+        return forward(*args, **kwargs)
+
+    def arguments(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Any = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> BlockCall:
+        """What the layer was called with.
+
+        Raises:
+            InvalidArgument: attention weights are asked for, the mask is one that only another kernel reads, or an
+                argument is not known.
+        """
+        if kwargs.get("output_attentions", self._attention.config.output_attentions):
+            raise InvalidArgument(
+                "output_attentions",
+                expected="False for a reduced model, which never has attention between all tokens",
+                got=True,
+                hint="Call remove() on the reduction first.",
+            )
+        for name, value in kwargs.items():
+            if name not in _HARMLESS and value is not None:
+                raise InvalidArgument(name, expected="no such argument for a reduced model", got=repr(value))
+        if attention_mask is not None and not (isinstance(attention_mask, Tensor) and attention_mask.ndim == 4):
+            raise InvalidArgument(
+                "attention_mask",
+                expected="a mask [B, 1, N, N]",
+                got=f"a {type(attention_mask).__name__} for {self._attention.config._attn_implementation!r}",
+                hint="Use model.set_attn_implementation('sdpa').",
+            )
+        rotary = None if position_embeddings is None else _whole(position_embeddings, hidden_states.shape[1])
+        return BlockCall(hidden_states, rotary, attention_mask)
+
+    def normed(self, tokens: Float[Tensor, "R n D"]) -> Float[Tensor, "R n D"]:
+        """What attention reads."""
+        return self._part(self._parts.norms[0], tokens)
+
+    def query(self, normed: Float[Tensor, "R m D"]) -> Float[Tensor, "R m H d"]:
+        """Queries, not rotated yet."""
+        return self._heads(self._attention.q_proj(normed))
+
+    def key_value(self, normed: Float[Tensor, "R n D"]) -> tuple[Tensor, Tensor]:
+        """Keys and values `[R, n, H, d]`, not rotated yet."""
+        return self._heads(self._attention.k_proj(normed)), self._heads(self._attention.v_proj(normed))
+
+    def rotate(self, heads: Float[Tensor, "R n H d"], rotary: Tensor) -> Float[Tensor, "R n H d"]:
+        """Queries or keys, turned by the rows of `rotary` of their positions: cosines beside sines."""
+        cosine, sine = rotary.chunk(2, -1)
+        first, second = heads.chunk(2, -1)
+        return heads * cosine + torch.cat((-second, first), -1) * sine
+
+    def attention_update(
+        self, attended: Float[Tensor, "R m HD"], normed: Float[Tensor, "R m D"]
+    ) -> Float[Tensor, "R m D"]:
+        """What attention adds to the tokens; stochastic depth left out."""
+        return self._after(0, getattr(self._attention, self._parts.output)(attended))
+
+    def feed_forward_update(self, tokens: Float[Tensor, "R m D"]) -> Float[Tensor, "R m D"]:
+        """What the feed-forward adds to the tokens; stochastic depth left out."""
+        return self._after(1, self._part("mlp", self._part(self._parts.norms[1], tokens)))
+
+    def drop_paths(self) -> tuple[nn.Module, nn.Module]:
+        """Stochastic depth of the two updates, which share one module."""
+        drop_path = getattr(self.module, "drop_path", None)
+        return super().drop_paths() if drop_path is None else (drop_path, drop_path)
+
+    def _part(self, name: str, tokens: Tensor) -> Tensor:
+        return self.module.get_submodule(name)(tokens)
+
+    def _after(self, update: int, tokens: Tensor) -> Tensor:
+        return self._part(self._parts.after[update], tokens) if self._parts.after else tokens
+
+    def _heads(self, projected: Tensor) -> Tensor:
+        return projected.unflatten(-1, (self._attention.config.num_attention_heads, -1))
+
+
+# Arguments of a layer that change nothing of what it computes.
+_HARMLESS = {"output_hidden_states", "output_attentions", "return_dict", "num_items_in_batch"}
+
+
+def _whole(position_embeddings: tuple[Tensor, Tensor], num_tokens: int) -> Float[Tensor, "1 M 1 R"]:
+    """Cosines beside sines for the tokens before the grid, on it, and for one that stands nowhere."""
+    cosine, sine = position_embeddings
+    around = (0, 0, num_tokens - len(cosine), 1)
+    rows = torch.cat((F.pad(cosine, around, value=1.0), F.pad(sine, around)), -1)
+    return rows[None, :, None]
+
+
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])

@@ -1,0 +1,103 @@
+"""`reduce_tokens`: token reduction put into a model that somebody already has."""
+
+import torch
+from torch import nn
+
+from narrows.adapters.token_reduction import self_test
+from narrows.adapters.token_reduction.block import ReducedBlock
+from narrows.adapters.token_reduction.budget import Budget, Target, schedule_of
+from narrows.adapters.token_reduction.handle import Reduction
+from narrows.adapters.token_reduction.hosts import HostModel, recognise
+from narrows.adapters.token_reduction.methods import METHODS, Merging, Pruning, ReductionMethod
+from narrows.errors import InvalidArgument, InvalidType
+from narrows.validation import check_choice
+
+EXECUTIONS = ("auto", "static", "ragged")
+
+
+def reduce_tokens(
+    model: nn.Module | HostModel,
+    *,
+    method: str | ReductionMethod = "ats",
+    budget: Budget = 0.5,
+    execution: str = "auto",
+    generator: torch.Generator | None = None,
+) -> Reduction:
+    """Let a vision transformer carry fewer tokens through its blocks; the handle that is returned undoes it.
+
+    The model itself runs reduced from then on. Whatever it returns keeps its shape: features and intermediates are on
+    the full grid, tokens that were dropped in the last state they had. Special tokens are never dropped. Before
+    anything is changed, the model is run with every token kept, which must reproduce what it computes untouched.
+
+    Args:
+        model: a vision transformer of timm, a module that holds one, or a `HostModel` of your own.
+        method: "ats", "topk", "evit", "tome", "random", or an instance of a `Pruning` or `Merging` class.
+        budget: how many tokens after the prefix go on: a count or a share, from block `depth // 4` on; a sequence with
+            an entry (or None) for each block; a mapping from block to entry; or a target such as `TargetMACs`.
+        execution: "static" keeps shapes fixed and masks slots that hold no token; "ragged" packs rows without padding;
+            "auto" packs where a method keeps another number for each image and nothing traces or masks.
+        generator: source of randomness for methods that draw while training; torch's global one if None.
+
+    Raises:
+        InvalidArgument: an unknown method or execution, a budget that cannot be met, a model that is already reduced or
+            in a state that cannot be handled.
+        InvalidType: a model, or a block in it, that is not understood; the message names its class.
+        NarrowsError: the self-test failed.
+
+    On any error the model is left as it was.
+    """
+    check_choice("execution", execution, EXECUTIONS)
+    chosen = _method(method)
+    host = model if isinstance(model, HostModel) else recognise(model)
+    outer = host.module if isinstance(model, HostModel) else model
+    _check_state(outer, host)
+
+    def attempt(entries: Budget) -> Reduction:
+        schedule = schedule_of(entries, chosen, depth=host.depth, num_tokens=host.num_tokens)  # pyright: ignore
+        reduction = Reduction(outer, host, chosen, schedule, execution=execution, generator=generator)
+        reduction.error = self_test.check(reduction)
+        reduction.attach()
+        return reduction
+
+    if not isinstance(budget, Target):
+        return attempt(budget)
+    solution = budget.solve(attempt)
+    reduction = attempt(solution.budget)
+    reduction.target = solution.note
+    return reduction
+
+
+def _method(method: str | ReductionMethod) -> ReductionMethod:
+    if isinstance(method, str):
+        check_choice("method", method, tuple(METHODS))
+        return METHODS[method]()
+    if not isinstance(method, Pruning | Merging):
+        raise InvalidType(
+            "method", expected=f"one of {tuple(METHODS)} or an instance of Pruning or Merging", got=repr(method)
+        )
+    return method
+
+
+def _check_state(model: nn.Module, host: HostModel) -> None:
+    if model.__class__.__name__ == "OptimizedModule":
+        raise InvalidArgument(
+            "model", expected="a model before torch.compile", got="a compiled one", hint="Reduce it first."
+        )
+    if any(parameter.is_meta for parameter in host.module.parameters()):
+        raise InvalidArgument("model", expected="weights", got="parameters on the meta device")
+    for index, block in enumerate(host.blocks):
+        forward = block.__dict__.get("forward")
+        if isinstance(getattr(forward, "__self__", None), ReducedBlock):
+            raise InvalidArgument(
+                "model",
+                expected="a model that is not reduced",
+                got="a reduced one",
+                hint="remove() that reduction first.",
+            )
+        if forward is not None:
+            raise InvalidArgument(
+                "model",
+                expected="blocks that run their own forward",
+                got=f"block {index} with {forward!r} in its place",
+                hint="Undo what replaced it first.",
+            )

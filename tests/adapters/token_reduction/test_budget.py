@@ -1,0 +1,46 @@
+"""How many tokens each block carries on."""
+
+from itertools import pairwise
+
+import pytest
+
+from narrows.adapters.token_reduction.budget import Budget, count_of, schedule_of
+from narrows.adapters.token_reduction.methods import METHODS
+from narrows.errors import InvalidArgument
+
+
+def counts(budget: Budget, method: str, *, depth: int = 12, num_tokens: int = 196) -> list[int | None]:
+    """What the schedule asks of each block."""
+    schedule = schedule_of(budget, METHODS[method](), depth=depth, num_tokens=num_tokens)  # pyright: ignore
+    return [None if entry is None else count_of(entry, num_tokens) for entry in schedule]
+
+
+def test_one_number_holds_from_a_quarter_of_the_depth_on() -> None:
+    for method in ("ats", "topk", "evit", "random"):
+        assert counts(0.5, method) == [None] * 3 + [98] + [None] * 8
+        assert counts(60, method) == [None] * 3 + [60] + [None] * 8
+    assert counts(0.001, "topk") == [None] * 3 + [1] + [None] * 8
+
+
+def test_with_the_whole_budget_ats_samples_in_every_block_from_there_on() -> None:
+    for whole in (1.0, 196):
+        assert counts(whole, "ats") == [None] * 3 + [196] * 9
+        assert counts(whole, "topk") == [None] * 3 + [196] + [None] * 8
+
+
+def test_a_method_that_removes_half_at_most_takes_as_few_blocks_as_it_can() -> None:
+    assert counts(0.5, "tome") == [None] * 3 + [98] + [None] * 8
+    assert counts(0.35, "tome") == [None] * 3 + [116, 69] + [None] * 7
+    for count in range(1, 197):
+        steps = [196, *(entry for entry in counts(count, "tome") if entry is not None)]
+        assert steps[-1] == count
+        assert all(2 * after >= before - 1 for before, after in pairwise(steps))
+    with pytest.raises(InvalidArgument, match="in the 1 blocks from block 0 on"):
+        counts(0.2, "tome", depth=1)
+
+
+def test_schedules_are_taken_as_they_are() -> None:
+    assert counts({3: 0.7, 6: 0.49, 9: 67}, "ats") == [
+        None, None, None, 137, None, None, 96, None, None, 67, None, None
+    ]  # fmt: skip
+    assert counts([None, 0.5, 0.5, 10], "topk", depth=4) == [None, 98, 98, 10]

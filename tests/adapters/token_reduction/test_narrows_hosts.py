@@ -1,0 +1,82 @@
+"""What is particular to the models of narrows."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import narrows
+from narrows.adapters.token_reduction import reduce_tokens
+from narrows.errors import InvalidType
+from tests.adapters.token_reduction.hosts import HOSTS, inputs
+from tests.adapters.token_reduction.test_every_host import assert_all_close, run
+from tests.support import assert_close
+
+BOTTLENECKS = {
+    "ats_vit_mini": "blocks.0: expected a plain block, not a bottleneck of its own, got .*ATSBlock",
+    "resampler_vit_mini": "blocks.2: expected a plain block, not a bottleneck of its own, got .*",
+    "sepvit_mini": "model: expected a plain vision transformer, .*, got .*SepViT",
+    "slot_vit_mini": "blocks.2: expected a plain block, not a bottleneck of its own, got .*SlotBottleneck",
+    "soft_moe_vit_mini": r"blocks.1.feed_forward: expected a feed-forward that treats every token .*, got .*SoftMoE",
+}
+
+
+@pytest.mark.parametrize("name", BOTTLENECKS)
+def test_a_model_with_a_bottleneck_of_its_own_is_refused_by_name(name: str) -> None:
+    model = narrows.create_model(name)
+    with pytest.raises(InvalidType, match=BOTTLENECKS[name]):
+        reduce_tokens(model, budget={0: 0.5})
+    assert all("forward" not in vars(module) for module in model.modules())
+
+
+def test_inside_another_module_it_is_found_and_its_blocks_have_their_names() -> None:
+    model = nn.Sequential(HOSTS["narrows vit"](), nn.Softmax(-1))
+    with reduce_tokens(model, budget={1: 0.5}) as reduction:
+        model(torch.randn(2, 3, 32, 32))
+        (routing,) = reduction.routing
+    assert routing.name == "0.blocks.1"
+    assert routing.grid == (8, 8)
+
+
+def test_the_mean_is_over_the_tokens_that_were_kept() -> None:
+    model = HOSTS["narrows vit"]()
+    seen: list[Tensor] = []
+    model.blocks[-1].register_forward_hook(lambda _, __, output: seen.append(output))
+    with reduce_tokens(model, budget=0.5) as reduction, torch.no_grad():
+        (logits,) = run(model, inputs(model, 2))
+        (routing,) = reduction.routing
+    carried = routing.weights[:, 0].sum(1) > 0
+    means = [model.norm(tokens[keep]).mean(0) for tokens, keep in zip(seen[-1], carried, strict=True)]
+    assert_close(logits, model.head(torch.stack(means)), 1e-5)
+
+
+def test_a_hooked_projection_is_called_whole() -> None:
+    """Queries, keys and values are parts of one weight, unless somebody looks at what the layer returns."""
+    model = HOSTS["narrows vit"]()
+    arguments = inputs(model, 2)
+    widths: list[int] = []
+    with reduce_tokens(model, budget={1: 0.5}):
+        expected = run(model, arguments)
+        model.blocks[1].attention.qkv.register_forward_hook(lambda _, __, output: widths.append(output.shape[-1]))
+        assert_all_close(run(model, arguments), expected)
+    assert widths == 3 * [3 * 64]  # keys and values of all tokens, queries of all for their mean, queries of those kept
+
+
+def test_training_draws_what_the_untouched_model_draws() -> None:
+    model = narrows.create_model("vit_mini", dropout=0.3).train()
+    arguments = inputs(model, 4)
+    torch.manual_seed(0)
+    untouched = run(model, arguments)
+    with reduce_tokens(model, method="topk", budget=1.0):
+        torch.manual_seed(0)
+        assert_all_close(run(model, arguments), untouched)
+
+
+def test_images_of_another_size() -> None:
+    model = HOSTS["narrows vit"]()
+    arguments = inputs(model, 2, side=48)
+    results = []
+    for execution in ("static", "ragged"):
+        with reduce_tokens(model, budget=0.5, execution=execution) as reduction:
+            results.append(run(model, arguments))
+            assert reduction.routing[0].grid == (12, 12)
+    assert_all_close(*results)

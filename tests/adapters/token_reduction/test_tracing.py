@@ -1,0 +1,66 @@
+"""One graph under `torch.compile`, `torch.export`, and ONNX Runtime."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.export import Dim, export
+
+from narrows.adapters.token_reduction import reduce_tokens
+from tests.adapters.token_reduction.families import FAMILIES, images, vit
+from tests.support import assert_close
+
+CASES = [("vit", "ats"), ("vit", "tome"), ("dinov3", "ats"), ("siglip", "topk")]
+
+
+@pytest.mark.compiled
+@torch.no_grad()
+@pytest.mark.parametrize(("family", "method"), CASES)
+def test_a_reduced_model_is_one_graph(family: str, method: str) -> None:
+    model = FAMILIES[family]()
+    with reduce_tokens(model, method=method, budget={1: 0.6, 2: 0.4}):
+        expected = model(images())
+        torch._dynamo.reset()
+        assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(images()), expected)
+
+
+@pytest.mark.compiled
+def test_gradients_of_the_compiled_model() -> None:
+    model = vit()
+    with reduce_tokens(model, budget=0.5):
+        expected = torch.autograd.grad(model(images()).square().sum(), model.patch_embed.proj.weight)[0]
+        torch._dynamo.reset()
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        got = torch.autograd.grad(compiled(images()).square().sum(), model.patch_embed.proj.weight)[0]
+    assert_close(got, expected)
+
+
+@pytest.mark.compiled
+@torch.no_grad()
+@pytest.mark.parametrize(("family", "method", "strict"), [("vit", "ats", True), ("deit", "tome", False)])
+def test_a_reduced_model_is_exported_for_any_batch(family: str, method: str, strict: bool) -> None:
+    model = FAMILIES[family]()
+    side = model.patch_embed.img_size[0]
+    with reduce_tokens(model, method=method, budget=0.5):
+        batch = {"x": {0: Dim("batch", min=1, max=64)}}
+        program = export(model, (images(2, side),), dynamic_shapes=batch, strict=strict).module()
+        for size in (1, 5):
+            assert_close(program(images(size, side)), model(images(size, side)))
+
+
+@pytest.mark.compiled
+@torch.no_grad()
+@pytest.mark.parametrize(("family", "method"), [("dinov2_registers", "ats"), ("siglip", "evit")])
+def test_a_reduced_model_runs_in_onnx_runtime(family: str, method: str, tmp_path: Path) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    model = FAMILIES[family]()
+    side = model.patch_embed.img_size[0]
+    with reduce_tokens(model, method=method, budget=0.5):
+        expected = model(images(3, side))
+        program = torch.onnx.export(model, (images(3, side),), dynamo=True, verbose=False)
+        assert program is not None
+        program.save(tmp_path / "reduced.onnx")
+    session = runtime.InferenceSession(tmp_path / "reduced.onnx")
+    (logits,) = session.run(None, {session.get_inputs()[0].name: images(3, side).numpy()})
+    assert np.abs(logits - expected.numpy()).max() <= 1e-4
