@@ -1,6 +1,7 @@
 """Redraws the pictures of the documentation: trains what `narrows compare` trains, then draws with `narrows.visualize`.
 
 Run it with `make pictures`; `python docs/make_pictures.py runs/<time>` draws from a comparison that is there already.
+`segmentation.png` is the `predictions.png` that the commands of `dense.md` leave behind.
 """
 
 import sys
@@ -8,10 +9,13 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 
 from narrows import GatedCrossAttentionBlock, load_model
 from narrows.data import DigitScenes, picture
 from narrows.tasks.compare import compare
+from narrows.tasks.flamingo.generate import generate
+from narrows.tasks.reduction.reduce import reduce
 from narrows.visualize import overlay, save
 
 PICTURES = Path(__file__).parent / "pictures"
@@ -57,8 +61,12 @@ def main() -> None:
     PICTURES.mkdir(exist_ok=True)
     draw_mechanisms(folder / "models")
     draw_text_and_media()
+    generate(picture=PICTURES / "flamingo_digits.png")
     for name in ("gallery", "pareto"):
         (PICTURES / f"{name}.png").write_bytes((folder / "pictures" / f"{name}.png").read_bytes())
+    reduced = reduce(output="runs").folder
+    with Image.open(reduced / "pictures" / "methods.png") as large:
+        large.convert("RGB").reduce(2).quantize(128).save(PICTURES / "token_reduction.png")
 
 
 if __name__ == "__main__":

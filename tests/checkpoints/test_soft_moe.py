@@ -35,9 +35,10 @@ class Pair(NamedTuple):
     expert: int | None
 
     def part(self, gradient: Tensor) -> Tensor:
-        """The part of our parameter's gradient that belongs to upstream's, laid out as upstream's."""
-        own = gradient if self.expert is None else gradient[self.expert]
-        return own.T if self.expert is not None and own.ndim == 2 else own
+        """The part of our parameter's gradient that belongs to upstream's."""
+        if self.expert is None:
+            return gradient
+        return gradient[:, self.expert] if gradient.ndim == 3 else gradient[self.expert]
 
 
 def pairs(ours: SoftMoE | DynamicSlotsSoftMoE, theirs: nn.Module) -> list[Pair]:

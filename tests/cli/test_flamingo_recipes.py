@@ -10,7 +10,10 @@ from tests.tasks.flamingo.parts import save_parts
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "flamingo"
 QUICK = "--trainer.accelerator cpu --trainer.devices 1 --trainer.enable_progress_bar false"
-FEW = f"{QUICK} --trainer.limit_train_batches 2 --trainer.limit_val_batches 2 --trainer.max_epochs 1 --trainer.log_every_n_steps 1"
+FEW = (
+    f"{QUICK} --trainer.limit_train_batches 2 --trainer.limit_val_batches 2 --trainer.max_epochs 1"
+    " --trainer.log_every_n_steps 1"
+)
 
 
 @pytest.fixture

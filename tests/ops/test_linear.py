@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from narrows.ops import linear as module
-from narrows.ops.linear import linear
+from narrows.ops.linear import linear, stacked_linear
 from tests.support import assert_close, gradients
 
 
@@ -33,3 +33,44 @@ def test_strides_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = torch.randn(5, 7, 4), torch.randn(6, 4)
     for view in (x.transpose(0, 1), x.flip(1), x[:, ::2], x.expand(3, 5, 7, 4)):
         assert_close(linear(view, weight), F.linear(view, weight))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("wide", [False, True], ids=["narrow", "wide"])
+@pytest.mark.parametrize("rows", [1, 7, 8, 31, 32, 56])
+@pytest.mark.parametrize("experts", [1, 3])
+def test_stacked_linear_is_many_linear_maps(
+    experts: int, rows: int, wide: bool, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "FEWEST_WEIGHTS", 0 if wide else 2**30)
+    generator, before = torch.Generator().manual_seed(0), torch.get_num_threads()
+    x, weight, bias = (
+        torch.randn(shape, generator=generator).requires_grad_()
+        for shape in ((experts, rows, 6), (10, experts, 6), (experts, 10))
+    )
+    torch.set_num_threads(threads)
+    try:
+        for leaves in ((x, weight, bias), (x, weight)):
+            ours = stacked_linear(*leaves)
+            theirs = torch.stack(
+                [F.linear(x[e], weight[:, e], bias[e] if len(leaves) == 3 else None) for e in range(experts)]
+            )
+            assert_close(ours, theirs)
+            for one, other in zip(gradients(ours, *leaves), gradients(theirs, *leaves), strict=True):
+                assert_close(one, other)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_few_tokens_and_a_large_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LARGE_WEIGHT", 0)
+    monkeypatch.setattr(module, "FEWEST_WEIGHTS", 0)
+    x, weight, bias = (
+        torch.randn(3, 5, 6).requires_grad_(),
+        torch.randn(7, 6).requires_grad_(),
+        torch.randn(7).requires_grad_(),
+    )
+    ours, theirs = linear(x, weight, bias), F.linear(x, weight, bias)
+    assert_close(ours, theirs)
+    for one, other in zip(gradients(ours, x, weight, bias), gradients(theirs, x, weight, bias), strict=True):
+        assert_close(one, other)

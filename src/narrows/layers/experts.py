@@ -16,6 +16,9 @@ STACKED = ("gelu", "geglu")
 class StackedExperts(nn.Module):
     """Feed-forward experts held as stacked weights and run as two batched products, however many there are.
 
+    Expert e has the weights `weight_in[:, e]` and `weight_out[:, e]` and the biases `bias_in[e]` and `bias_out[e]`, as
+    `nn.Linear` has them.
+
     Args:
         dim: D, width of the slots.
         num_experts: E.
@@ -46,17 +49,17 @@ class StackedExperts(nn.Module):
         hidden = int(dim * mult * 2 / 3) if self.gated else int(dim * mult)
         if hidden < 1:
             raise InvalidArgument("expert_mult", expected="a multiple of dim that leaves a hidden width", got=mult)
-        columns = 2 * hidden if self.gated else hidden
-        self.weight_in = nn.Parameter(torch.empty(num_experts, dim, columns, device=device, dtype=dtype))
-        self.bias_in = nn.Parameter(torch.empty(num_experts, columns, device=device, dtype=dtype))
-        self.weight_out = nn.Parameter(torch.empty(num_experts, hidden, dim, device=device, dtype=dtype))
+        features = 2 * hidden if self.gated else hidden
+        self.weight_in = nn.Parameter(torch.empty(features, num_experts, dim, device=device, dtype=dtype))
+        self.bias_in = nn.Parameter(torch.empty(num_experts, features, device=device, dtype=dtype))
+        self.weight_out = nn.Parameter(torch.empty(dim, num_experts, hidden, device=device, dtype=dtype))
         self.bias_out = nn.Parameter(torch.empty(num_experts, dim, device=device, dtype=dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw new parameters as `nn.Linear` would for each expert."""
         for weight, bias in ((self.weight_in, self.bias_in), (self.weight_out, self.bias_out)):
-            bound = weight.shape[1] ** -0.5
+            bound = weight.shape[-1] ** -0.5
             nn.init.uniform_(weight, -bound, bound)
             nn.init.uniform_(bias, -bound, bound)
 
@@ -67,7 +70,7 @@ class StackedExperts(nn.Module):
 
     def extra_repr(self) -> str:
         """What `print(layer)` shows."""
-        num_experts, hidden, dim = self.weight_out.shape
+        dim, num_experts, hidden = self.weight_out.shape
         return (
             f"{num_experts} x ({dim} -> {hidden} -> {dim}), {'geglu' if self.gated else 'gelu'}, dropout={self.dropout}"
         )

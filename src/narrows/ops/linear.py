@@ -1,4 +1,10 @@
-"""A linear map of many tokens, by the quickest kernel there is for it."""
+"""Linear maps of many tokens, by the quickest kernel there is for them.
+
+In float32 on a CPU, PyTorch hands convolutions to oneDNN and products of matrices to BLAS; on AMD processors MKL's BLAS
+takes twice as long. A linear map is a convolution with filters of one pixel.
+"""
+
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -7,6 +13,15 @@ from torch.nn import functional as F
 
 # With fewer tokens than this, bringing the weights into oneDNN's order costs more than the product.
 FEWEST_CONVOLVED = 128
+# With fewer tokens than that, a weight of as many numbers is worth changing roles with the tokens.
+LARGE_WEIGHT = 2**20
+# Maps of fewer weights than this, and products with fewer rows, are quicker in BLAS.
+FEWEST_WEIGHTS = 2**17
+FEWEST_ROWS = 8
+# Fewer filters than this take oneDNN longer than as many.
+FEWEST_FILTERS = 32
+# Filters of one pixel have nothing to dilate. But on a single thread, PyTorch keeps undilated ones from oneDNN.
+DILATION = 2
 
 
 def linear(
@@ -14,13 +29,108 @@ def linear(
 ) -> Float[Tensor, "*layout out"]:
     """`torch.nn.functional.linear(tokens, weight, bias)`.
 
-    Tokens are a channels-last image of width 1, and a 1x1 convolution of it is the same map. In float32 on a CPU,
-    PyTorch hands convolutions to oneDNN and linear maps to BLAS; on AMD processors MKL's BLAS takes twice as long.
+    Many tokens are a channels-last image of width 1, the rows of the weight its filters. Of few tokens and a large
+    weight, the weight is the image (`stacked_linear`).
     """
-    convolved = tokens.device.type == "cpu" and tokens.dtype == torch.float32 and tokens.ndim > 2
-    # Compilers choose for themselves.
-    if not convolved or torch.compiler.is_compiling() or tokens.numel() < FEWEST_CONVOLVED * tokens.shape[-1]:
+    num_tokens = tokens.shape[:-1].numel()
+    if _convolves(tokens) and FEWEST_ROWS <= num_tokens < FEWEST_CONVOLVED and weight.numel() >= LARGE_WEIGHT:
+        mapped = stacked_linear(tokens.flatten(0, -2)[None], weight[:, None], None if bias is None else bias[None])
+        return mapped[0].contiguous().unflatten(0, tokens.shape[:-1])
+    if not _convolves(tokens) or num_tokens < FEWEST_CONVOLVED or tokens.ndim < 3:
         return F.linear(tokens, weight, bias)
     images = tokens.flatten(0, -3).unsqueeze(2).permute(0, 3, 1, 2)  # [images, D, n, 1], channels last
-    mapped = F.conv2d(images, weight[:, :, None, None], bias)
+    mapped = F.conv2d(images, weight[:, :, None, None], bias, dilation=DILATION)
     return mapped.squeeze(3).transpose(1, 2).unflatten(0, tokens.shape[:-2])
+
+
+def stacked_linear(
+    rows: Float[Tensor, "E rows D"], weight: Float[Tensor, "out E D"], bias: Float[Tensor, "E out"] | None = None
+) -> Float[Tensor, "E rows out"]:
+    """E linear maps at once, `torch.nn.functional.linear(rows[e], weight[:, e], bias[e])` for every e.
+
+    There are far more weights than rows, so that roles change: the weights are a channels-last image of `out` pixels,
+    read as they lie in memory, and the rows are its filters, in E groups.
+    """
+    if not _convolves(rows):
+        return _multiplied(rows, weight, bias)
+    mapped = _StackedLinear.apply(rows, weight, bias)
+    assert isinstance(mapped, Tensor)
+    return mapped
+
+
+class _StackedLinear(torch.autograd.Function):
+    """Every product where it is quickest: those with the weights in oneDNN, the gradient of the rows in BLAS.
+
+    What oneDNN computes lies in memory as weights do, `[out, E, rows]`, and is returned as a view of that.
+    """
+
+    @staticmethod
+    def forward(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if not _is_wide(weight) or rows.shape[1] < FEWEST_ROWS:
+            return _multiplied(rows, weight, bias)
+        groups = weight.shape[1]
+        mapped = F.conv_transpose2d(_image(weight), _filters(rows), groups=groups, dilation=DILATION)
+        mapped = mapped.squeeze(3).squeeze(0).unflatten(0, (groups, -1))[:, : rows.shape[1]]
+        return mapped.clone() if bias is None else mapped + bias[:, None]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:  # noqa: ARG004
+        ctx.save_for_backward(*inputs[:2])
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        rows, weight = ctx.saved_tensors
+        (grad,) = grad_outputs
+        grad_rows = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_rows = torch.bmm(grad, weight.transpose(0, 1))
+            if rows.stride(-1) != 1:  # What comes next would read the one along and the other across.
+                grad_rows = _features_first(grad_rows)
+        if ctx.needs_input_grad[1]:
+            grad_weight = _grad_weight(grad, rows) if _is_wide(weight) else torch.bmm(grad.mT, rows).transpose(0, 1)
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad.sum(1)
+        return grad_rows, grad_weight, grad_bias
+
+
+def _grad_weight(grad: Tensor, rows: Tensor) -> Tensor:
+    """`[out, E, D]`, of the gradient `[E, rows, out]` as an image and the rows as its filters."""
+    groups, filters = len(rows), _filters(rows)
+    image = F.pad(_features_first(grad).permute(2, 0, 1), (0, filters.shape[1] - grad.shape[1]))
+    products = F.conv2d(_image(image), filters, groups=groups, dilation=DILATION)
+    return products.squeeze(3).squeeze(0).mT.unflatten(1, (groups, -1))
+
+
+def _multiplied(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    maps = weight.permute(1, 2, 0)
+    return torch.bmm(rows, maps) if bias is None else torch.baddbmm(bias[:, None], rows, maps)
+
+
+def _is_wide(weight: Tensor) -> bool:
+    return weight[:, 0].numel() >= FEWEST_WEIGHTS
+
+
+def _convolves(tensor: Tensor) -> bool:
+    """Whether oneDNN's convolutions are there for it. Compilers choose for themselves."""
+    return (
+        tensor.device.type == "cpu"
+        and tensor.dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+        and torch.backends.mkldnn.is_available()
+    )
+
+
+def _image(features: Tensor) -> Tensor:
+    """`[out, E, n]` as an image `[1, E n, out, 1]`, channels last."""
+    return features.flatten(1)[None, :, None].permute(0, 3, 1, 2)
+
+
+def _filters(rows: Tensor) -> Tensor:
+    """`[E, n, D]` as filters `[E D, n, 1, 1]`."""
+    return F.pad(rows.mT, (0, max(0, FEWEST_FILTERS - rows.shape[1]))).flatten(0, 1)[..., None, None]
+
+
+def _features_first(rows: Tensor) -> Tensor:
+    """The same `[E, n, F]`, lying in memory as `[F, E, n]`. PyTorch is quick only where a matrix is transposed."""
+    return rows.flatten(0, 1).t().contiguous().unflatten(1, rows.shape[:2]).permute(1, 2, 0)
