@@ -66,7 +66,8 @@ def main() -> None:
         (PICTURES / f"{name}.png").write_bytes((folder / "pictures" / f"{name}.png").read_bytes())
     reduced = reduce(output="runs").folder
     with Image.open(reduced / "pictures" / "methods.png") as large:
-        large.convert("RGB").reduce(2).quantize(128).save(PICTURES / "token_reduction.png")
+        few = large.convert("RGB").reduce(2).quantize(256, method=Image.Quantize.FASTOCTREE)
+        few.save(PICTURES / "token_reduction.png", optimize=True)
 
 
 if __name__ == "__main__":

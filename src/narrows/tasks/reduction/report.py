@@ -62,7 +62,7 @@ def _curves(result: ReductionResult) -> "matplotlib.figure.Figure":
 
 
 def _pictures(report: Report, result: ReductionResult, opened: Opened, images: Images, device: torch.device) -> None:
-    positions = spread(len(images), NUM_PICTURES)
+    positions = _shown(images)
     batch = images.batch(positions)[0]
     pictures, names = opened.picture(batch), images.names(positions)
     batch = batch.to(device)
@@ -98,6 +98,16 @@ def _pictures(report: Report, result: ReductionResult, opened: Opened, images: I
         {budget: routing for budget, found in budgets.items() for routing in found},
         "The same images, what is left at the end.",
     )
+
+
+def _shown(images: Images) -> list[int]:
+    """The first of each of a few classes; without labels a few images from all over."""
+    if not images.labelled:
+        return list(spread(len(images), NUM_PICTURES))
+    asked = spread(len(images), 64)
+    labels = images.batch(asked)[1].tolist()
+    first = dict(reversed(list(zip(labels, asked, strict=True))))
+    return [first[label] for label in sorted(first)][:NUM_PICTURES]
 
 
 def _on_grid(opened: Opened, trial: Trial, batch: torch.Tensor) -> Sequence[Routing]:
