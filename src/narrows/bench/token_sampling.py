@@ -29,7 +29,6 @@ def attention(
         everything = torch.ones(batch, num_tokens, dtype=torch.bool, device=device)
 
         def call(module: nn.Module) -> Tensor:
-            torch.manual_seed(0)
             if module is rival:
                 attended, mask, _ = module(tokens, mask=everything)
             else:
@@ -67,11 +66,7 @@ def classifier(size: int, batch: int, max_tokens_per_depth: tuple[int, ...]) -> 
         rival = rival.to(device).eval()
         images = torch.randn(batch, 3, size, size, device=device)
 
-        def call(module: nn.Module) -> Tensor:
-            torch.manual_seed(0)
-            return module(images)
-
-        return Contest(from_upstream(rival), rival, call, (images,))
+        return Contest(from_upstream(rival), rival, lambda module: module(images), (images,))
 
     return BenchCase(f"token_sampling/vit/{size}px/batch{batch}", "vit_pytorch.ats_vit.ViT", prepare)
 

@@ -32,11 +32,13 @@ def linear(
     Many tokens are a channels-last image of width 1, the rows of the weight its filters. Of few tokens and a large
     weight, the weight is the image (`stacked_linear`).
     """
+    if not _convolves(tokens):
+        return F.linear(tokens, weight, bias)
     num_tokens = tokens.shape[:-1].numel()
-    if _convolves(tokens) and FEWEST_ROWS <= num_tokens < FEWEST_CONVOLVED and weight.numel() >= LARGE_WEIGHT:
+    if FEWEST_ROWS <= num_tokens < FEWEST_CONVOLVED and weight.numel() >= LARGE_WEIGHT:
         mapped = stacked_linear(tokens.flatten(0, -2)[None], weight[:, None], None if bias is None else bias[None])
         return mapped[0].contiguous().unflatten(0, tokens.shape[:-1])
-    if not _convolves(tokens) or num_tokens < FEWEST_CONVOLVED or tokens.ndim < 3:
+    if num_tokens < FEWEST_CONVOLVED or tokens.ndim < 3:
         return F.linear(tokens, weight, bias)
     images = tokens.flatten(0, -3).unsqueeze(2).permute(0, 3, 1, 2)  # [images, D, n, 1], channels last
     mapped = F.conv2d(images, weight[:, :, None, None], bias, dilation=DILATION)

@@ -46,14 +46,14 @@ def gumbel_sample(
     sample_always: bool,
     generator: torch.Generator | None,
 ) -> TokenSample:
-    """The reference's draws from the same noise, as an exponential race: argmin -log u / p, one logarithm less."""
+    """The reference's draws from the same noise, as an exponential race: argmax log u / p, one logarithm less."""
     real = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask
     with autocast_off(scores):
         probabilities = (at_least_float32(scores) + GUMBEL_EPSILON).masked_fill(~real, 0.0)
         shape = (scores.shape[0], num_samples, scores.shape[1])
-        arrivals = probabilities.new_empty(shape).uniform_(generator=generator)
-        arrivals = arrivals.add_(GUMBEL_EPSILON).log_().neg_().add_(GUMBEL_EPSILON).div_(probabilities[:, None])
-        winners = arrivals.argmin(-1)
+        noise = probabilities.new_empty(shape).uniform_(generator=generator)
+        # Times of arrival, negative: the first is the greatest.
+        winners = noise.add_(GUMBEL_EPSILON).log_().sub_(GUMBEL_EPSILON).div_(probabilities[:, None]).argmax(-1)
     return _gated(torch.zeros_like(real).scatter(1, winners, True), real, num_samples, sample_always)
 
 
