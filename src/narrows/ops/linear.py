@@ -129,7 +129,7 @@ def _image(features: Tensor) -> Tensor:
 
 
 def _filters(rows: Tensor) -> Tensor:
-    """`[E, n, D]` as filters `[E D, n, 1, 1]`."""
+    """`[E, n, D]` as filters `[E D, n, 1, 1]`, rows of zeros added where they are too few."""
     return F.pad(rows.mT, (0, max(0, FEWEST_FILTERS - rows.shape[1]))).flatten(0, 1)[..., None, None]
 
 
