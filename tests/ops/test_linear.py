@@ -9,6 +9,11 @@ from narrows.ops.linear import linear, stacked_linear
 from tests.support import assert_close, gradients
 
 
+@pytest.fixture(autouse=True)
+def slow_blas(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_is_blas_slow", lambda: True)
+
+
 @pytest.mark.parametrize("fewest", [0, 128], ids=["convolved", "where it pays"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(7, 5), (1, 1, 5), (3, 4, 7, 5), (20, 9, 5), (0, 4, 5), (2, 2000, 5)], ids=str)
@@ -74,3 +79,16 @@ def test_few_tokens_and_a_large_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_close(ours, theirs)
     for one, other in zip(gradients(ours, x, weight, bias), gradients(theirs, x, weight, bias), strict=True):
         assert_close(one, other)
+
+
+@pytest.mark.parametrize(("maker", "slow"), [("GenuineIntel", False), ("AuthenticAMD", True)])
+def test_blas_is_slow_where_mkl_meets_a_processor_of_another_maker(
+    maker: str, slow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(module.Path, "is_file", lambda _: True)
+    monkeypatch.setattr(module.Path, "read_text", lambda _: f"processor : 0\nvendor_id : {maker}\n")
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    assert module._is_blas_slow.__wrapped__() is slow
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    assert module._is_blas_slow.__wrapped__() is False

@@ -1,9 +1,12 @@
 """Linear maps of many tokens, by the quickest kernel there is for them.
 
-In float32 on a CPU, PyTorch hands convolutions to oneDNN and products of matrices to BLAS; on AMD processors MKL's BLAS
-takes twice as long. A linear map is a convolution with filters of one pixel.
+In float32 on a CPU, PyTorch hands convolutions to oneDNN and products of matrices to BLAS. Where that is MKL and the
+processor is not Intel's, BLAS takes twice as long. A linear map is a convolution with filters of one pixel.
 """
 
+import platform
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -73,7 +76,9 @@ class _StackedLinear(torch.autograd.Function):
         groups = weight.shape[1]
         mapped = F.conv_transpose2d(_image(weight), _filters(rows), groups=groups, dilation=DILATION)
         mapped = mapped.squeeze(3).squeeze(0).unflatten(0, (groups, -1))[:, : rows.shape[1]]
-        return mapped.clone() if bias is None else mapped + bias[:, None]
+        if rows.shape[1] < FEWEST_FILTERS:  # Do not keep what comes of the zeros.
+            mapped = mapped.clone()
+        return mapped if bias is None else mapped.add_(bias[:, None])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:  # noqa: ARG004
@@ -113,14 +118,23 @@ def _is_wide(weight: Tensor) -> bool:
 
 
 def _convolves(tensor: Tensor) -> bool:
-    """Whether oneDNN's convolutions are there for it. Compilers choose for themselves."""
+    """Whether oneDNN's convolutions are there for it, and quicker. Compilers choose for themselves."""
     return (
         tensor.device.type == "cpu"
         and tensor.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
         and torch.backends.mkldnn.is_available()
+        and _is_blas_slow()
     )
+
+
+@cache
+def _is_blas_slow() -> bool:
+    """Whether BLAS is MKL on a processor of another maker, from which it keeps its best kernels."""
+    cpuinfo = Path("/proc/cpuinfo")
+    processor = cpuinfo.read_text() if cpuinfo.is_file() else platform.processor()
+    return torch.backends.mkl.is_available() and "GenuineIntel" not in processor
 
 
 def _image(features: Tensor) -> Tensor:
