@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from narrows.errors import InvalidArgument, InvalidType
-from narrows.ops.soft_moe import IMPLEMENTATIONS, api, chunked, dispatch_weights, reference, soft_moe
+from narrows.ops.soft_moe import IMPLEMENTATIONS, api, chunked, dispatch_weights, reference, shared, soft_moe
 from tests.support import assert_close, assert_within_budget, gradients
 
 FAST = ("shared", "chunked")
@@ -209,3 +209,14 @@ def test_what_does_not_fit_is_named() -> None:
         soft_moe(values, token_keys, slot_keys, experts, torch.ones(2, 5))
     with pytest.raises(InvalidArgument, match=r"slot_mask: expected shape \[B, S\] = \(2, 3\), got shape \(2, 5\)"):
         soft_moe(values, token_keys, slot_keys, experts, slot_mask=torch.ones(2, 5, dtype=torch.bool))
+
+
+def test_weights_below_the_normal_numbers_are_zero_in_the_shared_form() -> None:
+    logits = torch.tensor([[0.0, -80.0, -90.0, -200.0]])[:, :, None].requires_grad_()  # e^-90 is subnormal
+    weights = shared.weights(logits, 1)
+    assert ((weights == 0) | (weights >= torch.finfo(torch.float32).tiny)).all()
+    assert weights[0, 1] > 0
+    assert logits.softmax(1)[0, 2] > 0
+    expected = logits.double().softmax(1)
+    assert_close(weights, expected.float(), 1e-37)
+    assert_close(*gradients(weights, logits), *gradients(expected, logits))

@@ -5,13 +5,13 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from narrows.errors import InvalidArgument
 from narrows.layers.experts import make_experts
 from narrows.layers.linear import Linear
+from narrows.ops.normalization import normalized
 from narrows.ops.soft_moe import (
     Segments,
     dispatch_weights,
@@ -60,7 +60,7 @@ class GainNormalization(nn.Module):
         self.slot_gain = nn.Parameter(torch.ones(dim, device=device, dtype=dtype))
 
     def _normalize(self, vectors: Tensor, gain: Tensor) -> Tensor:
-        return F.layer_norm(vectors, gain.shape, gain) if self.center else rms_vectors(vectors, gain)
+        return normalized(vectors, gain) if self.center else rms_vectors(vectors, gain)
 
     def values(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
         """What is mixed."""
