@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from narrows.errors import InvalidArgument
 from narrows.layers.linear import Linear
+from narrows.ops.normalization import normalized
 from narrows.ops.perceiver_resampler import (
     PerceiverAttentionWeights,
     perceiver_attention,
@@ -251,7 +252,7 @@ class PerceiverResampler(nn.Module):
             clips = clips.masked_fill(~readable[..., None], 0.0)
             readable = readable.flatten(0, 1).flatten(1)
         # Every layer's LayerNorm of the media has the same statistics: they are taken here, once.
-        return F.layer_norm(clips, (self.dim,)).flatten(0, 1).flatten(1, 2), readable
+        return normalized(clips).flatten(0, 1).flatten(1, 2), readable
 
     def _time(self, clips: Tensor, readable: Tensor | None) -> Tensor:
         """Time embeddings, to be added to clips `[B, M, F, N, D]`."""

@@ -5,6 +5,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from narrows.ops.normalization import normalized
 from narrows.ops.precision import autocast_off
 from narrows.ops.slot_attention.common import (
     SlotAttentionWeights,
@@ -47,20 +48,19 @@ def slot_attention_absorbed(
         if mask is not None:
             tokens = tokens.masked_fill(~mask[..., None], 0)
             any_token = mask.any(1)[:, None, None, None]
-        tokens = F.layer_norm(tokens, tokens.shape[-1:]).to(low)
+        tokens = normalized(tokens).to(low)
         gamma = weights.norm_tokens.weight
-        key, value = (linear.weight.unflatten(0, (heads, -1)) for linear in (weights.key, weights.value))  # [H, E, D]
+        key, value = (linear.weight.unflatten(0, (heads, -1)) * gamma for linear in (weights.key, weights.value))
         key_bias, value_bias = (
             absorb_bias(linear, weights.norm_tokens).unflatten(0, (heads, -1))
             for linear in (weights.key, weights.value)
         )
+        key = torch.cat([key, key_bias[..., None]], -1) * key.shape[1] ** -0.5  # [H, E, D + 1]
         for _ in range(num_iterations):
             queries = F.linear(layer_norm(current, weights.norm_slots), *weights.query).unflatten(-1, (heads, -1))
-            queries = queries * queries.shape[-1] ** -0.5  # [B, K, H, E]
-            readers = torch.einsum("bkhe,hed->bhkd", queries, key) * gamma
-            offsets = torch.einsum("bkhe,he->bhk", queries, key_bias)
-            mixed, attention = read(readers, offsets, tokens, mask, joint_heads=joint_heads, eps=eps)
-            updates = torch.einsum("bhkd,hed->bkhe", mixed * gamma, value) + value_bias * any_token
+            readers = torch.einsum("bkhe,hed->bhkd", queries, key)
+            mixed, attention = read(readers[..., :-1], readers[..., -1], tokens, mask, joint_heads=joint_heads, eps=eps)
+            updates = torch.einsum("bhkd,hed->bkhe", mixed, value) + value_bias * any_token
             updates = updates.flatten(2)
             if weights.output is not None:
                 updates = F.linear(updates, *weights.output)

@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from narrows.ops.linear import linear
+from narrows.ops.normalization import normalized
 from narrows.ops.precision import autocast_off
 from narrows.ops.slot_attention.common import (
     GRU,
@@ -54,12 +55,12 @@ def two_way_slot_attention_absorbed(
             any_token = mask.any(1)[:, None, None]
         inputs = layer_norm(inputs, cast(weights.norm_tokens, tokens.dtype)).to(low)
         for _ in range(num_iterations):
-            normalized = F.layer_norm(inputs, inputs.shape[-1:])
-            updates, attention = _slots_read(current, normalized, weights.slots, mask, any_token, eps)
+            tokens_hat = normalized(inputs)
+            updates, attention = _slots_read(current, tokens_hat, weights.slots, mask, any_token, eps)
             current = gru(updates, current, weights.slots.gru)
             current = gru(mlp(current, weights.slots.mlp), current, weights.slots.mlp_gru)
 
-            shares, values = _tokens_read(current, normalized, weights.tokens, mask, token_normalization, eps)
+            shares, values = _tokens_read(current, tokens_hat, weights.tokens, mask, token_normalization, eps)
             inputs = _gate(shares.mT.to(low), values.to(low), inputs, own.gru)
             hidden = linear(layer_norm(inputs, own.mlp.norm), *own.mlp.expand).relu()
             hidden = hidden if contract is None else linear(hidden, *contract)
@@ -72,7 +73,7 @@ def two_way_slot_attention_absorbed(
 
 def _slots_read(
     slots: Float[Tensor, "B K S"],
-    normalized: Float[Tensor, "B N D"],
+    tokens: Float[Tensor, "B N D"],
     exchange: Exchange,
     mask: Bool[Tensor, "B N"] | None,
     any_token: Tensor | int,
@@ -82,14 +83,14 @@ def _slots_read(
     queries = F.linear(layer_norm(slots, exchange.norm_readers), *exchange.query) * slots.shape[-1] ** -0.5
     readers = (queries @ exchange.key.weight) * norm.weight
     offsets = queries @ absorb_bias(exchange.key, norm)
-    mixed, attention = read(readers[:, None], offsets[:, None], normalized, mask, eps=eps)
+    mixed, attention = read(readers[:, None], offsets[:, None], tokens, mask, eps=eps)
     values = F.linear(mixed.squeeze(1) * norm.weight, exchange.value.weight)
     return values + absorb_bias(exchange.value, norm) * any_token, attention
 
 
 def _tokens_read(
     slots: Float[Tensor, "B K S"],
-    normalized: Float[Tensor, "B N D"],
+    tokens: Float[Tensor, "B N D"],
     exchange: Exchange,
     mask: Bool[Tensor, "B N"] | None,
     normalization: str,
@@ -98,9 +99,9 @@ def _tokens_read(
     """What each token reads of each slot, and what the slots hold for the gates."""
     norm = exchange.norm_readers
     slots = layer_norm(slots, exchange.norm_read)
-    keys = F.linear(slots, *exchange.key) * normalized.shape[-1] ** -0.5
+    keys = F.linear(slots, *exchange.key) * tokens.shape[-1] ** -0.5
     readers = (keys @ exchange.query.weight) * norm.weight
-    products = readers.to(normalized.dtype) @ normalized.mT
+    products = readers.to(tokens.dtype) @ tokens.mT
     logits = products.to(slots.dtype) + (keys @ absorb_bias(exchange.query, norm))[..., None]
     values = F.linear(F.linear(slots, *exchange.value), exchange.gru.input.weight)
     return token_shares(logits, mask, normalization, eps), values
