@@ -8,12 +8,16 @@ The text is sorted by the last medium it sees and cut into blocks of c rows, eve
 
 Each block then attends to the W N latents of its medium and the W - 1 before it, all blocks as one batch. A medium read
 by l rows takes ceil(l / c) blocks, so that G = floor((T + M (c - 1)) / c) blocks suffice whatever the segments are: the
-shapes follow from T, M and W alone, nothing is read back from the device, and one graph serves every layout. With
-c = ceil(T / M) rows and latents are each gathered at most twice (W times twice), hence O(T N W) operations and
-O(T + M N W) memory where the dense form has O(T M N) of both.
+shapes follow from T, N, M and W alone, nothing is read back from the device, and one graph serves every layout.
+
+A block taller than its segment gathers rows that nobody reads, up to M c of them; a flatter one gathers the latents of
+its medium once more, W N T / c in all, keys and values. Their sum is least at c = sqrt(2 W N T / M). With that, and no
+more than ceil(T / M), rows are gathered at most twice, hence O(T N W) operations and O(T + M N W) memory where the
+dense form has O(T M N) of both.
 """
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -56,18 +60,20 @@ def segmented(
     num_media = key.shape[1]
     seen = visible.any(num_media, mask)
     medium = (visible.last.long() - 1).clamp(0, num_media - 1)
-    blocks = _cut(torch.where(seen, medium, num_media), num_media)
+    width = min(visible.most, num_media)
+    blocks = _cut(torch.where(seen, medium, num_media), num_media, width * key.shape[2])
     # Padded rows and gathered latents are cheap to make again and, kept for backward, would outweigh all the rest.
-    read = made_again(_attend, query, key, value, mask, blocks, visible.first, min(visible.most, num_media))
+    read = made_again(_attend, query, key, value, mask, blocks, visible.first, width)
     return torch.where(seen[..., None, None], read, 0.0)
 
 
-def _cut(medium: Int[Tensor, "B T"], num_media: int) -> _Blocks:
-    """Cut rows into blocks within one medium; `medium` is `num_media` where a row sees nothing."""
+def _cut(medium: Int[Tensor, "B T"], num_media: int, num_latents: int) -> _Blocks:
+    """Cut rows into blocks that read `num_latents`; `medium` is `num_media` where a row sees nothing."""
     batch, length = medium.shape
     # torch.export cannot reason about T / M where it leaves either open: a block as tall as a usual medium serves then.
-    known = isinstance(length, int) and isinstance(num_media, int)
-    rows = max(1, -(-length // num_media)) if known else 64
+    rows = 64
+    if all(isinstance(size, int) for size in (length, num_media, num_latents)):
+        rows = max(1, min(-(-length // num_media), int(math.sqrt(2 * num_latents * length / num_media))))
     num_blocks = (length + num_media * (rows - 1)) // rows
 
     medium, order = medium.sort(dim=1, stable=True)
@@ -125,4 +131,28 @@ def _attend(
     queries = places[:-1].unflatten(0, (num_blocks, rows)).transpose(1, 2)
     keys, values = (of_blocks(latents).transpose(1, 2) for latents in (key, value))
     read = scaled_dot_product_attention(queries, keys, values, attn_mask=visible).transpose(1, 2).flatten(0, 1)
-    return read.index_select(0, slot.clamp(max=num_blocks * rows - 1)).view_as(query)
+    taken = _Taken.apply(read, slot)
+    assert isinstance(taken, Tensor)
+    return taken.view_as(query)
+
+
+class _Taken(torch.autograd.Function):
+    """The row of each slot, anything where the slot is beyond the last row.
+
+    No two read the same row, so that the gradient is a copy, where that of `index_select` is a sum on a single thread.
+    """
+
+    @staticmethod
+    def forward(rows: Tensor, slot: Tensor) -> Tensor:
+        return rows.index_select(0, slot.clamp(max=rows.shape[0] - 1))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:  # noqa: ARG004
+        rows, slot = inputs
+        ctx.num_rows = rows.shape[0]
+        ctx.save_for_backward(slot)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        (grad,), (slot,) = grad_outputs, ctx.saved_tensors
+        return grad.new_zeros(ctx.num_rows + 1, *grad.shape[1:]).index_copy(0, slot, grad)[:-1], None
