@@ -1,6 +1,8 @@
 """The runner on tiny contests whose outcome is known."""
 
+import ctypes
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -136,6 +138,17 @@ def test_a_gradient_on_one_side_only_disagrees() -> None:
 
     row = rows_of(case(Cut(), Scale()))["agreement"]
     assert row.note == "only one of the two has a gradient for input 0"
+
+
+@pytest.mark.parametrize(("kinks", "agree"), [(1, True), (2, False)])
+def test_one_gradient_in_a_thousand_may_stand_on_the_other_side_of_a_kink(kinks: int, agree: bool) -> None:
+    class Kinked(Scale):
+        def forward(self, x: Tensor) -> Tensor:
+            flipped = torch.arange(len(x)) < kinks
+            return super().forward(x) + torch.where(flipped, x - x.detach(), 0.0)
+
+    rows = rows_of(case(Kinked(), Scale()))
+    assert ("agreement" not in rows) == agree
 
 
 def test_a_nan_gradient_disagrees() -> None:
@@ -275,3 +288,34 @@ def test_a_fault_of_narrows_itself_is_not_blamed_on_a_rival(room: Path) -> None:
     with pytest.raises(ModuleNotFoundError, match=r"narrows\.nowhere") as info:
         find_cases()
     assert not isinstance(info.value, MissingRival)
+
+
+MAPPED = """
+import ctypes
+import torch
+from narrows.bench.machine import settle_allocator
+
+class Mallinfo2(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in
+                "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()]
+
+mallinfo2 = ctypes.CDLL(None).mallinfo2
+mallinfo2.restype = Mallinfo2
+
+def mapped_afresh():
+    before = mallinfo2().hblkhd
+    blocks = [torch.empty(2**20) for _ in range(6)]
+    return mallinfo2().hblkhd - before
+
+before = mapped_afresh()
+settle_allocator()
+print(before, mapped_afresh())
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="other C libraries have other rules")
+def test_what_a_case_frees_it_finds_again() -> None:
+    printed = subprocess.run([sys.executable, "-c", MAPPED], capture_output=True, text=True, check=True).stdout
+    before, after = map(int, printed.split())
+    assert before > 6 * 2**22
+    assert after == 0
