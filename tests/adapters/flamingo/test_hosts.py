@@ -1,11 +1,12 @@
-"""Language models as people have them: in peft, of 8 bits, and those that cannot be supported."""
+"""Language models as people have them: in peft, of 8 and 4 bits, and those that cannot be supported."""
 
 from typing import Any
 
+import bitsandbytes
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from narrows.adapters.flamingo import Flamingo
@@ -16,25 +17,20 @@ from tests.support import assert_close
 SMALL = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
-class EightBitLinear(nn.Module):
-    """A linear layer as the quantisers make it: integers, a scale, and no parameter that could be trained."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
-        self.weight = nn.Parameter((linear.weight.detach() / scale).round().to(torch.int8), requires_grad=False)
-        self.register_buffer("scale", scale)
-        self.bias = linear.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.weight.to(x.dtype) * self.scale, self.bias)
-
-
-def quantise(model: nn.Module) -> None:
+def quantise(model: nn.Module, bits: int) -> None:
+    """Linear layers of bitsandbytes in the place of torch's, as `BitsAndBytesConfig` puts them."""
     for parent in list(model.modules()):
         for name, child in parent.named_children():
-            if isinstance(child, nn.Linear) and name != "lm_head":
-                setattr(parent, name, EightBitLinear(child))
+            if type(child) is nn.Linear and name != "lm_head":
+                sizes, bias = (child.in_features, child.out_features), child.bias is not None
+                if bits == 8:
+                    linear = bitsandbytes.nn.Linear8bitLt(*sizes, bias, has_fp16_weights=False)
+                    linear.weight = bitsandbytes.nn.Int8Params(child.weight.data, False, has_fp16_weights=False)
+                else:
+                    linear = bitsandbytes.nn.Linear4bit(*sizes, bias, compute_dtype=torch.float32, quant_type="nf4")
+                    linear.weight = bitsandbytes.nn.Params4bit(child.weight.data, False, quant_type="nf4")
+                setattr(parent, name, linear.to("cpu"))  # weights are quantised where they are moved
+    model.requires_grad_(False).eval()
 
 
 def assert_cached(model: Flamingo) -> None:
@@ -43,9 +39,12 @@ def assert_cached(model: Flamingo) -> None:
     assert torch.equal(cached, model.generate(text("ab#c#de"), use_cache=False, **options))
 
 
-def test_a_language_model_of_8_bits() -> None:
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt")
+def test_a_language_model_of_few_bits(bits: int) -> None:
     lm = language_model("llama")
-    quantise(lm)
+    quantise(lm, bits)
+    assert lm.model.layers[0].mlp.up_proj.weight.dtype == {8: torch.int8, 4: torch.uint8}[bits]
     bare = lm(input_ids=text("ab#c")).logits
     model = flamingo(lm, opened=False)
     assert torch.equal(model(text("ab#c"), media=media(1, 1)).logits, bare)
