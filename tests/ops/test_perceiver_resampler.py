@@ -17,7 +17,7 @@ from narrows.ops.perceiver_resampler import (
     perceiver_attention_weights,
     time_embeddings,
 )
-from tests.support import assert_close, assert_within_budget, gradients
+from tests.support import assert_close, assert_within_budget, assert_within_budget_on_average, gradients
 
 every_implementation = pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 FAST = [impl for impl in IMPLEMENTATIONS if impl != "reference"]
@@ -44,10 +44,10 @@ def plain(
 
 
 def draw(
-    batch: int = 3, latents: int = 4, tokens: int = 7, dim: int = 6, width: int = 3, dtype: torch.dtype = torch.float64
+    batch: int = 3, latents: int = 4, tokens: int = 7, dim: int = 6, width: int = 3, seed: int = 0
 ) -> tuple[Tensor, ...]:
     """Latents, standardised media, and the seven weights."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     inner = HEADS * width
 
     def normal(*shape: int) -> Tensor:
@@ -59,7 +59,7 @@ def draw(
         normal(rows, columns) / columns**0.5 for rows, columns in ((inner, dim), (2 * inner, dim), (dim, inner))
     ]
     drawn = (normal(batch, latents, dim), media, *weights, *matrices)
-    return tuple(tensor.to(dtype).requires_grad_() for tensor in drawn)
+    return tuple(tensor.requires_grad_() for tensor in drawn)
 
 
 def attend(latents: Tensor, media: Tensor, *weights: Tensor, impl: str, mask: Tensor | None = None) -> Tensor:
@@ -117,17 +117,21 @@ def test_fast_forms_have_the_numbers_of_the_plain_formula(
 @pytest.mark.parametrize("impl", FAST)
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
 def test_low_precision_is_as_good_as_the_plain_formula(impl: str, dtype: torch.dtype, masked: bool) -> None:
-    sizes = {"latents": 9, "tokens": 33, "dim": 24, "width": 8}
-    low, exact = draw(**sizes, dtype=dtype), draw(**sizes)
     mask = torch.arange(33) < torch.tensor([[33], [0], [17]]) if masked else None
-    oracle = attend(*exact, impl="plain", mask=mask)
-    textbook = attend(*low, impl="plain", mask=mask)
-    fast = attend(*low, impl=impl, mask=mask)
-    assert fast.dtype == dtype
-    assert_within_budget(fast, textbook, oracle)
-    results = zip(gradients(fast, *low), gradients(textbook, *low), gradients(oracle, *exact), strict=True)
-    for ours, theirs, true in results:
-        assert_within_budget(ours, theirs, true)
+
+    def run(impl: str, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+        output = attend(*inputs, impl=impl, mask=mask)
+        assert output.dtype == inputs[0].dtype
+        return [output, *gradients(output, *inputs)]
+
+    draws = []
+    for seed in range(8):
+        drawn = draw(latents=9, tokens=33, dim=24, width=8, seed=seed)
+        low, exact = (
+            tuple(x.detach().to(dtype).to(to).requires_grad_() for x in drawn) for to in (dtype, torch.float64)
+        )
+        draws.append((run(impl, low), run("plain", low), run("plain", exact)))
+    assert_within_budget_on_average(draws)
 
 
 @every_implementation

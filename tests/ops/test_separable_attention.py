@@ -21,7 +21,7 @@ from narrows.ops.separable_attention import (
     window_token_attention,
 )
 from narrows.ops.separable_attention.reference import reference, textbook
-from tests.support import assert_close, assert_within_budget, gradients
+from tests.support import assert_close, assert_within_budget_on_average, gradients
 
 
 class Form(NamedTuple):
@@ -54,12 +54,13 @@ def random_tensors(
     dim: int = 6,
     heads: int = 2,
     head_dim: int = 4,
+    seed: int = 0,
 ) -> dict[str, Tensor]:
     """Windows and all weights, in float64, of sizes at which no softmax is flat."""
     inner = heads * head_dim
     dim = inner if form.shortcuts else dim
     normed = inner if form.shortcuts else head_dim
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -209,14 +210,15 @@ def test_fast_forms_equal_the_reference_at_any_shape(impl: str, data: st.DataObj
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @every_impl
 def test_low_precision_loses_no_more_than_the_formula_does(impl: str, dtype: torch.dtype, form: Form) -> None:
-    exact = random_tensors(form, 2, 4, 16, dim=32, heads=2, head_dim=16)
-    low = {name: tensor.to(dtype) for name, tensor in exact.items()}
-    oracle = run(textbook, {name: tensor.double() for name, tensor in low.items()}, form)
-    plain = run(textbook, low, form)
-    ours = run(IMPLEMENTATIONS[impl].run, low, form)
-    for name, fast, slow, truth in zip(["output", *low], ours, plain, oracle, strict=True):
-        assert fast.dtype == dtype, name
-        assert_within_budget(fast, slow, truth)
+    draws = []
+    for seed in range(8):
+        exact = random_tensors(form, 2, 4, 16, dim=32, heads=2, head_dim=16, seed=seed)
+        low = {name: tensor.to(dtype) for name, tensor in exact.items()}
+        oracle = run(textbook, {name: tensor.double() for name, tensor in low.items()}, form)
+        ours = run(IMPLEMENTATIONS[impl].run, low, form)
+        assert {result.dtype for result in ours} == {dtype}
+        draws.append((ours, run(textbook, low, form), oracle))
+    assert_within_budget_on_average(draws)
 
 
 @pytest.mark.parametrize("shortcuts", [True, False])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from narrows.errors import NarrowsError
 from narrows.ops.slot_attention import GRU, MLP, Affine, SlotAttentionWeights, slot_attention
-from tests.support import assert_close, gradients
+from tests.support import assert_close, assert_within_budget_on_average, gradients
 
 FORMS = {  # heads, joint_heads, output map, biases
     "one head": (1, False, False, False),
@@ -188,20 +188,6 @@ def test_absorbed_equals_reference(
 
     for fast, reference in zip(run("absorbed"), run("reference"), strict=True):
         assert_close(fast, reference, 1e-10)
-
-
-def assert_within_budget_on_average(draws: list[tuple[list[Tensor], list[Tensor], list[Tensor]]]) -> None:
-    """The rule of `assert_within_budget` for greatest errors averaged over draws: in one draw either may be lucky."""
-    for fast, plain, oracle in zip(*(zip(*results, strict=True) for results in zip(*draws, strict=True)), strict=True):
-        errors = [max_error(f, o) for f, o in zip(fast, oracle, strict=True)]
-        budget = [max_error(p, o) for p, o in zip(plain, oracle, strict=True)]
-        rounding = [torch.finfo(f.dtype).eps * o.abs().max().item() for f, o in zip(fast, oracle, strict=True)]
-        assert sum(errors) <= 2 * sum(budget) + 2 * sum(rounding), f"{sum(errors):.2e} against {sum(budget):.2e}"
-
-
-def max_error(result: Tensor, oracle: Tensor) -> float:
-    assert torch.isfinite(result).all(), "not finite"
-    return (result.double() - oracle).abs().max().item()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -12,8 +12,8 @@ from torch import Tensor
 from narrows.errors import NarrowsError
 from narrows.ops.slot_attention import GRU, MLP, Affine
 from narrows.ops.two_way_slot_attention import Exchange, TwoWaySlotAttentionWeights, two_way_slot_attention
-from tests.ops.test_slot_attention import affine, assert_within_budget_on_average, leaves, norm, ragged, tree
-from tests.support import assert_close, gradients
+from tests.ops.test_slot_attention import affine, leaves, norm, ragged, tree
+from tests.support import assert_close, assert_within_budget_on_average, gradients
 
 
 def make_exchange(R: int, C: int, M: int, bias: bool) -> Exchange:
