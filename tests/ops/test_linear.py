@@ -81,14 +81,21 @@ def test_few_tokens_and_a_large_weight(monkeypatch: pytest.MonkeyPatch) -> None:
         assert_close(one, other)
 
 
-@pytest.mark.parametrize(("maker", "slow"), [("GenuineIntel", False), ("AuthenticAMD", True)])
-def test_blas_is_slow_where_mkl_meets_a_processor_of_another_maker(
-    maker: str, slow: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("maker", "capability", "mkl", "slow"),
+    [
+        ("AuthenticAMD", "AVX512", True, True),
+        ("AuthenticAMD", "AVX512", False, False),
+        ("AuthenticAMD", "AVX2", True, False),
+        ("GenuineIntel", "AVX512", True, False),
+    ],
+)
+def test_blas_is_slow_where_mkl_keeps_avx_512_from_a_processor_of_another_maker(
+    maker: str, capability: str, mkl: bool, slow: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.undo()
     monkeypatch.setattr(module.Path, "is_file", lambda _: True)
     monkeypatch.setattr(module.Path, "read_text", lambda _: f"processor : 0\nvendor_id : {maker}\n")
-    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
     assert module._is_blas_slow.__wrapped__() is slow
-    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
-    assert module._is_blas_slow.__wrapped__() is False

@@ -68,12 +68,14 @@ def _distributions() -> dict[str, list[str]]:
 
 
 def _processor() -> str:
+    """Its name and the widest vectors PyTorch uses: clouds give processors that differ by a factor of two one name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name} {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _commit() -> str:
