@@ -47,7 +47,7 @@ pictures: $(INSTALLED)
 lock:
 	uv pip compile pyproject.toml --universal --python-version 3.11 \
 		--extra timm --extra transformers --extra train --extra onnx --group dev \
-		--generate-hashes --no-emit-index-url --no-emit-find-links --no-annotate --no-header \
+		--generate-hashes --no-strip-extras --no-emit-index-url --no-emit-find-links --no-annotate --no-header \
 		--output-file requirements/lock.txt
 
 clean:
