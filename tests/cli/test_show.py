@@ -25,6 +25,13 @@ def test_show_draws_one_picture_for_each_image_and_bottleneck(saved, tmp_path, c
     assert f"Pictures of 2 images are in {tmp_path}" in capsys.readouterr().out
 
 
+def test_show_takes_small_digits_too(tmp_path):
+    torch.manual_seed(0)
+    create_model("resampler_vit_mini", channels=1, image_size=56).save_pretrained(tmp_path / "model")
+    assert main(["show", str(tmp_path / "model"), "small_digits", "--limit", "1", "--output", str(tmp_path)]) == 0
+    assert {path.name.partition("-")[0] for path in tmp_path.glob("*.png")} == {"scene 0"}
+
+
 def test_show_takes_files_and_folders_and_registry_names(tmp_path):
     write_image(tmp_path / "in" / "a.png", size=(50, 40))
     single = write_image(tmp_path / "b.jpg", size=(40, 50))

@@ -20,6 +20,17 @@ def test_digits_need_no_folder():
     assert not torch.equal(load(seed=0).train[5][0], load(seed=1).train[5][0])
 
 
+def test_small_digits_are_a_fifth_to_two_sevenths_as_wide_as_the_scene():
+    data = load("small_digits")
+    assert (data.name, data.image_size, data.channels) == ("small_digits", 56, 1)
+    assert data.held_out.digit_size == data.train.digit_size == (10, 16)
+    assert load("small_digits", image_size=112).train.digit_size == (20, 32)
+    with pytest.raises(InvalidArgument, match=r"digit_size: expected 8 <= least"):
+        load("small_digits", image_size=32)
+    with pytest.raises(InvalidArgument, match=r"or a folder, got 'smal_digits'\. Did you mean 'small_digits'?"):
+        load("smal_digits")
+
+
 def test_a_plain_tree_is_split(tmp_path):
     data = load(write_classes(tmp_path, {"cat": 12, "dog": 9}), image_size=16)
     train = {data.train.name(i) for i in range(len(data.train))}

@@ -20,8 +20,8 @@ class ImageDataModule(PositionedDataModule):
     A checkpoint taken in the middle of an epoch goes on with the very next image.
 
     Args:
-        data: "digits", or a folder with one folder of images for each class.
-        image_size: side of the square images; by default 32 for digits and 64 for folders.
+        data: "digits", "small_digits", or a folder with one folder of images for each class.
+        image_size: side of the square images; by default 32 for digits, 56 for small digits and 64 for folders.
         batch_size: images in a batch of one process.
         num_workers: processes that prepare images; 0 prepares them in the training process.
         seed: of scenes, augmentation and order.

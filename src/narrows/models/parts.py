@@ -205,8 +205,11 @@ def initialise_linear(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
+POOLS = ("avg", "max", "token")
+
+
 class TransformerClassifier(ImageClassifier):
-    """Embedding, blocks one after another, norm, mean over the tokens that are left, linear head.
+    """Embedding, blocks one after another, norm, pooling over the tokens that are left, linear head.
 
     A block is any module from tokens `[B, N, D]` to tokens `[B, N', D]`: a bottleneck is a block that returns fewer.
     A subclass builds its blocks from its own constructor arguments, which are what gets saved with the weights.
@@ -216,11 +219,23 @@ class TransformerClassifier(ImageClassifier):
         blocks: modules from tokens to tokens.
         dim: token width.
         num_classes: width of the logits.
+        global_pool: what the head reads: the mean of all tokens ("avg"), in each channel the greatest ("max"), or the
+            class token ("token").
     """
 
-    def __init__(self, embedding: TokenEmbedding, blocks: Iterable[nn.Module], *, dim: int, num_classes: int) -> None:
+    def __init__(
+        self,
+        embedding: TokenEmbedding,
+        blocks: Iterable[nn.Module],
+        *,
+        dim: int,
+        num_classes: int,
+        global_pool: str = "avg",
+    ) -> None:
         super().__init__()
         check_positive(num_classes=num_classes)
+        check_choice("global_pool", global_pool, POOLS)
+        self.global_pool = global_pool
         self.embedding = embedding
         self.blocks = nn.Sequential(*blocks)
         self.norm = nn.LayerNorm(dim)
@@ -228,8 +243,14 @@ class TransformerClassifier(ImageClassifier):
         initialise_linear(self.head)
 
     def forward_features(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D"]:
-        """The mean of the tokens that are left after the last block, normalised: `[B, dim]`."""
-        return self.norm(self.blocks(self.embedding(images))).mean(1)
+        """What is pooled of the tokens that are left after the last block, normalised: `[B, dim]`."""
+        return self.pool(self.norm(self.blocks(self.embedding(images))))
+
+    def pool(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B D"]:
+        """What the head reads of normalised tokens."""
+        if self.global_pool == "token":
+            return tokens[:, 0]
+        return tokens.amax(1) if self.global_pool == "max" else tokens.mean(1)
 
     def forward_head(self, features: Float[Tensor, "B D"]) -> Float[Tensor, "B classes"]:
         """Logits `[B, num_classes]`."""

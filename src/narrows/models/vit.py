@@ -2,15 +2,12 @@
 
 from typing import Any
 
-from jaxtyping import Float
-from torch import Tensor
-
 from narrows.models.parts import Block, TokenEmbedding, TransformerClassifier
 from narrows.validation import check_positive
 
 
 class ViT(TransformerClassifier):
-    """A vision transformer (Dosovitskiy et al. 2021, arXiv 2010.11929) with mean pooling (Beyer et al. 2022).
+    """A vision transformer (Dosovitskiy et al. 2021, arXiv 2010.11929), by default mean-pooled (Beyer et al. 2022).
 
     Args:
         image_size: side of the images the positions are learned on; other sizes interpolate them.
@@ -23,7 +20,8 @@ class ViT(TransformerClassifier):
         heads: attention heads, a divisor of `dim`.
         mlp_dim: hidden width of the feed-forward.
         dropout: in the feed-forward.
-        class_token: read a class token instead of the mean over all tokens.
+        global_pool: what the head reads: the mean of all tokens ("avg"), in each channel the greatest ("max"), which
+            finds what is small in a large image, or a class token ("token").
     """
 
     def __init__(
@@ -39,7 +37,7 @@ class ViT(TransformerClassifier):
         heads: int,
         mlp_dim: int,
         dropout: float = 0.0,
-        class_token: bool = False,
+        global_pool: str = "avg",
     ) -> None:
         check_positive(depth=depth, mlp_dim=mlp_dim)
         super().__init__(
@@ -49,17 +47,13 @@ class ViT(TransformerClassifier):
                 patch_size=patch_size,
                 channels=channels,
                 stem=stem,
-                class_token=class_token,
+                class_token=global_pool == "token",
             ),
             (Block(dim, heads=heads, mlp_dim=mlp_dim, dropout=dropout) for _ in range(depth)),
             dim=dim,
             num_classes=num_classes,
+            global_pool=global_pool,
         )
-
-    def forward_features(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D"]:
-        """The class token after the last block, or the mean of all tokens, normalised: `[B, dim]`."""
-        tokens = self.blocks(self.embedding(images))
-        return self.norm(tokens).mean(1) if self.embedding.class_token is None else self.norm(tokens[:, 0])
 
 
 MINI: dict[str, Any] = {

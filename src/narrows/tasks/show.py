@@ -5,8 +5,9 @@ from pathlib import Path
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from narrows.data import DigitScenes, ImageSet, picture
+from narrows.data import ImageSet, picture
 from narrows.data.folder import load_unlabelled
+from narrows.data.load import SCENES, load_scenes
 from narrows.errors import InvalidArgument
 from narrows.models import ImageClassifier, create_model, list_models, load_model
 from narrows.routing import Routing
@@ -26,7 +27,7 @@ def show(
     Args:
         model: folder written by `narrows fit`, `narrows compare` or `save_pretrained`, or a registry name, whose
             weights are random.
-        images: image files and folders of them, or "digits" for digit scenes.
+        images: image files and folders of them, or "digits" or "small_digits" for digit scenes.
         output: folder for the pictures.
         limit: at most so many images.
         max_carriers: at most so many carriers get a panel.
@@ -34,11 +35,13 @@ def show(
     """
     if limit < 1:
         raise InvalidArgument("limit", expected="a positive integer", got=limit)
-    digits = images == ["digits"]
-    network = _open(model, **({"channels": 1} if digits else {})).to(device)
+    scenes = images[0] if len(images) == 1 and images[0] in SCENES else None
+    network = _open(model, **({"channels": 1} if scenes else {})).to(device)
     size, channels = _input_of(network)
     found: ImageSet = (
-        DigitScenes("held_out", size=size) if digits else load_unlabelled(images, image_size=size, channels=channels)
+        load_scenes(scenes, "held_out", image_size=size)
+        if scenes
+        else load_unlabelled(images, image_size=size, channels=channels)
     )
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)

@@ -66,6 +66,7 @@ FAMILIES: Mapping[str, Callable[[], nn.Module]] = {
     "clip": partial(named, "vit_xsmall_patch16_clip_224", patch_size=8),
     "siglip": partial(named, "vit_base_patch16_siglip_224", patch_size=8),
     "mean_pooled": partial(named, "vit_base_patch16_siglip_gap_224", patch_size=8),
+    "greatest_pooled": partial(vit, class_token=False, global_pool="max"),
     "query_key_norm": partial(vit, qk_norm=True),
     "sub_norm": partial(vit, scale_attn_norm=True, scale_mlp_norm=True),
     "gated": partial(vit, attn_layer=GatedAttention),

@@ -45,7 +45,8 @@ HOSTS: dict[str, Callable[[], nn.Module]] = {
     "transformers siglip": partial(_transformers, "SiglipVisionModel", "SiglipVisionConfig"),
     "transformers siglip2": partial(_transformers, "Siglip2VisionModel", "Siglip2VisionConfig"),
     "narrows vit": _narrows,
-    "narrows vit, class token": partial(_narrows, class_token=True),
+    "narrows vit, class token": partial(_narrows, global_pool="token"),
+    "narrows vit, greatest pooled": partial(_narrows, global_pool="max"),
 }
 
 

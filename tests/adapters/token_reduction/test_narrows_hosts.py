@@ -5,8 +5,10 @@ import torch
 from torch import Tensor, nn
 
 import narrows
-from narrows.adapters.token_reduction import reduce_tokens
+from narrows.adapters.token_reduction import Signals, reduce_tokens
+from narrows.adapters.token_reduction.methods import TopK
 from narrows.errors import InvalidType
+from narrows.ops.token_sampling import TokenSample
 from tests.adapters.token_reduction.hosts import HOSTS, inputs
 from tests.adapters.token_reduction.test_every_host import assert_all_close, run
 from tests.support import assert_close
@@ -37,16 +39,39 @@ def test_inside_another_module_it_is_found_and_its_blocks_have_their_names() -> 
     assert routing.grid == (8, 8)
 
 
-def test_the_mean_is_over_the_tokens_that_were_kept() -> None:
-    model = HOSTS["narrows vit"]()
+POOLS = {"narrows vit": lambda tokens: tokens.mean(0), "narrows vit, greatest pooled": lambda tokens: tokens.amax(0)}
+
+
+@pytest.mark.parametrize("name", POOLS)
+def test_pooled_are_the_tokens_that_were_kept(name: str) -> None:
+    model = HOSTS[name]()
     seen: list[Tensor] = []
     model.blocks[-1].register_forward_hook(lambda _, __, output: seen.append(output))
     with reduce_tokens(model, budget=0.5) as reduction, torch.no_grad():
         (logits,) = run(model, inputs(model, 2))
         (routing,) = reduction.routing
     carried = routing.weights[:, 0].sum(1) > 0
-    means = [model.norm(tokens[keep]).mean(0) for tokens, keep in zip(seen[-1], carried, strict=True)]
-    assert_close(logits, model.head(torch.stack(means)), 1e-5)
+    features = [POOLS[name](model.norm(tokens[keep])) for tokens, keep in zip(seen[-1], carried, strict=True)]
+    assert_close(logits, model.head(torch.stack(features)), 1e-5)
+
+
+class Listener(TopK):
+    """Notes the attention it was shown."""
+
+    def choose(self, signals: Signals, count: int) -> TokenSample:
+        self.attention = signals.attention
+        return super().choose(signals, count)
+
+
+def test_where_the_greatest_is_pooled_every_channel_reads() -> None:
+    model, listener = HOSTS["narrows vit, greatest pooled"](), Listener()
+    arguments = inputs(model, 2)
+    with torch.no_grad():
+        tokens = model.norm(model.blocks[0](model.embedding(**arguments)))
+        with reduce_tokens(model, method=listener, budget={1: 0.5}):
+            run(model, arguments)
+    shares = torch.stack([tokens[..., channel].softmax(1) for channel in range(tokens.shape[-1])])
+    assert_close(listener.attention, shares.mean(0)[:, None], 1e-5)
 
 
 def test_a_hooked_projection_is_called_whole() -> None:

@@ -23,7 +23,7 @@ def build() -> ImageClassifier:
         "heads": 2,
         "mlp_dim": MLP,
         "image_size": SIDE,
-        "class_token": True,
+        "global_pool": "token",
         "stem": "patch",
     }
     return create_model("vit_mini", channels=1, **shape).eval()

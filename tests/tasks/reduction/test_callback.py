@@ -38,7 +38,7 @@ def test_training_is_seeded_and_feels_the_reduction(tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", ["ats", "topk", "evit", "tome", "random"])
 def test_every_parameter_learns_through_the_tokens_that_are_kept(method: str) -> None:
     torch.manual_seed(0)
-    model = narrows.create_model("vit_mini", **SHAPE, class_token=True).train()
+    model = narrows.create_model("vit_mini", **SHAPE, global_pool="token").train()
     with narrows.reduce_tokens(model, method=method, budget=0.5):
         model(torch.randn(4, 3, 16, 16)).square().sum().backward()
     for name, parameter in model.named_parameters():
@@ -56,7 +56,7 @@ def test_the_trainer_gives_the_model_back(tmp_path: Path) -> None:
 
 def test_fit_starts_from_a_saved_model_and_leaves_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    shape = {**SHAPE, **SIZES, "class_token": True}
+    shape = {**SHAPE, **SIZES, "global_pool": "token"}
     narrows.create_model("vit_mini", **shape).save_pretrained(tmp_path / "start")
     quick = "--trainer.max_epochs 1 --trainer.limit_train_batches 2 --trainer.limit_val_batches 1"
     quiet = "--trainer.enable_progress_bar false --trainer.accelerator cpu --trainer.devices 1"

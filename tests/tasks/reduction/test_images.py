@@ -71,8 +71,9 @@ def test_no_more_than_the_limit_evenly_spread(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "error", "message"),
     [
-        ("nowhere", InvalidArgument, "data: expected 'digits' or a folder of images, got 'nowhere', which is none"),
+        ("nowhere", InvalidArgument, "data: expected 'digits', 'small_digits' or a folder of images, got 'nowhere'"),
         ("digits", InvalidArgument, "data: expected a folder of images, got 'digits', which are grey"),
+        ("small_digits", InvalidArgument, "data: expected a folder of images, got 'small_digits', which are grey"),
     ],
 )
 def test_what_is_no_folder_is_refused(data: str, error: type[NarrowsError], message: str) -> None:

@@ -149,8 +149,9 @@ def test_models_of_timm_and_of_transformers(images: str, tmp_path: Path) -> None
 
 def test_without_a_model_one_is_trained_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NARROWS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(scenes, "DATA", "digits")
     monkeypatch.setattr(scenes, "SIZE", 16)
-    monkeypatch.setattr(scenes, "MODEL", {"dim": 16, "depth": 4, "heads": 2, "mlp_dim": 16, "class_token": True})
+    monkeypatch.setattr(scenes, "MODEL", {"dim": 16, "depth": 4, "heads": 2, "mlp_dim": 16, "global_pool": "max"})
     monkeypatch.setattr(scenes.open_scenes_vit, "__defaults__", (1,))
     few = {"methods": ["ats"], "budgets": ["0.5"], "limit": 20, "device": "cpu", "output": tmp_path / "runs"}
     first = reduce(**few)
@@ -177,7 +178,7 @@ def test_without_a_model_one_is_trained_once_and_kept(tmp_path: Path, monkeypatc
         ({"limit": 0}, InvalidArgument, "limit: expected a positive integer, got 0"),
         ({"device": "tpu"}, InvalidArgument, "device: expected 'auto', 'cpu' or 'cuda', got 'tpu'"),
         ({"data": None}, InvalidArgument, "data: expected a folder of images to judge by, got none. Add --data"),
-        ({"data": "nowhere"}, InvalidArgument, "data: expected 'digits' or a folder of images"),
+        ({"data": "nowhere"}, InvalidArgument, "data: expected 'digits', 'small_digits' or a folder of images"),
         (
             {"model": None, "checkpoint": "weights.pth"},
             InvalidArgument,

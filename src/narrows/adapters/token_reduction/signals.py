@@ -73,7 +73,7 @@ class Signals:
         """The attention each token gets from whoever reads the image, float32 or better; 0 where there is no token.
 
         By head: the class token's row, or, where the head reads no class token, the mean over the rows of all queries.
-        Where a query pools, its row, the mean over heads, which are not the block's.
+        Where a query or a maximum pools, its row (`HostModel.pooling_logits`), the mean over its heads, or channels.
         """
         return self.reading()
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from narrows.data import IGNORED, ImageSet, load
 from narrows.data.files import find_images, find_unreadable, list_classes
 from narrows.data.folder import HELD_OUT_FOLDERS, FolderImages
+from narrows.data.load import SCENES
 from narrows.errors import DataError, InvalidArgument
 from narrows.tasks.reduction.opened import Opened
 
@@ -62,22 +63,23 @@ def load_images(data: str | Path, opened: Opened, *, limit: int) -> Images:
     among them), or by being as many. A folder without classes is searched in depth.
 
     Args:
-        data: "digits", or a folder of images.
+        data: "digits", "small_digits", or a folder of images.
         opened: the model.
         limit: at most so many images.
 
     Raises:
-        InvalidArgument: `data` does not exist, holds no image, or is "digits" for a model that takes colour.
+        InvalidArgument: `data` does not exist, holds no image, or names digit scenes for a model that takes colour.
         DataError: images that cannot be read.
     """
-    if str(data) == "digits" and (opened.prepare is not None or len(opened.mean) != 1):
-        raise InvalidArgument(
-            "data", expected="a folder of images", got="'digits', which are grey", hint=f"{opened.name} takes colour."
-        )
+    scenes = str(data) in SCENES
+    if scenes and (opened.prepare is not None or len(opened.mean) != 1):
+        got = f"{str(data)!r}, which are grey"
+        raise InvalidArgument("data", expected="a folder of images", got=got, hint=f"{opened.name} takes colour.")
     root = Path(data)
-    if str(data) != "digits" and not root.is_dir():
-        raise InvalidArgument("data", expected="'digits' or a folder of images", got=f"{str(data)!r}, which is none")
-    if str(data) == "digits" or (opened.prepare is None and _has_classes(root)):
+    if not scenes and not root.is_dir():
+        expected = f"{', '.join(map(repr, SCENES))} or a folder of images"
+        raise InvalidArgument("data", expected=expected, got=f"{str(data)!r}, which is none")
+    if scenes or (opened.prepare is None and _has_classes(root)):
         found = _held_out(data, opened)
     elif _has_classes(root):
         found = _labelled(root, opened)

@@ -9,6 +9,7 @@ from tqdm import tqdm
 from narrows.adapters import Reduction, reduce_tokens
 from narrows.errors import InvalidArgument
 from narrows.tasks.place import accelerator_of, new_folder
+from narrows.tasks.reduction import scenes
 from narrows.tasks.reduction.budgets import parse_budget
 from narrows.tasks.reduction.export import check_export, export_onnx
 from narrows.tasks.reduction.images import Images, load_images
@@ -16,7 +17,6 @@ from narrows.tasks.reduction.open_model import open_model
 from narrows.tasks.reduction.opened import Opened
 from narrows.tasks.reduction.report import write_report
 from narrows.tasks.reduction.result import ReductionResult, write_config
-from narrows.tasks.reduction.scenes import open_scenes_vit
 from narrows.tasks.reduction.trials import run_trials
 from narrows.validation import check_positive
 
@@ -45,8 +45,8 @@ def reduce(
 
     Args:
         model: "timm:<name>", "hf:<name or folder>", a folder written by narrows, or a registry name of narrows.
-        data: a folder of images, with one folder for each class or without; "digits" for models of digit scenes, which
-            is the default for the model narrows trains.
+        data: a folder of images, with one folder for each class or without; "digits" or "small_digits" for models of
+            digit scenes; by default what the model that narrows trains was trained on.
         checkpoint: a file with weights in place of those that belong to the model's name.
         methods: names that `reduce_tokens` takes.
         budgets: as `parse_budget` reads them.
@@ -95,8 +95,8 @@ def _open(
     if model is None:
         if checkpoint is not None:
             raise InvalidArgument("checkpoint", expected="a model that it belongs to", got="none", hint="Add --model.")
-        opened = open_scenes_vit(device=device)
-        return opened, load_images("digits" if data is None else data, opened, limit=limit)
+        opened = scenes.open_scenes_vit(device=device)
+        return opened, load_images(scenes.DATA if data is None else data, opened, limit=limit)
     if data is None:
         raise InvalidArgument("data", expected="a folder of images to judge by", got="none", hint="Add --data.")
     opened = open_model(model, checkpoint)

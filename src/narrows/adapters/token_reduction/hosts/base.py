@@ -152,7 +152,11 @@ class HostModel(ABC):
         """
 
     def pooling_logits(self, tokens: Float[Tensor, "R n D"]) -> Float[Tensor, "R n H"] | None:
-        """What the query that pools would say of these tokens were they the last; None where no query pools."""
+        """What pools, and does so by comparing tokens, would say of these were they the last: H of it; None else.
+
+        Attention pooling compares by a query for each head. Pooling the greatest is attention so sharp that it takes a
+        single token, and compares by what each channel holds.
+        """
         return None
 
     @property

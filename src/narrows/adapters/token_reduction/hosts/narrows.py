@@ -12,7 +12,6 @@ from narrows.adapters.token_reduction.hosts.base import BlockCall, HostBlock, Ho
 from narrows.adapters.token_reduction.hosts.linear import apply_part
 from narrows.models.base import ImageClassifier
 from narrows.models.parts import Block, FeedForward, SelfAttention, TransformerClassifier
-from narrows.models.vit import ViT
 
 
 def recognise(module: nn.Module) -> HostModel | None:
@@ -29,7 +28,7 @@ def recognise(module: nn.Module) -> HostModel | None:
 
 
 class NarrowsModel(HostModel):
-    """A vision transformer that reads its class token, or the mean of all tokens."""
+    """A vision transformer that reads its class token, or what it pools of all tokens."""
 
     module: TransformerClassifier
 
@@ -59,17 +58,26 @@ class NarrowsModel(HostModel):
             raise not_understood(f"blocks.{index}.feed_forward", block.feed_forward, known)
         return NarrowsBlock(block)
 
+    def pooling_logits(self, tokens: Float[Tensor, "R n D"]) -> Float[Tensor, "R n D"] | None:
+        """Where the greatest is pooled, what each channel would compare."""
+        return self.module.norm(tokens) if self.module.global_pool == "max" else None
+
     @property
     def readout(self) -> Sequence[tuple[nn.Module, str, Callable[..., Any]]]:
-        """The mean over all tokens, where that is what the head reads."""
-        mean = type(self.module).forward_features in (ViT.forward_features, TransformerClassifier.forward_features)
-        return ((self.module, "forward_features", self.features),) if mean and not self.class_token else ()
+        """`pool`, unless it takes the class token."""
+        return () if self.class_token else ((self.module, "pool", self.pool),)
 
-    def features(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D"]:
-        """The mean of the tokens that were kept, normalised."""
-        tokens = self.module.blocks(self.module.embedding(images))
-        normed, kept = self.module.norm(tokens), kept_in(tokens)
-        return normed.mean(1) if kept is None else pooled(normed, kept, "avg")
+    @property
+    def between(self) -> Sequence[nn.Module]:
+        """The last norm."""
+        return (self.module.norm,)
+
+    def pool(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B D"]:
+        """The model's own `pool` of the tokens that were kept."""
+        kept = kept_in(tokens)
+        if kept is None:
+            return type(self.module).pool(self.module, tokens)
+        return pooled(tokens, kept, self.module.global_pool)
 
     def token_grid(self, height: int, width: int) -> tuple[int, int]:
         """`(height, width)` of the grid after the prefix for images of this height and width."""

@@ -48,8 +48,10 @@ class TimmModel(HostModel):
         raise not_understood(f"blocks.{index}", module, _names(_BLOCKS))
 
     def pooling_logits(self, tokens: Float[Tensor, "R n D"]) -> Float[Tensor, "R n H"] | None:
-        """What the latent query of attention pooling would say of these tokens were they the last."""
+        """What the latent query of attention pooling, or pooling the greatest, would say were these tokens the last."""
         pool: Any = self.module.attn_pool
+        if pool is None and self.module.global_pool == "max":
+            return self.module.norm(tokens)
         if not isinstance(pool, AttentionPoolLatent) or pool.pos_embed is not None or pool.latent_len != 1:
             return None
         query = pool.q_norm(pool.q(pool.latent).unflatten(-1, (pool.num_heads, -1)).transpose(1, 2)).transpose(1, 2)
