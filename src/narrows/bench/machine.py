@@ -68,14 +68,19 @@ def _distributions() -> dict[str, list[str]]:
 
 
 def _processor() -> str:
-    """Its name and the widest vectors PyTorch uses: clouds give processors that differ by a factor of two one name."""
+    """Its name, on x86 its generation, and the widest vectors PyTorch uses.
+
+    Clouds give processors one name that differ by a factor of two: "AMD EPYC" computes vectors of 512 bits at once from
+    family 26 on, and in two halves before.
+    """
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    name = names[0] if names else platform.processor() or platform.machine()
-    return f"{name} {torch.backends.cpu.get_cpu_capability()}"
+    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in reversed(lines))}
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    generation = f"family {fields['cpu family']} model {fields['model']} " if "cpu family" in fields else ""
+    return f"{name} {generation}{torch.backends.cpu.get_cpu_capability()}"
 
 
 def _commit() -> str:

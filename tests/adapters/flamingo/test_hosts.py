@@ -42,7 +42,8 @@ def assert_cached(model: Flamingo) -> None:
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt")
 def test_a_language_model_of_few_bits(bits: int) -> None:
-    lm = language_model("llama")
+    # Where a CPU multiplies in bfloat16, four bits are packed in blocks of 64 by 32.
+    lm = language_model("llama", hidden_size=64, intermediate_size=64, head_dim=16)
     quantise(lm, bits)
     assert lm.model.layers[0].mlp.up_proj.weight.dtype == {8: torch.int8, 4: torch.uint8}[bits]
     bare = lm(input_ids=text("ab#c")).logits

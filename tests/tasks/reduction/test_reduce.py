@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import narrows
+from narrows.data import DigitScenes
 from narrows.errors import InvalidArgument, InvalidType, NarrowsError
 from narrows.measure import macs_per_sample
 from narrows.tasks.reduction import scenes
@@ -149,6 +150,7 @@ def test_models_of_timm_and_of_transformers(images: str, tmp_path: Path) -> None
 
 def test_without_a_model_one_is_trained_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NARROWS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(DigitScenes, "__len__", lambda _: 256)
     monkeypatch.setattr(scenes, "DATA", "digits")
     monkeypatch.setattr(scenes, "SIZE", 16)
     monkeypatch.setattr(scenes, "MODEL", {"dim": 16, "depth": 4, "heads": 2, "mlp_dim": 16, "global_pool": "max"})
