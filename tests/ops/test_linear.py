@@ -81,21 +81,35 @@ def test_few_tokens_and_a_large_weight(monkeypatch: pytest.MonkeyPatch) -> None:
         assert_close(one, other)
 
 
+LINUX = "processor\t: 0\nvendor_id\t: {}\ncpu family\t: {}\nmodel\t\t: 17\n"
+
+
 @pytest.mark.parametrize(
-    ("maker", "capability", "mkl", "slow"),
+    ("cpuinfo", "capability", "mkl", "slow"),
     [
-        ("AuthenticAMD", "AVX512", True, True),
-        ("AuthenticAMD", "AVX512", False, False),
-        ("AuthenticAMD", "AVX2", True, False),
-        ("GenuineIntel", "AVX512", True, False),
+        (LINUX.format("AuthenticAMD", 26), "AVX512", True, True),
+        (LINUX.format("AuthenticAMD", 26), "AVX512", False, False),
+        (LINUX.format("AuthenticAMD", 26), "AVX2", True, False),
+        (LINUX.format("AuthenticAMD", 25), "AVX512", True, False),
+        (LINUX.format("GenuineIntel", 6), "AVX512", True, False),
+        ("processor : 0", "AVX512", True, False),
     ],
 )
-def test_blas_is_slow_where_mkl_keeps_avx_512_from_a_processor_of_another_maker(
-    maker: str, capability: str, mkl: bool, slow: bool, monkeypatch: pytest.MonkeyPatch
+def test_blas_is_slow_where_mkl_keeps_avx_512_from_a_processor_that_is_wide(
+    cpuinfo: str, capability: str, mkl: bool, slow: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.undo()
     monkeypatch.setattr(module.Path, "is_file", lambda _: True)
-    monkeypatch.setattr(module.Path, "read_text", lambda _: f"processor : 0\nvendor_id : {maker}\n")
+    monkeypatch.setattr(module.Path, "read_text", lambda _: cpuinfo)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
     assert module._is_blas_slow.__wrapped__() is slow
+
+
+def test_where_there_is_no_cpuinfo_the_platform_says_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(module.Path, "is_file", lambda _: False)
+    monkeypatch.setattr(module.platform, "processor", lambda: "AMD64 Family 26 Model 68 Stepping 0, AuthenticAMD")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    assert module._is_blas_slow.__wrapped__() is True

@@ -53,7 +53,8 @@ def schedule_of(
     """One entry for each block.
 
     A single number holds from block `depth // 4` on: tokens that have been through fewer blocks say little about
-    themselves. A method that removes only so many tokens at once gets there in as few consecutive blocks as it can.
+    themselves. A method that can remove only so many tokens at once gets there in equal shares over all blocks from
+    there on, as token merging was published: at its limit it would have no choice.
 
     Args:
         budget: a count, a share, one entry for each block, or entries by number of the block.
@@ -101,12 +102,12 @@ def _from_one(entry: int | float, method: ReductionMethod, depth: int, num_token
     first = depth // 4
     if method.adaptive and count_of(entry, num_tokens) == num_tokens:
         return (None,) * first + (entry,) * (depth - first)
+    steps = 1 if method.removes_at_most == 1 else depth - first
     share = count_of(entry, num_tokens) / num_tokens
-    for steps in range(1, depth - first + 1):
-        between = [share ** (step / steps) for step in range(1, steps)]
-        schedule = (None,) * first + (*between, entry) + (None,) * (depth - first - steps)
-        if _too_steep(schedule, method, num_tokens) is None:
-            return schedule
+    between = [share ** (step / steps) for step in range(1, steps)]
+    schedule = (None,) * first + (*between, entry) + (None,) * (depth - first - steps)
+    if _too_steep(schedule, method, num_tokens) is None:
+        return schedule
     raise InvalidArgument(
         "budget",
         expected=f"at most what {method.name} can remove in the {depth - first} blocks from block {first} on",

@@ -33,7 +33,7 @@ class ReductionMethod:
 
     # Whether an image may keep fewer tokens than the budget allows.
     adaptive: bool = False
-    # The greatest share of tokens that one application can remove; a smaller budget is spread over several blocks.
+    # The greatest share of tokens that one application can remove; below 1, a budget is spread over several blocks.
     removes_at_most: float = 1.0
 
     @property
