@@ -84,15 +84,16 @@ def _processor() -> str:
 
 
 def _commit() -> str:
-    """The commit this source stands at, "+" after it where files have changed since; empty outside a checkout."""
+    """The commit this source stands at, "+" after it where the source has changed since; empty outside a checkout."""
     try:
-        described = subprocess.run(
-            ("git", "describe", "--always", "--dirty=+", "--exclude=*"),
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        commit = _git("rev-parse", "--short", "HEAD")
+        changed = _git("status", "--porcelain", "--untracked-files=no", ".")  # not the rows that are being recorded
     except (OSError, subprocess.CalledProcessError):
         return ""
-    return described.stdout.strip()
+    return f"{commit}+" if changed else commit
+
+
+def _git(*arguments: str) -> str:
+    """What git says of the package's folder."""
+    package = Path(__file__).parents[1]
+    return subprocess.run(("git", *arguments), cwd=package, capture_output=True, text=True, check=True).stdout.strip()

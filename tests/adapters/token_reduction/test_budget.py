@@ -31,7 +31,7 @@ def test_with_the_whole_budget_ats_samples_in_every_block_from_there_on() -> Non
 def test_a_method_that_removes_half_at_most_removes_as_much_in_every_block() -> None:
     assert counts(0.5, "tome") == [None] * 3 + [181, 168, 156, 144, 133, 123, 114, 106, 98]
     assert counts(0.35, "tome", depth=4) == [None, 138, 98, 69]
-    assert counts(0.1, "tome", depth=4) == [None, 91, 42, 20]
+    assert counts(0.2, "tome", depth=4) == [None, 114, 67, 39]
     for count in range(1, 197):
         steps = [196, *(entry for entry in counts(count, "tome") if entry is not None)]
         assert steps[-1] == count
