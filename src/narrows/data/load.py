@@ -13,8 +13,8 @@ from narrows.validation import check_positive
 FOLDER_SIZE = 64
 
 
-class Scenes(NamedTuple):
-    """Digit scenes that have a name.
+class SceneKind(NamedTuple):
+    """How large digit scenes are, and the digits in them.
 
     Args:
         image_size: side of the square images, unless another is asked for.
@@ -25,7 +25,7 @@ class Scenes(NamedTuple):
     digit_size: tuple[float, float]
 
 
-SCENES = {"digits": Scenes(32, (1 / 2, 5 / 8)), "small_digits": Scenes(56, (5 / 28, 2 / 7))}
+SCENES = {"digits": SceneKind(32, (1 / 2, 5 / 8)), "small_digits": SceneKind(56, (5 / 28, 2 / 7))}
 
 
 def load(
@@ -79,9 +79,9 @@ def load(
 
 def load_scenes(name: str, split: str, *, image_size: int | None = None, seed: int = 0) -> digits.DigitScenes:
     """One split of the scenes in `SCENES` that have this name."""
-    scenes = SCENES[name]
-    size = scenes.image_size if image_size is None else image_size
-    least, greatest = scenes.digit_size
+    kind = SCENES[name]
+    size = kind.image_size if image_size is None else image_size
+    least, greatest = kind.digit_size
     return digits.DigitScenes(split, size=size, digit_size=(size * least, size * greatest), seed=seed)
 
 

@@ -152,10 +152,10 @@ class HostModel(ABC):
         """
 
     def pooling_logits(self, tokens: Float[Tensor, "R n D"]) -> Float[Tensor, "R n H"] | None:
-        """What pools, and does so by comparing tokens, would say of these were they the last: H of it; None else.
+        """How strongly each of these tokens would be read by what pools, were they the last; None where all are alike.
 
-        Attention pooling compares by a query for each head. Pooling the greatest is attention so sharp that it takes a
-        single token, and compares by what each channel holds.
+        Attention pooling asks with one query for each of H heads. Pooling the greatest is attention so sharp that it
+        reads a single token, with as many heads as channels.
         """
         return None
 

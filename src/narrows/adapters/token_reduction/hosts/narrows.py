@@ -59,7 +59,7 @@ class NarrowsModel(HostModel):
         return NarrowsBlock(block)
 
     def pooling_logits(self, tokens: Float[Tensor, "R n D"]) -> Float[Tensor, "R n D"] | None:
-        """Where the greatest is pooled, what each channel would compare."""
+        """Where the greatest is pooled, what each channel holds."""
         return self.module.norm(tokens) if self.module.global_pool == "max" else None
 
     @property

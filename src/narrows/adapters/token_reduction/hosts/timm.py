@@ -48,7 +48,7 @@ class TimmModel(HostModel):
         raise not_understood(f"blocks.{index}", module, _names(_BLOCKS))
 
     def pooling_logits(self, tokens: Float[Tensor, "R n D"]) -> Float[Tensor, "R n H"] | None:
-        """What the latent query of attention pooling, or pooling the greatest, would say were these tokens the last."""
+        """By the latent query of attention pooling, or, where the greatest is pooled, by what each channel holds."""
         pool: Any = self.module.attn_pool
         if pool is None and self.module.global_pool == "max":
             return self.module.norm(tokens)
