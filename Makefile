@@ -44,6 +44,7 @@ bench: $(INSTALLED)
 pictures: $(INSTALLED)
 	$(BIN)/python docs/make_pictures.py
 
+# Extras stay in the lock: pip 23.2 forgets the pin of a package that another asks for with extras.
 lock:
 	uv pip compile pyproject.toml --universal --python-version 3.11 \
 		--extra timm --extra transformers --extra train --extra onnx --group dev \

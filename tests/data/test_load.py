@@ -22,9 +22,9 @@ def test_digits_need_no_folder():
 
 def test_small_digits_are_a_fifth_to_two_sevenths_as_wide_as_the_scene():
     data = load("small_digits")
-    assert (data.name, data.image_size, data.channels) == ("small_digits", 56, 1)
-    assert data.held_out.digit_size == data.train.digit_size == (10, 16)
-    assert load("small_digits", image_size=112).train.digit_size == (20, 32)
+    assert (data.name, data.image_size, data.channels) == ("small_digits", 64, 1)
+    assert data.held_out.digit_size == data.train.digit_size == (64 * 5 / 28, 64 * 2 / 7)
+    assert load("small_digits", image_size=56).train.digit_size == (10, 16)
     with pytest.raises(InvalidArgument, match=r"digit_size: expected 8 <= least"):
         load("small_digits", image_size=32)
     with pytest.raises(InvalidArgument, match=r"or a folder, got 'smal_digits'\. Did you mean 'small_digits'?"):

@@ -23,12 +23,13 @@ def compare(
     """Train models side by side on one image data set; report accuracy, cost and where tokens went.
 
     Args:
-        data: "digits" (scenes with handwritten digits, no download), or a folder with one folder of images per class.
+        data: "digits" (scenes with handwritten digits, no download), "small_digits" (the digit a quarter as wide as the
+            scene), or a folder with one folder of images per class.
         models: registry names, separated by commas; `narrows info` lists them.
         seeds: how many seeds each model is trained from; two or more give a spread.
         epochs: passes over the training images.
         batch_size: images in a training step.
-        image_size: side of the images in pixels; by default 32 for digits and 64 for folders.
+        image_size: side of the images in pixels; by default 32 for digits, 64 for small digits and folders.
         learning_rate: at its highest.
         output: folder of all comparisons.
         device: "auto", "cpu" or "cuda".

@@ -25,7 +25,7 @@ class SceneKind(NamedTuple):
     digit_size: tuple[float, float]
 
 
-SCENES = {"digits": SceneKind(32, (1 / 2, 5 / 8)), "small_digits": SceneKind(56, (5 / 28, 2 / 7))}
+SCENES = {"digits": SceneKind(32, (1 / 2, 5 / 8)), "small_digits": SceneKind(64, (5 / 28, 2 / 7))}
 
 
 def load(
@@ -43,7 +43,7 @@ def load(
             as wide as the scene), or a folder `data/<class>/<image>`, or one with `train/<class>/<image>` and, if you
             have them, `val` and `test` beside `train`. Without those a fifth of the images is held out, by a hash of
             the path, so that a file keeps its part when others are added.
-        image_size: side of the square images; by default 32 for digits, 56 for small digits and 64 for folders.
+        image_size: side of the square images; by default 32 for digits, 64 for small digits and folders.
         seed: of the training scenes or of the augmentation. Held-out images do not depend on it.
         unreadable_share: how many images of a folder may be unreadable (one may in any case); they are skipped.
         augmentation: how a folder's training images are varied, by default cropped and mirrored.

@@ -21,7 +21,7 @@ class ImageDataModule(PositionedDataModule):
 
     Args:
         data: "digits", "small_digits", or a folder with one folder of images for each class.
-        image_size: side of the square images; by default 32 for digits, 56 for small digits and 64 for folders.
+        image_size: side of the square images; by default 32 for digits, 64 for small digits and folders.
         batch_size: images in a batch of one process.
         num_workers: processes that prepare images; 0 prepares them in the training process.
         seed: of scenes, augmentation and order.

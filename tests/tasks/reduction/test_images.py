@@ -71,7 +71,11 @@ def test_no_more_than_the_limit_evenly_spread(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "error", "message"),
     [
-        ("nowhere", InvalidArgument, "data: expected 'digits', 'small_digits' or a folder of images, got 'nowhere'"),
+        (
+            "nowhere",
+            InvalidArgument,
+            "data: expected 'digits', 'small_digits' or a folder of images, got 'nowhere', which is none",
+        ),
         ("digits", InvalidArgument, "data: expected a folder of images, got 'digits', which are grey"),
         ("small_digits", InvalidArgument, "data: expected a folder of images, got 'small_digits', which are grey"),
     ],

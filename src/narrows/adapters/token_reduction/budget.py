@@ -54,7 +54,7 @@ def schedule_of(
 
     A single number holds from block `depth // 4` on: tokens that have been through fewer blocks say little about
     themselves. A method that can remove only so many tokens at once gets there in equal shares over all blocks from
-    there on, as token merging was published: at its limit it would have no choice.
+    there on: at its limit it would have no choice. (Published, token merging works in every block, by a fixed number.)
 
     Args:
         budget: a count, a share, one entry for each block, or entries by number of the block.
@@ -106,13 +106,13 @@ def _from_one(entry: int | float, method: ReductionMethod, depth: int, num_token
     share = count_of(entry, num_tokens) / num_tokens
     between = [share ** (step / steps) for step in range(1, steps)]
     schedule = (None,) * first + (*between, entry) + (None,) * (depth - first - steps)
-    if _too_steep(schedule, method, num_tokens) is None:
-        return schedule
-    raise InvalidArgument(
-        "budget",
-        expected=f"at most what {method.name} can remove in the {depth - first} blocks from block {first} on",
-        got=entry,
-    )
+    if _too_steep(schedule, method, num_tokens) is not None:
+        raise InvalidArgument(
+            "budget",
+            expected=f"at most what {method.name} can remove in the {depth - first} blocks from block {first} on",
+            got=entry,
+        )
+    return schedule
 
 
 def _check_entry(entry: object, num_tokens: int) -> None:
