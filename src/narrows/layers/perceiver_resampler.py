@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from narrows.errors import InvalidArgument
-from narrows.layers.linear import Linear
+from narrows.layers.linear import FeedForwardSequential, Linear
 from narrows.ops.normalization import normalized
 from narrows.ops.perceiver_resampler import (
     PerceiverAttentionWeights,
@@ -36,13 +36,13 @@ def feed_forward(
     activation: str,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
-) -> nn.Sequential:
+) -> FeedForwardSequential:
     """LayerNorm, Linear, activation, Linear, without biases: the feed-forward of every Flamingo block."""
     check_choice("activation", activation, tuple(ACTIVATIONS))
     if round(dim * mlp_ratio) < 1:
         raise InvalidArgument("mlp_ratio", expected="a positive number of token widths", got=mlp_ratio)
     hidden = round(dim * mlp_ratio)
-    return nn.Sequential(
+    return FeedForwardSequential(
         nn.LayerNorm(dim, device=device, dtype=dtype),
         Linear(dim, hidden, bias=False, device=device, dtype=dtype),
         ACTIVATIONS[activation](),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from narrows.errors import InvalidArgument
-from narrows.layers.linear import Linear
+from narrows.layers.linear import FeedForwardSequential, Linear
 from narrows.models.base import ImageClassifier, check_images
 from narrows.validation import check_choice, check_positive
 
@@ -155,7 +155,7 @@ class SelfAttention(nn.Module):
         return F.dropout(self.out(attended.transpose(1, 2).flatten(2)), dropout)
 
 
-class FeedForward(nn.Sequential):
+class FeedForward(FeedForwardSequential):
     """Linear, GELU, Linear; `factory` is the device and dtype of the parameters."""
 
     def __init__(self, dim: int, hidden_dim: int, *, dropout: float = 0.0, **factory: Any) -> None:

@@ -3,19 +3,8 @@
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from narrows.layers.linear import Linear
+from narrows.layers.linear import is_plain
 from narrows.ops.linear import linear
-
-
-def is_plain(module: nn.Module) -> bool:
-    """Whether the module is its weight and bias and nothing else: no adapter, hook, quantisation or wrapper."""
-    return (
-        type(module) in (nn.Linear, Linear)
-        and "forward" not in module.__dict__
-        and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
-        and not module._backward_pre_hooks
-        and not hasattr(module.weight, "__tensor_flatten__")  # a tensor that stands for others: quantised, sharded
-    )
 
 
 def apply(module: nn.Module, rows: Float[Tensor, "R n D"]) -> Float[Tensor, "R n E"]:

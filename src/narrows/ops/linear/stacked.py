@@ -1,14 +1,8 @@
-"""Linear maps of many tokens, by the quickest kernel there is for them.
+"""Many linear maps at once, each of a few tokens: experts.
 
-In float32 on a CPU, PyTorch hands convolutions to oneDNN and products of matrices to BLAS. Where that is MKL and the
-processor is an AMD Zen 5, which computes 512 bits at once, BLAS does without AVX-512 and takes twice as long. A linear
-map is a convolution with filters of one pixel.
+The weights are far larger than what they are applied to, and are read as they lie in memory.
 """
 
-import platform
-import re
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,40 +10,15 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-# With fewer tokens than this, bringing the weights into oneDNN's order costs more than the product.
-FEWEST_CONVOLVED = 128
-# With fewer tokens than that, a weight of as many numbers is worth changing roles with the tokens.
-LARGE_WEIGHT = 2**20
+from narrows.ops.linear import processor
+
 # Maps of fewer weights than this, and products with fewer rows, are quicker in BLAS.
 FEWEST_WEIGHTS = 2**17
 FEWEST_ROWS = 8
 # Fewer filters than this take oneDNN longer than as many.
 FEWEST_FILTERS = 32
-# The first family of AMD's processors that computes 512 bits at once.
-FIRST_WIDE_FAMILY = 26
 # Filters of one pixel have nothing to dilate. But on a single thread, PyTorch keeps undilated ones from oneDNN.
 DILATION = 2
-
-
-def linear(
-    tokens: Float[Tensor, "*layout D"], weight: Float[Tensor, "out D"], bias: Float[Tensor, "out"] | None = None
-) -> Float[Tensor, "*layout out"]:
-    """`torch.nn.functional.linear(tokens, weight, bias)`.
-
-    Many tokens are a channels-last image of width 1, the rows of the weight its filters. Of few tokens and a large
-    weight, the weight is the image (`stacked_linear`).
-    """
-    if not _convolves(tokens):
-        return F.linear(tokens, weight, bias)
-    num_tokens = tokens.shape[:-1].numel()
-    if FEWEST_ROWS <= num_tokens < FEWEST_CONVOLVED and weight.numel() >= LARGE_WEIGHT:
-        mapped = stacked_linear(tokens.flatten(0, -2)[None], weight[:, None], None if bias is None else bias[None])
-        return mapped[0].contiguous().unflatten(0, tokens.shape[:-1])
-    if num_tokens < FEWEST_CONVOLVED or tokens.ndim < 3:
-        return F.linear(tokens, weight, bias)
-    images = tokens.flatten(0, -3).unsqueeze(2).permute(0, 3, 1, 2)  # [images, D, n, 1], channels last
-    mapped = F.conv2d(images, weight[:, :, None, None], bias, dilation=DILATION)
-    return mapped.squeeze(3).transpose(1, 2).unflatten(0, tokens.shape[:-2])
 
 
 def stacked_linear(
@@ -60,7 +29,7 @@ def stacked_linear(
     There are far more weights than rows, so that roles change: the weights are a channels-last image of `out` pixels,
     read as they lie in memory, and the rows are its filters, in E groups.
     """
-    if not _convolves(rows):
+    if not (processor.chooses(rows) and processor.MKL_IS_SLOW) or torch.compiler.is_compiling():
         return _multiplied(rows, weight, bias)
     mapped = _StackedLinear.apply(rows, weight, bias)
     assert isinstance(mapped, Tensor)
@@ -119,33 +88,6 @@ def _multiplied(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _is_wide(weight: Tensor) -> bool:
     return weight[:, 0].numel() >= FEWEST_WEIGHTS
-
-
-def _convolves(tensor: Tensor) -> bool:
-    """Whether oneDNN's convolutions are there for it, and quicker. Compilers choose for themselves."""
-    return (
-        tensor.device.type == "cpu"
-        and tensor.dtype == torch.float32
-        and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
-        and torch.backends.mkldnn.is_available()
-        and _is_blas_slow()
-    )
-
-
-@cache
-def _is_blas_slow() -> bool:
-    """Whether BLAS is MKL and keeps AVX-512 from a processor that would be twice as quick with it.
-
-    Those are AMD's from family 26 on. Family 25 computes 512 bits in two halves, and before there is AVX2 and no more:
-    there MKL is no slower.
-    """
-    if not torch.backends.mkl.is_available() or torch.backends.cpu.get_cpu_capability() != "AVX512":
-        return False
-    cpuinfo = Path("/proc/cpuinfo")
-    text = cpuinfo.read_text() if cpuinfo.is_file() else platform.processor()
-    family = re.search(r"family\s*:?\s*(\d+)", text, re.IGNORECASE)
-    return "AuthenticAMD" in text and family is not None and int(family[1]) >= FIRST_WIDE_FAMILY
 
 
 def _image(features: Tensor) -> Tensor:
