@@ -77,8 +77,9 @@ def implementations() -> dict[str, str]:
 
 def _operations() -> Iterator[tuple[str, Mapping[str, Implementation]]]:
     for package in pkgutil.iter_modules(narrows.ops.__path__):
-        if package.ispkg:
-            yield package.name, importlib.import_module(f"narrows.ops.{package.name}").IMPLEMENTATIONS
+        known = getattr(importlib.import_module(f"narrows.ops.{package.name}"), "IMPLEMENTATIONS", None)
+        if known is not None:
+            yield package.name, known
 
 
 def _version(package: str) -> str | None:
