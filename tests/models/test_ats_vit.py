@@ -122,9 +122,11 @@ def test_macs_are_counted_with_the_tokens_really_kept() -> None:
     model, batch = build(), images(2)
 
     def block(tokens: int, kept: int, samples: bool) -> int:
-        d, mlp = 16, 24
-        projections = (2 * tokens + 2 * kept + samples) * d * d  # keys and values, queries and results, the class query
-        return projections + 2 * kept * tokens * d + 2 * kept * d * mlp
+        d, mlp, heads = 16, 24, 2
+        projections = (
+            2 * (tokens + kept + samples) * d * d
+        )  # keys and values, queries and results, the class token reads
+        return projections + samples * heads * tokens * d + 2 * kept * tokens * d + 2 * kept * d * mlp
 
     expected = 0
     for b in range(2):

@@ -441,7 +441,8 @@ def test_no_product_is_spent_on_tokens_that_are_dropped() -> None:
     x, weights = torch.randn(batch, n, d), AttentionWeights(torch.randn(48, d), None, torch.randn(d, 16), None)
     found = count_macs(lambda: sampled_attention(x, weights, heads=4, sampler=quantile(k)))
     keys_and_values, attention, around = 2 * n * d * d, 2 * (k + 1) * n * d, 2 * (k + 1) * d * d
-    assert found == batch * (keys_and_values + attention + around + d * d)  # and the class token's query
+    scores = 2 * d * d + 4 * n * d  # the class token's query, through the keys' weights, on the tokens
+    assert found == batch * (keys_and_values + attention + around + scores)
     rival = vit_pytorch.ats_vit.Attention(d, heads=4, dim_head=4, output_num_tokens=k)
     assert count_macs(lambda: rival(x, mask=torch.ones(batch, n, dtype=torch.bool))) > 1.5 * found
 

@@ -42,7 +42,8 @@ def sampled_attention(
     # The class token may always be read, so that no row of attention is empty.
     readable = None if mask is None else torch.cat((torch.ones_like(mask[:, :1]), mask[:, 1:]), 1)
     cls_query = F.linear(tokens[:, 0], query_weight, query_bias).unflatten(-1, (heads, -1))
-    scores = _scores(cls_query.detach(), key.detach(), value.detach(), readable)
+    key_weight = key_value_weight[:inner].unflatten(0, (heads, -1))
+    scores = _scores(cls_query.detach(), key_weight.detach(), tokens.detach(), value.detach(), readable)
     ids, kept = with_class_token(sampler(scores, None if mask is None else mask[:, 1:]), mask)
 
     query = linear(gather_tokens(tokens, ids), query_weight, query_bias).unflatten(-1, (heads, -1))
@@ -57,12 +58,22 @@ def sampled_attention(
     return SampledTokens(result * kept[..., None], ids, kept)
 
 
-def _scores(cls_query: Tensor, key: Tensor, value: Tensor, readable: Tensor | None) -> Tensor:
-    """Significance `[B, N - 1]` from the class token's query `[B, H, d]`, keys and values `[B, N, H, d]`."""
-    with autocast_off(key):
-        query, key, value = at_least_float32(cls_query), at_least_float32(key), at_least_float32(value)
-        # One row of attention: a sum of products reads the keys once, where a batched product would first copy them.
-        logits = (key * query[:, None]).sum(-1).transpose(1, 2) / query.shape[-1] ** 0.5
+def _scores(
+    cls_query: Float[Tensor, "B H d"],
+    key_weight: Float[Tensor, "H d D"],
+    tokens: Float[Tensor, "B N D"],
+    value: Float[Tensor, "B N H d"],
+    readable: Bool[Tensor, "B N"] | None,
+) -> Float[Tensor, "B M"]:
+    """Significance of the tokens after the class token.
+
+    The class token's query reads tokens, not keys: q K = (q W) x, where the bias of the keys adds the same to all. That
+    is one small product, where keys lie too far apart in memory for any.
+    """
+    with autocast_off(tokens):
+        query, weight, tokens, value = map(at_least_float32, (cls_query, key_weight, tokens, value))
+        reader = torch.bmm(query.transpose(0, 1), weight).transpose(0, 1)  # [B, H, D]
+        logits = torch.bmm(reader, tokens.transpose(1, 2)) / query.shape[-1] ** 0.5
         norms = torch.linalg.vector_norm(value, dim=-1).transpose(1, 2)
         if readable is None:
             return significance(logits.softmax(-1)[..., 1:], norms[..., 1:])
