@@ -1,5 +1,6 @@
 """One linear map, whichever kernel computes it."""
 
+import runpy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -283,4 +284,7 @@ def test_which_processor_it_is(
     monkeypatch.setattr(processor.platform, "processor", lambda: "AMD64 Family 26 Model 68 Stepping 0, AuthenticAMD")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
-    assert processor.amd_family_with_mkl() == family
+    found = runpy.run_path(processor.__file__)
+    assert found["_FAMILY"] == family
+    assert found["MKL_IS_SLOW"] is (family == 26)
+    assert found["MKL_IS_BEHIND"] is (family == 25)

@@ -22,13 +22,10 @@ def linear(
     tokens: Float[Tensor, "*layout D"], weight: Float[Tensor, "out D"], bias: Float[Tensor, "out"] | None = None
 ) -> Float[Tensor, "*layout out"]:
     """`torch.nn.functional.linear(tokens, weight, bias)`."""
-    if not processor.chooses(tokens):
-        return F.linear(tokens, weight, bias)
-    if processor.MKL_IS_SLOW:
+    if processor.convolves(tokens):
         return _convolution(tokens, weight, bias)
-    if processor.MKL_IS_BEHIND and weight.numel() >= FEWEST_WEIGHTS and onednn.can_run():
-        return onednn.linear(tokens, weight, bias)
-    return F.linear(tokens, weight, bias)
+    ahead = processor.MKL_IS_BEHIND and processor.chooses(tokens) and weight.numel() >= FEWEST_WEIGHTS
+    return onednn.linear(tokens, weight, bias) if ahead and onednn.can_run() else F.linear(tokens, weight, bias)
 
 
 def linear_gelu(
@@ -38,7 +35,7 @@ def linear_gelu(
 
     Where nothing is to be trained, oneDNN applies the GELU to what it still has at hand.
     """
-    fuses = processor.chooses(tokens) and processor.HAS_WIDE_VECTORS and not torch.is_grad_enabled()
+    fuses = processor.chooses(tokens) and not torch.is_grad_enabled()
     if fuses and weight.numel() >= FEWEST_WEIGHTS_BEFORE_GELU and onednn.can_run():
         return onednn.linear(tokens, weight, bias, gelu=True)
     return F.gelu(linear(tokens, weight, bias))
@@ -51,8 +48,6 @@ def _convolution(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     weight, the weight is the image (`stacked_linear`).
     """
     num_tokens = tokens.shape[:-1].numel()
-    if torch.compiler.is_compiling():  # Convolutions are slower there.
-        return F.linear(tokens, weight, bias)
     if FEWEST_ROWS <= num_tokens < FEWEST_CONVOLVED and weight.numel() >= LARGE_WEIGHT:
         mapped = stacked_linear(tokens.flatten(0, -2)[None], weight[:, None], None if bias is None else bias[None])
         return mapped[0].contiguous().unflatten(0, tokens.shape[:-1])

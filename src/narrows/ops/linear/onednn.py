@@ -35,6 +35,8 @@ def linear(tokens: Tensor, weight: Tensor, bias: Tensor | None, *, gelu: bool = 
 
 
 class _Linear(torch.autograd.Function):
+    """The operation with its derivatives. Of a GELU only what went in is kept, and the map is computed once more."""
+
     @staticmethod
     def forward(tokens: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
         return torch.ops.narrows.linear(tokens, weight, bias, gelu)

@@ -13,13 +13,18 @@ FIRST_WIDE_FAMILY = 26
 
 
 def chooses(tensor: Tensor) -> bool:
-    """Whether there is a choice: in float32 on a CPU, without autocast."""
+    """Whether there is a choice: in float32 on a CPU with wide vectors, without autocast."""
     return (
-        tensor.device.type == "cpu"
+        HAS_WIDE_VECTORS
+        and tensor.device.type == "cpu"
         and tensor.dtype == torch.float32
-        and HAS_WIDE_VECTORS
         and not torch.is_autocast_enabled("cpu")
     )
+
+
+def convolves(tensor: Tensor) -> bool:
+    """Whether even a convolution is quicker than MKL. In compiled code it is not."""
+    return MKL_IS_SLOW and chooses(tensor) and not torch.compiler.is_compiling()
 
 
 def has_wide_vectors() -> bool:
@@ -39,7 +44,8 @@ def amd_family_with_mkl() -> int:
 
 # Constants, since compilers cannot look into the above.
 HAS_WIDE_VECTORS = has_wide_vectors()
+_FAMILY = amd_family_with_mkl()
 # MKL takes 5 to 20 percent longer than oneDNN (Zen 4).
-MKL_IS_BEHIND = FIRST_FAMILY <= amd_family_with_mkl() < FIRST_WIDE_FAMILY
+MKL_IS_BEHIND = FIRST_FAMILY <= _FAMILY < FIRST_WIDE_FAMILY
 # MKL takes twice as long, since it keeps vectors of 512 bits from these (Zen 5).
-MKL_IS_SLOW = amd_family_with_mkl() >= FIRST_WIDE_FAMILY
+MKL_IS_SLOW = _FAMILY >= FIRST_WIDE_FAMILY

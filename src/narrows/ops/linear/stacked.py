@@ -29,7 +29,7 @@ def stacked_linear(
     There are far more weights than rows, so that roles change: the weights are a channels-last image of `out` pixels,
     read as they lie in memory, and the rows are its filters, in E groups.
     """
-    if not (processor.chooses(rows) and processor.MKL_IS_SLOW) or torch.compiler.is_compiling():
+    if not processor.convolves(rows):
         return _multiplied(rows, weight, bias)
     mapped = _StackedLinear.apply(rows, weight, bias)
     assert isinstance(mapped, Tensor)
