@@ -123,9 +123,8 @@ def test_macs_are_counted_with_the_tokens_really_kept() -> None:
 
     def block(tokens: int, kept: int, samples: bool) -> int:
         d, mlp, heads = 16, 24, 2
-        projections = (
-            2 * (tokens + kept + samples) * d * d
-        )  # keys and values, queries and results, the class token reads
+        # Keys and values, queries and results, the class token's query and what it reads tokens with.
+        projections = 2 * (tokens + kept + samples) * d * d
         return projections + samples * heads * tokens * d + 2 * kept * tokens * d + 2 * kept * d * mlp
 
     expected = 0

@@ -21,7 +21,7 @@ class FeedForwardSequential(nn.Sequential):
 
     def forward(self, input: Float[Tensor, "*layout D"]) -> Float[Tensor, "*layout out"]:
         """What the modules compute, one after another."""
-        modules = iter(pairwise((*self, nn.Identity())))
+        modules = pairwise((*self, nn.Identity()))
         for module, following in modules:
             if isinstance(module, nn.Linear) and is_plain(module) and _is_plain_gelu(following):
                 input = linear_gelu(input, module.weight, module.bias)
