@@ -35,6 +35,7 @@ def onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processor, "MKL_IS_SLOW", False)
     monkeypatch.setattr(maps, "FEWEST_WEIGHTS", 0)
     monkeypatch.setattr(maps, "FEWEST_WEIGHTS_BEFORE_GELU", 0)
+    monkeypatch.setattr(maps, "FEWEST_ACTIVATIONS", 0)
 
 
 @pytest.mark.usefixtures("slow_blas")

@@ -10,8 +10,9 @@ from narrows.ops.linear.stacked import DILATION, FEWEST_ROWS, stacked_linear
 
 # Of maps with fewer weights than this, BLAS is the quicker one.
 FEWEST_WEIGHTS = 2**17
-# The same where BLAS has to read its result once more for the GELU.
-FEWEST_WEIGHTS_BEFORE_GELU = 2**15
+# The same where BLAS has to read its result once more for the GELU, and how many numbers that has to be.
+FEWEST_WEIGHTS_BEFORE_GELU = 2**15 if processor.MKL_IS_BEHIND else 0
+FEWEST_ACTIVATIONS = 2**17
 # With fewer tokens than this, bringing the weights into the order of a convolution costs more than the product.
 FEWEST_CONVOLVED = 128
 # With fewer tokens than that, a weight of as many numbers is worth changing roles with the tokens.
@@ -35,10 +36,14 @@ def linear_gelu(
 
     Where nothing is to be trained, oneDNN applies the GELU to what it still has at hand.
     """
-    fuses = processor.chooses(tokens) and not torch.is_grad_enabled()
-    if fuses and weight.numel() >= FEWEST_WEIGHTS_BEFORE_GELU and onednn.can_run():
+    pays = weight.numel() >= FEWEST_WEIGHTS_BEFORE_GELU and _activations(tokens, weight) >= FEWEST_ACTIVATIONS
+    if pays and processor.chooses(tokens) and not torch.is_grad_enabled() and onednn.can_run():
         return onednn.linear(tokens, weight, bias, gelu=True)
     return F.gelu(linear(tokens, weight, bias))
+
+
+def _activations(tokens: Tensor, weight: Tensor) -> int:
+    return tokens.shape[:-1].numel() * weight.shape[0]
 
 
 def _convolution(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

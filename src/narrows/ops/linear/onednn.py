@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
@@ -27,11 +28,18 @@ def can_run() -> bool:
 
 def linear(tokens: Tensor, weight: Tensor, bias: Tensor | None, *, gelu: bool = False) -> Tensor:
     """`torch.nn.functional.linear(tokens, weight, bias)`, and `gelu` of that."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not _is_differentiated():
         return torch.ops.narrows.linear(tokens, weight, bias, gelu)
     mapped = _Linear.apply(tokens, weight, bias, gelu)
     assert isinstance(mapped, Tensor)
     return mapped
+
+
+def _is_differentiated() -> bool:
+    """Whether a derivative or a transform of `torch.func` may be asked for: `autograd.Function` takes its time."""
+    return (
+        torch.is_grad_enabled() or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()  # pyright: ignore
+    )
 
 
 class _Linear(torch.autograd.Function):
