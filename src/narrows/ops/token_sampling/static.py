@@ -53,7 +53,7 @@ def gumbel_sample(
         shape = (scores.shape[0], num_samples, scores.shape[1])
         noise = probabilities.new_empty(shape).uniform_(generator=generator)
         # Times of arrival, negative: the first is the greatest.
-        winners = noise.add_(GUMBEL_EPSILON).log_().sub_(GUMBEL_EPSILON).div_(probabilities[:, None]).argmax(-1)
+        winners = noise.add_(GUMBEL_EPSILON).log_().sub_(GUMBEL_EPSILON).div_(probabilities[:, None]).max(-1).indices
     return _gated(torch.zeros_like(real).scatter(1, winners, True), real, num_samples, sample_always)
 
 
