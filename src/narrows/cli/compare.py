@@ -13,7 +13,7 @@ def compare(
     data: str = "digits",
     models: str = ",".join(comparison.MODELS),
     seeds: int = 1,
-    epochs: int = 12,
+    epochs: int = 10,
     batch_size: int = 64,
     image_size: int | None = None,
     learning_rate: float = 2e-3,

@@ -7,6 +7,7 @@ from narrows.data.digits import DigitScenes, Scenes
 from narrows.data.image_set import IGNORED, ImageData, ImageSet, picture
 from narrows.data.load import load
 from narrows.data.positions import Position, PositionSampler
+from narrows.data.remembered import RememberedImages
 from narrows.data.segmented import SegmentedDigits, SegmentedScenes
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ __all__ = [
     "ImageSet",
     "Position",
     "PositionSampler",
+    "RememberedImages",
     "Scenes",
     "SegmentedDigits",
     "SegmentedScenes",

@@ -74,7 +74,7 @@ class FolderImages(ImageSet):
         if self.augmentation is None:
             return self._transform(image)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(keys(self.seed, epoch, index)[0] >> 1))
+            torch.default_generator.manual_seed(int(keys(self.seed, epoch, index)[0] >> 1))
             return self._transform(image)
 
 

@@ -109,7 +109,8 @@ class TokenEmbedding(nn.Module):
         """Tokens, the class token first where there is one."""
         check_images(images, self.channels)
         grid = self.grid(images)
-        tokens = self.stem(images).flatten(2).transpose(1, 2)
+        # What follows would copy a transposed map in every norm.
+        tokens = self.stem(images).flatten(2).transpose(1, 2).contiguous()
         if self.class_token is not None:
             tokens = torch.cat((self.class_token.expand(tokens.shape[0], -1, -1), tokens), 1)
         return tokens + self._positions(grid)
@@ -148,7 +149,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, tokens: Float[Tensor, "B N D"], mask: Tensor | None = None) -> Float[Tensor, "B N D"]:
         """Attended tokens."""
-        query, key, value = self.qkv(tokens).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        query, key, value = (t.transpose(1, 2) for t in self.qkv(tokens).unflatten(-1, (3, self.heads, -1)).unbind(2))
         attention_mask = None if mask is None else mask[:, None, None, :]
         dropout = self.dropout if self.training else 0.0
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, dropout_p=dropout)

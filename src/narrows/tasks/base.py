@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from narrows.data.random import keys
-from narrows.tasks.optimisation import parameter_groups, warmup_cosine
+from narrows.tasks.optimisation import adamw, parameter_groups, warmup_cosine
 
 
 class Task(LightningModule):
@@ -50,7 +50,12 @@ class Task(LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Begin the random numbers of this step."""
-        torch.manual_seed(int(keys(self._seed, self.global_step, self.global_rank)[0]))
+        seed = int(keys(self._seed, self.global_step, self.global_rank)[0])
+        if self.device.type == "cpu":
+            # Where there is no GPU, `torch.manual_seed` notes down every call, with its stack, for when there is one.
+            torch.default_generator.manual_seed(seed)
+        else:
+            torch.manual_seed(seed)
 
     def configure_model(self) -> None:
         """Shard the parameters (FSDP2) where the strategy brings a device mesh: block by block, then the rest."""
@@ -65,7 +70,7 @@ class Task(LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW with a learning rate that changes with every step."""
         groups = parameter_groups(self.model, self.weight_decay)
-        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas)
+        optimizer = adamw(groups, self.device, lr=self.learning_rate, betas=self.betas)
         steps = int(self.trainer.estimated_stepping_batches)
         scheduler = warmup_cosine(optimizer, total_steps=steps, warmup=self.warmup)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

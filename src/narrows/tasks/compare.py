@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from narrows.data import ImageData, ImageDataModule
+from narrows.data import ImageData, ImageDataModule, RememberedImages
 from narrows.errors import InvalidArgument
 from narrows.measure import compare_speed, measure, peak_memory
 from narrows.models import create_model, load_model
@@ -31,7 +32,7 @@ def compare(
     *,
     models: Sequence[str] = MODELS,
     seeds: int = 1,
-    epochs: int = 12,
+    epochs: int = 10,
     batch_size: int = 64,
     image_size: int | None = None,
     learning_rate: float = 2e-3,
@@ -71,15 +72,15 @@ def compare(
     tqdm.write(_announcement(found, models, seeds, epochs, folder))
 
     runs: list[Run] = []
-    loaded = {0: found}
+    loaded = {0: _drawn_once(found)}
     interrupted = False
     with quiet_lightning():
         try:
             for number, (seed, name) in enumerate(product(range(seeds), models), start=1):
                 label = f"{number}/{seeds * len(models)} {name}" + (f" seed {seed}" if seeds > 1 else "")
                 images = ImageDataModule(data, image_size=image_size, batch_size=batch_size, seed=seed)
-                # Reading a folder looks at every image: once for each seed is enough.
-                images.loaded = loaded[seed] = loaded.get(seed) or images.loaded
+                loaded = {seed: loaded.get(seed) or _drawn_once(images.loaded)}
+                images.loaded = loaded[seed]
                 torch.manual_seed(seed)
                 task = Classification(name, **_shape(found), learning_rate=learning_rate)
                 runs.append(train(task, name, images, folder, label=label, epochs=epochs, accelerator=accelerator))
@@ -114,6 +115,11 @@ def _expenses(runs: Sequence[Run], data: ImageData, batch_size: int, accelerator
             memory=peak_memory(steps[name], device),
         )
     return expenses
+
+
+def _drawn_once(data: ImageData) -> ImageData:
+    """The same, for all models of a seed: they see the same images, and each is drawn or read once."""
+    return replace(data, train=RememberedImages(data.train))
 
 
 def _training_step(model: nn.Module, images: Tensor, labels: Tensor) -> None:

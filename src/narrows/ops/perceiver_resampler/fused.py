@@ -30,7 +30,7 @@ def fused(
     query = linear(latents, weights.query).unflatten(-1, (heads, -1)).transpose(1, 2)
     of_media = linear(media, weights.key_value * weights.media_scale, weights.key_value @ weights.media_shift)
     key_value = torch.cat((of_media, linear(latents, weights.key_value)), 1)
-    key, value = key_value.unflatten(-1, (2, heads, -1)).permute(2, 0, 3, 1, 4)
+    key, value = (part.transpose(1, 2) for part in key_value.unflatten(-1, (2, heads, -1)).unbind(2))
     readable = None
     if mask is not None:
         readable = torch.cat((mask, mask.new_ones(latents.shape[:2])), 1)[:, None, None]

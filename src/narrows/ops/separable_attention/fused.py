@@ -57,7 +57,8 @@ def _inside_windows(
         first = F.linear(weights.window_token, weights.qkv, weights.qkv_bias)
         first = first.to(projected.dtype).expand(batch, num_windows, -1).unsqueeze(2)
         projected = torch.cat((first, projected), 2)
-    query, key, value = projected.flatten(0, 1).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    parts = projected.flatten(0, 1).unflatten(-1, (3, heads, -1)).unbind(2)
+    query, key, value = (part.transpose(1, 2) for part in parts)
     keys = None
     if mask is not None:
         keys = keys_of_windows(mask, window_token=weights.window_token is not None)
