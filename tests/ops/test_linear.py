@@ -137,6 +137,31 @@ def test_onednn_applies_the_gelu(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.usefixtures("onednn")
+def test_few_activations_are_not_worth_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(maps, "FEWEST_WEIGHTS", 2**30)
+    monkeypatch.setattr(maps, "FEWEST_ACTIVATIONS", 2 * 7 * 6)
+    weight, bias = torch.randn(6, 5), torch.randn(6)
+    with torch.no_grad():
+        for tokens, is_fused in ((7, True), (6, False)):
+            x = torch.randn(2, tokens, 5)
+            assert ("narrows.linear.default" in _operations(lambda x=x: linear_gelu(x, weight, bias))) is is_fused
+            assert_close(linear_gelu(x, weight, bias), F.gelu(F.linear(x, weight, bias)))
+
+
+@pytest.mark.compiled
+@pytest.mark.usefixtures("onednn")
+def test_one_graph_for_few_and_many_activations(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(maps, "FEWEST_ACTIVATIONS", 4 * 7 * 6)
+    module = FeedForwardSequential(Linear(5, 6), nn.GELU(), Linear(6, 5))
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
+        for batch in (2, 3, 8):
+            x = torch.randn(batch, 7, 5)
+            torch._dynamo.mark_dynamic(x, 0)
+            assert_close(compiled(x), module(x))
+
+
+@pytest.mark.usefixtures("onednn")
 def test_onednn_takes_any_strides() -> None:
     x, weight = torch.randn(5, 7, 4), torch.randn(4, 6).t()
     for view in (x, x.transpose(0, 1), x.flip(1), x[:, ::2], x.expand(3, 5, 7, 4)):

@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from narrows.data.random import keys
-from narrows.tasks.optimisation import adamw, parameter_groups, warmup_cosine
+from narrows.tasks.optimisation import parameter_groups, warmup_cosine
 
 
 class Task(LightningModule):
@@ -70,7 +70,7 @@ class Task(LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW with a learning rate that changes with every step."""
         groups = parameter_groups(self.model, self.weight_decay)
-        optimizer = adamw(groups, self.device, lr=self.learning_rate, betas=self.betas)
+        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas)
         steps = int(self.trainer.estimated_stepping_batches)
         scheduler = warmup_cosine(optimizer, total_steps=steps, warmup=self.warmup)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -1,12 +1,10 @@
 """How weights are trained: what decays, and how the learning rate goes."""
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 
@@ -18,11 +16,6 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         is_bias = name.rpartition(".")[2].endswith("bias")
         (kept if parameter.ndim <= 1 or is_bias or name in exempt else decayed).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
-
-
-def adamw(groups: Iterable[dict[str, Any]], device: torch.device, **options: Any) -> AdamW:
-    """AdamW for parameters on `device`. Left to itself, PyTorch updates them one by one on a CPU."""
-    return AdamW(groups, fused=True if device.type == "cpu" else None, **options)
 
 
 def warmup_cosine(optimizer: Optimizer, *, total_steps: int, warmup: float = 0.1) -> LambdaLR:

@@ -36,14 +36,15 @@ def linear_gelu(
 
     Where nothing is to be trained, oneDNN applies the GELU to what it still has at hand.
     """
-    pays = weight.numel() >= FEWEST_WEIGHTS_BEFORE_GELU and _activations(tokens, weight) >= FEWEST_ACTIVATIONS
-    if pays and processor.chooses(tokens) and not torch.is_grad_enabled() and onednn.can_run():
+    fuses = processor.chooses(tokens) and not torch.is_grad_enabled() and onednn.can_run()
+    if fuses and weight.numel() >= FEWEST_WEIGHTS_BEFORE_GELU and _has_many_activations(tokens, weight):
         return onednn.linear(tokens, weight, bias, gelu=True)
     return F.gelu(linear(tokens, weight, bias))
 
 
-def _activations(tokens: Tensor, weight: Tensor) -> int:
-    return tokens.shape[:-1].numel() * weight.shape[0]
+def _has_many_activations(tokens: Tensor, weight: Tensor) -> bool:
+    # Asked of a compiler, that would tie the graph to the number of tokens.
+    return torch.compiler.is_compiling() or tokens.shape[:-1].numel() * weight.shape[0] >= FEWEST_ACTIVATIONS
 
 
 def _convolution(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

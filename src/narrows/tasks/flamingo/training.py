@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from jaxtyping import Float, Int
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from narrows.tasks.base import Task
 from narrows.tasks.flamingo.digits_parts import digits_language_model, digits_vision_encoder
 from narrows.tasks.flamingo.parts import open_language_model, open_vision_encoder
 from narrows.tasks.flamingo.token_rows import TokenRows
-from narrows.tasks.optimisation import adamw, parameter_groups
+from narrows.tasks.optimisation import parameter_groups
 from narrows.validation import check_choice
 
 SCHEDULES = ("constant", "cosine")
@@ -165,7 +166,7 @@ class FlamingoTraining(Task):
         groups = [*parameter_groups(self.flamingo.blocks, self.weight_decay), resampler]
         if self.token_rows is not None:
             groups.append({"params": self.token_rows.weights, "weight_decay": 0.0})
-        optimizer = adamw(groups, self.device, lr=self.learning_rate, betas=self.betas)
+        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas)
         steps = int(self.trainer.estimated_stepping_batches) if self.schedule == "cosine" else None
         scheduler = LambdaLR(optimizer, lambda step: rate(step, self.warmup_steps, steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
