@@ -98,6 +98,16 @@ def test_every_parameter_gets_a_finite_gradient(case: LayerCase) -> None:
 
 
 @every_layer
+def test_gradients_lie_in_memory_as_their_parameters_do(case: LayerCase) -> None:
+    # Training would have to bring them into order, which for many experts took longer than all the rest.
+    layer = build(case)
+    gradients = parameter_gradients(layer, total(call(case, layer, inputs(case))))
+    for name, parameter in layer.named_parameters():
+        strides = zip(gradients[name].stride(), parameter.stride(), parameter.shape, strict=True)
+        assert all(ours == theirs for ours, theirs, size in strides if size > 1), name
+
+
+@every_layer
 def test_implementations_agree(case: LayerCase) -> None:
     arguments = cast(inputs(case), torch.float64)
     layers = [build(case, impl=impl).double() for impl in case.impls]

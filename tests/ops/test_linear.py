@@ -94,6 +94,45 @@ def test_stacked_linear_is_many_linear_maps(
         torch.set_num_threads(before)
 
 
+def stacked_leaves() -> tuple[Tensor, ...]:
+    return tuple(torch.randn(shape, dtype=torch.double) for shape in ((3, 8, 6), (10, 3, 6), (3, 10)))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_gradients_of_stacked_weights_lie_in_memory_as_weights_do(autocast: bool) -> None:
+    rows, weight, bias = (leaf.float().requires_grad_() for leaf in stacked_leaves())
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        mapped = stacked_linear(rows, weight, bias)
+    assert mapped.dtype == (torch.bfloat16 if autocast else torch.float32)
+    grad_rows, grad_weight, grad_bias = gradients(mapped, rows, weight, bias)
+    assert grad_weight.stride() == weight.stride()
+    assert {grad_rows.dtype, grad_weight.dtype, grad_bias.dtype} == {torch.float32}
+
+
+def test_stacked_linear_has_forward_and_second_derivatives_and_a_rule_for_vmap() -> None:
+    leaves, tangents = stacked_leaves(), stacked_leaves()
+
+    def plain(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return torch.einsum("ern,oen->ero", rows, weight) + bias[:, None]
+
+    for index in range(3):  # the others have no tangent
+        moved, tangent = leaves[index : index + 1], tangents[index : index + 1]
+        ours, theirs = (
+            torch.func.jvp(lambda leaf, f=f, i=index: f(*leaves[:i], leaf, *leaves[i + 1 :]), moved, tangent)[1]
+            for f in (stacked_linear, plain)
+        )
+        assert_close(ours, theirs)
+    assert_close(torch.func.jvp(stacked_linear, leaves, tangents)[1], torch.func.jvp(plain, leaves, tangents)[1])
+    many = torch.randn(4, 3, 8, 6, dtype=torch.double)
+    assert_close(
+        torch.vmap(stacked_linear, (0, None, None))(many, *leaves[1:]),
+        torch.vmap(plain, (0, None, None))(many, *leaves[1:]),
+    )
+    required = tuple(leaf.requires_grad_() for leaf in leaves)
+    assert torch.autograd.gradcheck(stacked_linear, required)
+    assert torch.autograd.gradgradcheck(stacked_linear, required)
+
+
 @pytest.mark.usefixtures("slow_blas")
 def test_few_tokens_and_a_large_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(maps, "LARGE_WEIGHT", 0)

@@ -203,9 +203,11 @@ def _measure(
             contest.call(module)
 
     def step(module: nn.Module) -> None:
+        # As training does it: gradients are brought into the layout of their parameters where they are not in it.
         output = contest.call(module)
-        leaves = (*contest.inputs, *(p for p in module.parameters() if p.requires_grad))
-        torch.autograd.grad(output, leaves, torch.ones_like(output), allow_unused=True)
+        output.backward(torch.ones_like(output))
+        for leaf in (*contest.inputs, *module.parameters()):
+            leaf.grad = None
 
     def saved(module: nn.Module) -> Spread:
         outside = (*contest.inputs, *module.parameters(), *module.buffers())

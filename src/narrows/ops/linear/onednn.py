@@ -64,9 +64,7 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_tokens = linear(grad, weight.t(), None)
         if ctx.needs_input_grad[1]:
-            # MKL is the quicker one here, if it multiplies the longer by the shorter.
-            wide = weight.shape[0] >= weight.shape[1]
-            grad_weight = grad_rows.t() @ rows if wide else (rows.t() @ grad_rows).t()
+            grad_weight = grad_rows.t() @ rows  # MKL is the quicker one here
         if ctx.needs_input_grad[2]:
             grad_bias = grad_rows.sum(0)
         return grad_tokens, grad_weight, grad_bias, None
