@@ -27,6 +27,8 @@ def main(folder: Path) -> None:
     )
     trainer.fit(task, small_data(batch_size=4))
     assert all(isinstance(parameter, DTensor) for parameter in task.model.parameters())
+    # A process that leaves while threads of its group still run is aborted now and then.
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

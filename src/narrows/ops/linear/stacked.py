@@ -29,8 +29,9 @@ def stacked_linear(
     Where oneDNN is the quicker one, roles change, since there are far more weights than rows: the weights are a
     channels-last image of `out` pixels, read as they lie in memory, and the rows are its filters, in E groups.
     """
-    # A compiler lays out gradients by itself.
-    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() or processor.convolves(rows)):
+    # A compiler lays out gradients by itself, and a trace that others will run holds no functions of ours.
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    if traced or not (torch.is_grad_enabled() or processor.convolves(rows)):
         return _multiplied(rows, weight, bias)
     if torch.is_autocast_enabled(rows.device.type) and rows.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(rows.device.type)
