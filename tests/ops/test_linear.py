@@ -94,6 +94,20 @@ def test_stacked_linear_is_many_linear_maps(
         torch.set_num_threads(before)
 
 
+def assert_same_forward_derivatives(
+    ours: Callable[..., Tensor], theirs: Callable[..., Tensor], leaves: tuple[Tensor, ...], tangents: tuple[Tensor, ...]
+) -> None:
+    """Along all leaves at once, and along each of them while the others have no tangent."""
+    assert_close(torch.func.jvp(ours, leaves, tangents)[1], torch.func.jvp(theirs, leaves, tangents)[1])
+    for index in range(len(leaves)):
+        moved, tangent = leaves[index : index + 1], tangents[index : index + 1]
+        one, other = (
+            torch.func.jvp(lambda leaf, f=f, i=index: f(*leaves[:i], leaf, *leaves[i + 1 :]), moved, tangent)[1]
+            for f in (ours, theirs)
+        )
+        assert_close(one, other)
+
+
 def stacked_leaves() -> tuple[Tensor, ...]:
     return tuple(torch.randn(shape, dtype=torch.double) for shape in ((3, 8, 6), (10, 3, 6), (3, 10)))
 
@@ -115,14 +129,7 @@ def test_stacked_linear_has_forward_and_second_derivatives_and_a_rule_for_vmap()
     def plain(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return torch.einsum("ern,oen->ero", rows, weight) + bias[:, None]
 
-    for index in range(3):  # the others have no tangent
-        moved, tangent = leaves[index : index + 1], tangents[index : index + 1]
-        ours, theirs = (
-            torch.func.jvp(lambda leaf, f=f, i=index: f(*leaves[:i], leaf, *leaves[i + 1 :]), moved, tangent)[1]
-            for f in (stacked_linear, plain)
-        )
-        assert_close(ours, theirs)
-    assert_close(torch.func.jvp(stacked_linear, leaves, tangents)[1], torch.func.jvp(plain, leaves, tangents)[1])
+    assert_same_forward_derivatives(stacked_linear, plain, leaves, tangents)
     many = torch.randn(4, 3, 8, 6, dtype=torch.double)
     assert_close(
         torch.vmap(stacked_linear, (0, None, None))(many, *leaves[1:]),
@@ -216,14 +223,7 @@ def test_onednn_has_forward_and_second_derivatives_and_a_rule_for_vmap(function:
     leaves = tuple(torch.randn(size) for size in ((4, 5), (6, 5), (6,)))
     tangents = tuple(map(torch.randn_like, leaves))
     with torch.no_grad():  # where the GELU is part of it
-        assert_close(torch.func.jvp(function, leaves, tangents)[1], torch.func.jvp(plain, leaves, tangents)[1])
-        for index in range(3):  # the others have no tangent
-            moved, tangent = leaves[index : index + 1], tangents[index : index + 1]
-            ours, theirs = (
-                torch.func.jvp(lambda leaf, f=f, i=index: f(*leaves[:i], leaf, *leaves[i + 1 :]), moved, tangent)[1]
-                for f in (function, plain)
-            )
-            assert_close(ours, theirs)
+        assert_same_forward_derivatives(function, plain, leaves, tangents)
         many = torch.randn(3, 4, 5)
         assert_close(torch.vmap(function, (0, None, None))(many, *leaves[1:]), plain(many, *leaves[1:]))
 
