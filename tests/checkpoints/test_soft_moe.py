@@ -38,7 +38,7 @@ class Pair(NamedTuple):
         """The part of our parameter's gradient that belongs to upstream's."""
         if self.expert is None:
             return gradient
-        return gradient[:, self.expert] if gradient.ndim == 3 else gradient[self.expert]
+        return gradient[self.expert]
 
 
 def pairs(ours: SoftMoE | DynamicSlotsSoftMoE, theirs: nn.Module) -> list[Pair]:

@@ -24,13 +24,13 @@ class CountOperations(TorchDispatchMode):
 def one_by_one(experts: StackedExperts, slots: Tensor) -> Tensor:
     outputs = []
     for e in range(slots.shape[1]):
-        hidden = F.linear(slots[:, e], experts.weight_in[:, e], experts.bias_in[e])
+        hidden = F.linear(slots[:, e], experts.weight_in[e], experts.bias_in[e])
         if experts.gated:
             half = hidden.shape[-1] // 2
             hidden = hidden[..., :half] * F.gelu(hidden[..., half:])
         else:
             hidden = F.gelu(hidden)
-        outputs.append(F.linear(hidden, experts.weight_out[:, e], experts.bias_out[e]))
+        outputs.append(F.linear(hidden, experts.weight_out[e], experts.bias_out[e]))
     return torch.stack(outputs, 1)
 
 

@@ -16,7 +16,7 @@ STACKED = ("gelu", "geglu")
 class StackedExperts(nn.Module):
     """Feed-forward experts held as stacked weights and run as two batched products, however many there are.
 
-    Expert e has the weights `weight_in[:, e]` and `weight_out[:, e]` and the biases `bias_in[e]` and `bias_out[e]`, as
+    Expert e has the weights `weight_in[e]` and `weight_out[e]` and the biases `bias_in[e]` and `bias_out[e]`, as
     `nn.Linear` has them.
 
     Args:
@@ -50,9 +50,9 @@ class StackedExperts(nn.Module):
         if hidden < 1:
             raise InvalidArgument("expert_mult", expected="a multiple of dim that leaves a hidden width", got=mult)
         features = 2 * hidden if self.gated else hidden
-        self.weight_in = nn.Parameter(torch.empty(features, num_experts, dim, device=device, dtype=dtype))
+        self.weight_in = nn.Parameter(torch.empty(num_experts, features, dim, device=device, dtype=dtype))
         self.bias_in = nn.Parameter(torch.empty(num_experts, features, device=device, dtype=dtype))
-        self.weight_out = nn.Parameter(torch.empty(dim, num_experts, hidden, device=device, dtype=dtype))
+        self.weight_out = nn.Parameter(torch.empty(num_experts, dim, hidden, device=device, dtype=dtype))
         self.bias_out = nn.Parameter(torch.empty(num_experts, dim, device=device, dtype=dtype))
         self.reset_parameters()
 
@@ -70,7 +70,7 @@ class StackedExperts(nn.Module):
 
     def extra_repr(self) -> str:
         """What `print(layer)` shows."""
-        dim, num_experts, hidden = self.weight_out.shape
+        num_experts, dim, hidden = self.weight_out.shape
         return (
             f"{num_experts} x ({dim} -> {hidden} -> {dim}), {'geglu' if self.gated else 'gelu'}, dropout={self.dropout}"
         )

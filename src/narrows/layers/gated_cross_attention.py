@@ -7,7 +7,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from narrows.errors import InvalidArgument, InvalidType
-from narrows.layers.linear import Linear
 from narrows.layers.perceiver_resampler import feed_forward
 from narrows.ops.media_attention import Attend, LastMedium, VisibleMedia, media_attention, media_attention_weights
 from narrows.routing import Routing
@@ -88,9 +87,9 @@ class MaskedCrossAttention(nn.Module):
         self.attend, self.impl = attend, impl
         inner = heads * head_dim
         self.norm = nn.LayerNorm(dim, device=device, dtype=dtype)
-        self.to_q = Linear(dim, inner, bias=False, device=device, dtype=dtype)
-        self.to_kv = Linear(media_dim, 2 * inner, bias=False, device=device, dtype=dtype)
-        self.to_out = Linear(inner, dim, bias=False, device=device, dtype=dtype)
+        self.to_q = nn.Linear(dim, inner, bias=False, device=device, dtype=dtype)
+        self.to_kv = nn.Linear(media_dim, 2 * inner, bias=False, device=device, dtype=dtype)
+        self.to_out = nn.Linear(inner, dim, bias=False, device=device, dtype=dtype)
 
     def forward(
         self,

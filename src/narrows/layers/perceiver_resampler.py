@@ -6,8 +6,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from narrows.errors import InvalidArgument
-from narrows.layers.linear import FeedForwardSequential, Linear
-from narrows.ops.normalization import normalized
 from narrows.ops.perceiver_resampler import (
     PerceiverAttentionWeights,
     perceiver_attention,
@@ -36,17 +34,17 @@ def feed_forward(
     activation: str,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
-) -> FeedForwardSequential:
+) -> nn.Sequential:
     """LayerNorm, Linear, activation, Linear, without biases: the feed-forward of every Flamingo block."""
     check_choice("activation", activation, tuple(ACTIVATIONS))
     if round(dim * mlp_ratio) < 1:
         raise InvalidArgument("mlp_ratio", expected="a positive number of token widths", got=mlp_ratio)
     hidden = round(dim * mlp_ratio)
-    return FeedForwardSequential(
+    return nn.Sequential(
         nn.LayerNorm(dim, device=device, dtype=dtype),
-        Linear(dim, hidden, bias=False, device=device, dtype=dtype),
+        nn.Linear(dim, hidden, bias=False, device=device, dtype=dtype),
         ACTIVATIONS[activation](),
-        Linear(hidden, dim, bias=False, device=device, dtype=dtype),
+        nn.Linear(hidden, dim, bias=False, device=device, dtype=dtype),
     )
 
 
@@ -69,9 +67,9 @@ class PerceiverAttention(nn.Module):
         inner = heads * head_dim
         self.norm_media = nn.LayerNorm(dim, device=device, dtype=dtype)
         self.norm_latents = nn.LayerNorm(dim, device=device, dtype=dtype)
-        self.to_q = Linear(dim, inner, bias=False, device=device, dtype=dtype)
-        self.to_kv = Linear(dim, 2 * inner, bias=False, device=device, dtype=dtype)
-        self.to_out = Linear(inner, dim, bias=False, device=device, dtype=dtype)
+        self.to_q = nn.Linear(dim, inner, bias=False, device=device, dtype=dtype)
+        self.to_kv = nn.Linear(dim, 2 * inner, bias=False, device=device, dtype=dtype)
+        self.to_out = nn.Linear(inner, dim, bias=False, device=device, dtype=dtype)
 
     def weights(self) -> PerceiverAttentionWeights:
         """The parameters as `narrows.ops` takes them."""
@@ -252,7 +250,7 @@ class PerceiverResampler(nn.Module):
             clips = clips.masked_fill(~readable[..., None], 0.0)
             readable = readable.flatten(0, 1).flatten(1)
         # Every layer's LayerNorm of the media has the same statistics: they are taken here, once.
-        return normalized(clips).flatten(0, 1).flatten(1, 2), readable
+        return F.layer_norm(clips, clips.shape[-1:]).flatten(0, 1).flatten(1, 2), readable
 
     def _time(self, clips: Tensor, readable: Tensor | None) -> Tensor:
         """Time embeddings, to be added to clips `[B, M, F, N, D]`."""

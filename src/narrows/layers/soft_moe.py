@@ -7,11 +7,10 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from narrows.errors import InvalidArgument
 from narrows.layers.experts import make_experts
-from narrows.layers.linear import Linear
-from narrows.ops.normalization import normalized
 from narrows.ops.soft_moe import (
     Segments,
     dispatch_weights,
@@ -60,7 +59,7 @@ class GainNormalization(nn.Module):
         self.slot_gain = nn.Parameter(torch.ones(dim, device=device, dtype=dtype))
 
     def _normalize(self, vectors: Tensor, gain: Tensor) -> Tensor:
-        return normalized(vectors, gain) if self.center else rms_vectors(vectors, gain)
+        return F.layer_norm(vectors, gain.shape, gain) if self.center else rms_vectors(vectors, gain)
 
     def values(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
         """What is mixed."""
@@ -321,7 +320,7 @@ class DynamicSlotsSoftMoE(_SoftMixture):
         _check_capacity(capacity_factor)
         self.slots_per_expert = slots_per_expert
         self.segment_length = max(1, round(num_experts / capacity_factor))
-        self.to_slots = Linear(dim, num_experts * dim, bias=False, device=device, dtype=dtype)
+        self.to_slots = nn.Linear(dim, num_experts * dim, bias=False, device=device, dtype=dtype)
 
     def _slots(self, values: Tensor, mask: Tensor | None) -> Segments:
         if self.slots_per_expert is None:

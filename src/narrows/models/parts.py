@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from narrows.errors import InvalidArgument
-from narrows.layers.linear import FeedForwardSequential, Linear
 from narrows.models.base import ImageClassifier, check_images
 from narrows.validation import check_choice, check_positive
 
@@ -143,8 +142,8 @@ class SelfAttention(nn.Module):
             raise InvalidArgument("heads", expected=f"a divisor of dim = {dim}", got=heads)
         inner = heads * (head_dim or dim // heads)
         self.heads, self.dropout = heads, dropout
-        self.qkv = Linear(dim, 3 * inner, bias=qkv_bias)
-        self.out = Linear(inner, dim)
+        self.qkv = nn.Linear(dim, 3 * inner, bias=qkv_bias)
+        self.out = nn.Linear(inner, dim)
         self.apply(initialise_linear)
 
     def forward(self, tokens: Float[Tensor, "B N D"], mask: Tensor | None = None) -> Float[Tensor, "B N D"]:
@@ -156,15 +155,15 @@ class SelfAttention(nn.Module):
         return F.dropout(self.out(attended.transpose(1, 2).flatten(2)), dropout)
 
 
-class FeedForward(FeedForwardSequential):
+class FeedForward(nn.Sequential):
     """Linear, GELU, Linear; `factory` is the device and dtype of the parameters."""
 
     def __init__(self, dim: int, hidden_dim: int, *, dropout: float = 0.0, **factory: Any) -> None:
         super().__init__(
-            Linear(dim, hidden_dim, **factory),
+            nn.Linear(dim, hidden_dim, **factory),
             nn.GELU(),
             nn.Dropout(dropout),
-            Linear(hidden_dim, dim, **factory),
+            nn.Linear(hidden_dim, dim, **factory),
             nn.Dropout(dropout),
         )
         self.apply(initialise_linear)

@@ -5,7 +5,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from narrows.adapters.token_reduction.layout import Layout
-from narrows.ops.precision import at_least_float32, autocast_off
+from narrows.precision import at_least_float32, autocast_off
 
 
 def read_by_one(

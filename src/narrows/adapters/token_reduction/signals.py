@@ -8,8 +8,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from narrows.adapters.token_reduction.layout import Layout
-from narrows.ops.precision import at_least_float32, autocast_off
 from narrows.ops.token_sampling import significance
+from narrows.precision import at_least_float32, autocast_off
 
 
 @dataclass(frozen=True)

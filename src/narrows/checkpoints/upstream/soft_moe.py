@@ -28,9 +28,9 @@ def _expert_options(experts: nn.ModuleList) -> dict[str, Any]:
 def _copy_experts(source: nn.ModuleList, target: nn.Module) -> None:
     assert isinstance(target, StackedExperts)
     for index, (linear_in, _, _, linear_out) in enumerate(source):  # type: ignore[misc]
-        target.weight_in[:, index] = linear_in.weight
+        target.weight_in[index] = linear_in.weight
         target.bias_in[index] = linear_in.bias
-        target.weight_out[:, index] = linear_out.weight
+        target.weight_out[index] = linear_out.weight
         target.bias_out[index] = linear_out.bias
 
 

@@ -5,7 +5,7 @@ from torch import Tensor, einsum
 
 from narrows.ops.media_attention.common import visible_latents
 from narrows.ops.media_attention.visible import VisibleMedia
-from narrows.ops.precision import at_least_float32, autocast_off
+from narrows.precision import at_least_float32, autocast_off
 
 
 def attention_weights(

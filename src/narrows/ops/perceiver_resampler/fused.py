@@ -11,9 +11,8 @@ All layers then read, and keep for backward, the same $\hat x$.
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.nn.functional import layer_norm, scaled_dot_product_attention
+from torch.nn.functional import layer_norm, linear, scaled_dot_product_attention
 
-from narrows.ops.linear import linear
 from narrows.ops.perceiver_resampler.weights import PerceiverAttentionWeights
 
 

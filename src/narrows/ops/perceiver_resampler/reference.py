@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.functional import layer_norm, linear
 
 from narrows.ops.perceiver_resampler.weights import PerceiverAttentionWeights
-from narrows.ops.precision import at_least_float32, autocast_off
+from narrows.precision import at_least_float32, autocast_off
 
 
 def attention_weights(

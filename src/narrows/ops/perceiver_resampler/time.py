@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from narrows.ops.precision import at_least_float32
+from narrows.precision import at_least_float32
 
 
 def time_embeddings(

@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor, einsum
 from torch.nn.functional import dropout as drop
 
-from narrows.ops.precision import at_least_float32, autocast_off
+from narrows.precision import at_least_float32, autocast_off
 
 
 def reference(

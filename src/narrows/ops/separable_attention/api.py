@@ -9,10 +9,10 @@ from torch.nn import functional as F
 
 from narrows.errors import InvalidArgument
 from narrows.ops.dispatch import Implementation, resolve
-from narrows.ops.precision import at_least_float32, autocast_off
 from narrows.ops.separable_attention.common import SeparableAttentionWeights, keys_of_windows
 from narrows.ops.separable_attention.fused import fused
 from narrows.ops.separable_attention.reference import reference
+from narrows.precision import at_least_float32, autocast_off
 from narrows.validation import check_mask, check_tokens
 
 IMPLEMENTATIONS: Mapping[str, Implementation] = {

@@ -9,14 +9,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from narrows.ops.linear import linear
-from narrows.ops.precision import at_least_float32
 from narrows.ops.separable_attention.common import (
     PointwiseWeights,
     SeparableAttentionWeights,
     keys_of_windows,
     several_windows,
 )
+from narrows.precision import at_least_float32
 
 
 def fused(
@@ -39,7 +38,7 @@ def fused(
         if shortcuts and weights.window_token is not None:
             tokens = tokens + weights.window_token.unflatten(-1, (heads, -1))
         maps = _between_windows(maps, tokens, weights.pointwise, shortcuts, mask, dropout)
-    attended = linear(maps.flatten(3), weights.out, weights.out_bias)
+    attended = F.linear(maps.flatten(3), weights.out, weights.out_bias)
     return attended if mask is None else attended.masked_fill(~mask.unsqueeze(-1), 0)
 
 
@@ -52,7 +51,7 @@ def _inside_windows(
 ) -> Float[Tensor, "B K L heads d"]:
     """Every window attends to itself; the window token first where there is one."""
     batch, num_windows = windows.shape[:2]
-    projected = linear(windows, weights.qkv, weights.qkv_bias)
+    projected = F.linear(windows, weights.qkv, weights.qkv_bias)
     if weights.window_token is not None:
         first = F.linear(weights.window_token, weights.qkv, weights.qkv_bias)
         first = first.to(projected.dtype).expand(batch, num_windows, -1).unsqueeze(2)

@@ -7,13 +7,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from narrows.ops.precision import at_least_float32, autocast_off
 from narrows.ops.separable_attention.common import (
     PointwiseWeights,
     SeparableAttentionWeights,
     keys_of_windows,
     several_windows,
 )
+from narrows.precision import at_least_float32, autocast_off
 
 
 def reference(

@@ -5,8 +5,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from narrows.ops.normalization import normalized
-from narrows.ops.precision import autocast_off
 from narrows.ops.slot_attention.common import (
     SlotAttentionWeights,
     absorb_bias,
@@ -18,6 +16,7 @@ from narrows.ops.slot_attention.common import (
     working_dtype,
 )
 from narrows.ops.slot_attention.read import read
+from narrows.precision import autocast_off
 
 
 def slot_attention_absorbed(
@@ -48,7 +47,7 @@ def slot_attention_absorbed(
         if mask is not None:
             tokens = tokens.masked_fill(~mask[..., None], 0)
             any_token = mask.any(1)[:, None, None, None]
-        tokens = normalized(tokens).to(low)
+        tokens = F.layer_norm(tokens, tokens.shape[-1:]).to(low)
         gamma = weights.norm_tokens.weight
         key, value = (linear.weight.unflatten(0, (heads, -1)) * gamma for linear in (weights.key, weights.value))
         key_bias, value_bias = (

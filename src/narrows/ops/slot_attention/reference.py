@@ -4,7 +4,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from narrows.ops.precision import autocast_off
 from narrows.ops.slot_attention.common import (
     SlotAttentionWeights,
     cast,
@@ -15,6 +14,7 @@ from narrows.ops.slot_attention.common import (
     mlp,
     working_dtype,
 )
+from narrows.precision import autocast_off
 
 
 def slot_attention_reference(

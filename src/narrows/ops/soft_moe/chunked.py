@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from narrows.ops.precision import at_least_float32
+from narrows.precision import at_least_float32
 
 # Logits recomputed at a time in backward, for the whole batch: small enough for the caches of a CPU.
 CHUNK_ELEMENTS = 2**19

@@ -2,23 +2,21 @@
 
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
-
-from narrows.ops.linear import stacked_linear
 
 
 class ExpertWeights(NamedTuple):
     """The weights of E networks of two linear maps; a gated network has 2H hidden features before its gates.
 
-    The weight `[:, e]` and the bias `[e]` are those of expert e, as `nn.Linear` has them. In this order of axes a CPU
-    reads weights as they lie in memory (`stacked_linear`).
+    The weight `[e]` and the bias `[e]` are those of expert e, as `nn.Linear` has them.
 
     Args:
-        weight_in: `[H, E, D]` or `[2H, E, D]`.
+        weight_in: `[E, H, D]` or `[E, 2H, D]`.
         bias_in: `[E, H]` or `[E, 2H]`.
-        weight_out: `[D, E, H]`.
+        weight_out: `[E, D, H]`.
         bias_out: `[E, D]`.
     """
 
@@ -37,13 +35,14 @@ def feed_forward(
     not grow with E. `dropout` is the share of hidden values dropped, for training only.
     """
     batch, num_experts, slots_per_expert, dim = slots.shape
-    rows = slots.transpose(0, 1).reshape(num_experts, batch * slots_per_expert, dim)
-    hidden = stacked_linear(rows, weights.weight_in, weights.bias_in)
+    # Features before rows: so the gradients of the weights come out in the layout of the weights.
+    columns = slots.transpose(0, 1).reshape(num_experts, batch * slots_per_expert, dim).mT
+    hidden = torch.baddbmm(weights.bias_in[..., None], weights.weight_in, columns)
     if gated:
-        values, gates = hidden.chunk(2, dim=-1)
+        values, gates = hidden.chunk(2, dim=1)
         hidden = values * F.gelu(gates)
     else:
         hidden = F.gelu(hidden)
     hidden = F.dropout(hidden, dropout) if dropout else hidden
-    rows = stacked_linear(hidden, weights.weight_out, weights.bias_out)
-    return rows.unflatten(1, (batch, slots_per_expert)).transpose(0, 1)
+    mapped = torch.baddbmm(weights.bias_out[..., None], weights.weight_out, hidden)
+    return mapped.mT.unflatten(1, (batch, slots_per_expert)).transpose(0, 1)

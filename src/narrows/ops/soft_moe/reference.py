@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from narrows.ops.precision import at_least_float32, autocast_off
+from narrows.precision import at_least_float32, autocast_off
 
 
 def _masked_softmax(logits: Tensor, mask: Tensor | None, dim: int) -> Tensor:

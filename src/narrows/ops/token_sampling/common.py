@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from narrows.ops.precision import at_least_float32, autocast_off
+from narrows.precision import at_least_float32, autocast_off
 
 # Keeps logarithms and divisions of Gumbel sampling finite; the value the package vit-pytorch uses.
 GUMBEL_EPSILON = 1e-6

@@ -5,8 +5,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from narrows.ops.linear import linear
-from narrows.ops.precision import at_least_float32, autocast_off
 from narrows.ops.token_sampling.common import (
     AttentionWeights,
     SampledTokens,
@@ -15,6 +13,7 @@ from narrows.ops.token_sampling.common import (
     significance,
     with_class_token,
 )
+from narrows.precision import at_least_float32, autocast_off
 
 
 def sampled_attention(
@@ -37,7 +36,7 @@ def sampled_attention(
     query_bias, key_value_bias = (
         (None, None) if weights.qkv_bias is None else weights.qkv_bias.split((inner, 2 * inner))
     )
-    key, value = linear(tokens, key_value_weight, key_value_bias).unflatten(-1, (2, heads, -1)).unbind(2)
+    key, value = F.linear(tokens, key_value_weight, key_value_bias).unflatten(-1, (2, heads, -1)).unbind(2)
 
     # The class token may always be read, so that no row of attention is empty.
     readable = None if mask is None else torch.cat((torch.ones_like(mask[:, :1]), mask[:, 1:]), 1)
@@ -46,7 +45,7 @@ def sampled_attention(
     scores = _scores(cls_query.detach(), key_weight.detach(), tokens.detach(), value.detach(), readable)
     ids, kept = with_class_token(sampler(scores, None if mask is None else mask[:, 1:]), mask)
 
-    query = linear(gather_tokens(tokens, ids), query_weight, query_bias).unflatten(-1, (heads, -1))
+    query = F.linear(gather_tokens(tokens, ids), query_weight, query_bias).unflatten(-1, (heads, -1))
     attended = F.scaled_dot_product_attention(
         query.transpose(1, 2),
         key.transpose(1, 2),
@@ -54,7 +53,7 @@ def sampled_attention(
         attn_mask=None if readable is None else readable[:, None, None, :],
         dropout_p=dropout,
     )
-    result = linear(attended.transpose(1, 2).flatten(2), weights.out, weights.out_bias)
+    result = F.linear(attended.transpose(1, 2).flatten(2), weights.out, weights.out_bias)
     return SampledTokens(result * kept[..., None], ids, kept)
 
 

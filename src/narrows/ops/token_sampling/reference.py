@@ -7,7 +7,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from narrows.ops.precision import at_least_float32, autocast_off
 from narrows.ops.token_sampling.common import (
     GUMBEL_EPSILON,
     AttentionWeights,
@@ -17,6 +16,7 @@ from narrows.ops.token_sampling.common import (
     significance,
     with_class_token,
 )
+from narrows.precision import at_least_float32, autocast_off
 
 
 def inverse_transform_sample(

@@ -4,8 +4,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from narrows.ops.precision import at_least_float32, autocast_off
 from narrows.ops.token_sampling.common import GUMBEL_EPSILON, TokenSample, compact
+from narrows.precision import at_least_float32, autocast_off
 
 
 def inverse_transform_sample(

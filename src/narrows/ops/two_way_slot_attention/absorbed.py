@@ -5,9 +5,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from narrows.ops.linear import linear
-from narrows.ops.normalization import normalized
-from narrows.ops.precision import autocast_off
 from narrows.ops.slot_attention.common import (
     GRU,
     Affine,
@@ -21,6 +18,7 @@ from narrows.ops.slot_attention.common import (
 )
 from narrows.ops.slot_attention.read import read
 from narrows.ops.two_way_slot_attention.common import Exchange, TwoWaySlotAttentionWeights, token_shares
+from narrows.precision import autocast_off
 
 
 def two_way_slot_attention_absorbed(
@@ -55,15 +53,15 @@ def two_way_slot_attention_absorbed(
             any_token = mask.any(1)[:, None, None]
         inputs = layer_norm(inputs, cast(weights.norm_tokens, tokens.dtype)).to(low)
         for _ in range(num_iterations):
-            tokens_hat = normalized(inputs)
+            tokens_hat = F.layer_norm(inputs, inputs.shape[-1:])
             updates, attention = _slots_read(current, tokens_hat, weights.slots, mask, any_token, eps)
             current = gru(updates, current, weights.slots.gru)
             current = gru(mlp(current, weights.slots.mlp), current, weights.slots.mlp_gru)
 
             shares, values = _tokens_read(current, tokens_hat, weights.tokens, mask, token_normalization, eps)
             inputs = _gate(shares.mT.to(low), values.to(low), inputs, own.gru)
-            hidden = linear(layer_norm(inputs, own.mlp.norm), *own.mlp.expand).relu()
-            hidden = hidden if contract is None else linear(hidden, *contract)
+            hidden = F.linear(layer_norm(inputs, own.mlp.norm), *own.mlp.expand).relu()
+            hidden = hidden if contract is None else F.linear(hidden, *contract)
             inputs = _gate(hidden, input_map.weight.mT, inputs, GRU(input_map, own.mlp_gru.hidden))
         if mask is not None:
             inputs = inputs.masked_fill(~mask[..., None], 0)
@@ -126,13 +124,13 @@ def _gate(
     (_, input_bias), (weight, bias) = cell
     assert input_bias is not None
     assert bias is not None
-    both = _product(left, right[..., : 2 * dim]) + linear(state, weight[: 2 * dim], (input_bias + bias)[: 2 * dim])
+    both = _product(left, right[..., : 2 * dim]) + F.linear(state, weight[: 2 * dim], (input_bias + bias)[: 2 * dim])
     reset, keep = both.sigmoid().chunk(2, -1)
     new = _product(left, right[..., 2 * dim :]) + input_bias[2 * dim :]
-    new = torch.tanh(new + reset * linear(state, weight[2 * dim :], bias[2 * dim :]))
+    new = torch.tanh(new + reset * F.linear(state, weight[2 * dim :], bias[2 * dim :]))
     return torch.lerp(new, state, keep)
 
 
 def _product(left: Float[Tensor, "B N R"], right: Float[Tensor, "*B R G"]) -> Float[Tensor, "B N G"]:
     """`left @ right`; the same `right` for every sample is a linear map."""
-    return linear(left, right.mT) if right.ndim == 2 else left @ right
+    return F.linear(left, right.mT) if right.ndim == 2 else left @ right

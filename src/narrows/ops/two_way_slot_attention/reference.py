@@ -4,9 +4,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from narrows.ops.precision import autocast_off
 from narrows.ops.slot_attention.common import cast, compete, gru, layer_norm, mean_weights, mlp, working_dtype
 from narrows.ops.two_way_slot_attention.common import Exchange, TwoWaySlotAttentionWeights, token_shares
+from narrows.precision import autocast_off
 
 
 def two_way_slot_attention_reference(

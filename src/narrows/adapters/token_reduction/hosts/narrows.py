@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from narrows.adapters.token_reduction.carried import kept_in, pooled
 from narrows.adapters.token_reduction.hosts.base import BlockCall, HostBlock, HostModel, QueryKeyValue, not_understood
-from narrows.adapters.token_reduction.hosts.linear import apply_part
+from narrows.layers.plain import linear_part
 from narrows.models.base import ImageClassifier
 from narrows.models.parts import Block, FeedForward, SelfAttention, TransformerClassifier
 
@@ -140,5 +140,5 @@ class NarrowsBlock(HostBlock):
     def _projected(self, normed: Tensor, first: int, last: int) -> tuple[Tensor, ...]:
         """Query, key and value from the one of number `first` to the one before `last`."""
         width = self._attention.out.in_features
-        rows = apply_part(self._attention.qkv, normed, first * width, last * width)
+        rows = linear_part(self._attention.qkv, normed, first * width, last * width)
         return rows.unflatten(-1, (last - first, self._attention.heads, -1)).unbind(-3)

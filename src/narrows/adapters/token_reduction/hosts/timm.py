@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from narrows.adapters.token_reduction.carried import kept_in, pooled
 from narrows.adapters.token_reduction.hosts.base import BlockCall, HostBlock, HostModel, QueryKeyValue, not_understood
-from narrows.adapters.token_reduction.hosts.linear import apply, apply_part
+from narrows.layers.plain import linear_part
 
 
 def recognise(module: nn.Module) -> HostModel | None:
@@ -55,7 +55,7 @@ class TimmModel(HostModel):
         if not isinstance(pool, AttentionPoolLatent) or pool.pos_embed is not None or pool.latent_len != 1:
             return None
         query = pool.q_norm(pool.q(pool.latent).unflatten(-1, (pool.num_heads, -1)).transpose(1, 2)).transpose(1, 2)
-        keys = apply_part(pool.kv, self.module.norm(tokens), 0, pool.num_heads * pool.head_dim)
+        keys = linear_part(pool.kv, self.module.norm(tokens), 0, pool.num_heads * pool.head_dim)
         keys = pool.k_norm(keys.unflatten(-1, (pool.num_heads, -1)))
         return (keys * query).sum(-1) * pool.scale
 
@@ -156,15 +156,15 @@ class _TimmBlock(HostBlock):
         attention = self.module.attn
         attended = attention.norm(attended)
         if attention.gate is not None:
-            attended = attended * apply(attention.gate, normed).sigmoid()
-        return attention.proj_drop(apply(attention.proj, attended))
+            attended = attended * attention.gate(normed).sigmoid()
+        return attention.proj_drop(attention.proj(attended))
 
     def _fed_forward(self, tokens: Float[Tensor, "R m D"]) -> Float[Tensor, "R m D"]:
         mlp = self.module.mlp
         if type(mlp) is not Mlp or mlp._forward_hooks or mlp._forward_pre_hooks or "forward" in mlp.__dict__:
             return mlp(tokens)
-        hidden = mlp.norm(mlp.drop1(mlp.act(apply(mlp.fc1, tokens))))
-        return mlp.drop2(apply(mlp.fc2, hidden))
+        hidden = mlp.norm(mlp.drop1(mlp.act(mlp.fc1(tokens))))
+        return mlp.drop2(mlp.fc2(hidden))
 
     def drop_paths(self) -> tuple[nn.Module, nn.Module]:
         """Stochastic depth of the two updates."""
@@ -246,9 +246,9 @@ def _fused(attention: Any, normed: Tensor, first: int, last: int) -> list[Tensor
     """Rows of `qkv`, or of three separate projections."""
     if attention.qkv is None:
         layers = (attention.q_proj, attention.k_proj, attention.v_proj)[first:last]
-        return [apply(layer, normed).unflatten(-1, (-1, attention.head_dim)) for layer in layers]
+        return [layer(normed).unflatten(-1, (-1, attention.head_dim)) for layer in layers]
     width = attention.num_heads * attention.head_dim
-    part = apply_part(attention.qkv, normed, first * width, last * width)
+    part = linear_part(attention.qkv, normed, first * width, last * width)
     return list(part.unflatten(-1, (last - first, attention.num_heads, -1)).unbind(-3))
 
 

@@ -1,0 +1,36 @@
+"""The rules of precision, in one place: which dtype is computed in, and what autocast may change.
+
+Products with many tokens run in `compute_dtype`. References, softmax statistics and whatever is summed over many tokens
+run in float32 or, where an input is float64, in float64. Autocast never lowers float64.
+"""
+
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype in which `tensor` is multiplied: autocast's where that is on, its own otherwise; float64 stays."""
+    device = tensor.device.type
+    if tensor.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return tensor.dtype
+
+
+def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
+    """float32, or float64 where any of `tensors` is: what sums, softmax and references are computed in."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """`tensor` in float32, or as it is where it is float64 already."""
+    return tensor.to(accumulation_dtype(tensor))
+
+
+def autocast_off(tensor: Tensor) -> AbstractContextManager[object]:
+    """A context in which autocast does not touch operations on the device of `tensor`."""
+    return torch.autocast(tensor.device.type, enabled=False)
