@@ -13,9 +13,9 @@ from PIL import Image
 
 from narrows import GatedCrossAttentionBlock, load_model
 from narrows.data import DigitScenes, picture
-from narrows.tasks.compare import compare
-from narrows.tasks.flamingo.generate import generate
-from narrows.tasks.reduction.reduce import reduce
+from narrows.jobs.compare import compare
+from narrows.jobs.generate import generate
+from narrows.jobs.reduce import reduce
 from narrows.visualize import overlay, save
 
 PICTURES = Path(__file__).parent / "pictures"

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from narrows.cli import main
-from narrows.tasks.flamingo import training
-from tests.tasks.flamingo.parts import save_parts
+from narrows.training import flamingo as training
+from tests.hub.flamingo_parts import save_parts
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "flamingo"
 QUICK = "--trainer.accelerator cpu --trainer.devices 1 --trainer.enable_progress_bar false"

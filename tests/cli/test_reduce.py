@@ -7,8 +7,8 @@ import pytest
 
 from narrows.cli import main
 from narrows.cli import reduce as command
-from narrows.tasks.reduction import reduce as job
-from tests.tasks.reduction.models import save_images, save_ours
+from narrows.jobs import reduce as job
+from tests.hub.small_models import save_images, save_ours
 
 
 @pytest.fixture

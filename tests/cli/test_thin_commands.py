@@ -9,7 +9,7 @@ import pytest
 
 from narrows.bench.rows import Row
 from narrows.cli import bench, compare, main
-from narrows.tasks import compare as comparison
+from narrows.jobs import compare as comparison
 
 DEFAULTS = {name: p.default for name, p in inspect.signature(comparison.compare).parameters.items()}
 

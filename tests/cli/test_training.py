@@ -7,7 +7,7 @@ import torch
 
 from narrows.cli import main
 from narrows.models import load_model
-from narrows.tasks.classification import Classification
+from narrows.training.classification import Classification
 from tests.data.folders import write_classes, write_image
 
 MODEL = {"dim": 16, "depth": 1, "heads": 2, "mlp_dim": 16}

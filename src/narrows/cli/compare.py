@@ -1,7 +1,7 @@
 """`narrows compare`: the main job."""
 
 from narrows.cli.parsing import call
-from narrows.tasks import compare as comparison
+from narrows.jobs import compare as comparison
 
 
 def run(arguments: list[str]) -> None:

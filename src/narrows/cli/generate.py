@@ -1,8 +1,8 @@
 """`narrows generate`: text from a prompt with pictures."""
 
 from narrows.cli.parsing import call
-from narrows.tasks.flamingo import generate as task
-from narrows.tasks.flamingo.digits_parts import FOLDER
+from narrows.demo.reader_parts import FOLDER
+from narrows.jobs import generate as task
 
 
 def run(arguments: list[str]) -> None:

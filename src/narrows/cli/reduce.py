@@ -1,7 +1,7 @@
 """`narrows reduce`: token reduction for a model people have."""
 
 from narrows.cli.parsing import call
-from narrows.tasks.reduction import reduce as job
+from narrows.jobs import reduce as job
 
 
 def run(arguments: list[str]) -> None:

@@ -1,7 +1,7 @@
 """`narrows show`: where the tokens of images go."""
 
 from narrows.cli.parsing import call
-from narrows.tasks.show import show
+from narrows.jobs.show import show
 
 
 def run(arguments: list[str]) -> None:

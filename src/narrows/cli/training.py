@@ -25,11 +25,11 @@ except ImportError as error:
 
 from narrows.data.module import ImageDataModule, SegmentationDataModule
 from narrows.data.positioned import PositionedDataModule
-from narrows.tasks.base import Task
-from narrows.tasks.callbacks import PredictionTable, SavePretrained
-from narrows.tasks.class_maps import ClassMaps
-from narrows.tasks.classification import Classification
-from narrows.tasks.segmentation import Segmentation
+from narrows.training.callbacks import PredictionTable, SavePretrained
+from narrows.training.class_maps import ClassMaps
+from narrows.training.classification import Classification
+from narrows.training.segmentation import Segmentation
+from narrows.training.task import Task
 from narrows.validation import check_choice
 
 # What Lightning says and does not hold here: arguments come from `main`, `ImageDataModule` resumes where it was, and
@@ -73,8 +73,8 @@ def _flamingo() -> Choice:
     """The images have to fit the vision encoder. Imported when asked for: no other task needs transformers."""
     try:
         from narrows.data.interleaved_module import InterleavedDataModule
-        from narrows.tasks.flamingo.callbacks import SaveReader
-        from narrows.tasks.flamingo.training import FlamingoTraining
+        from narrows.training.flamingo import FlamingoTraining
+        from narrows.training.save_reader import SaveReader
     except ImportError as error:
         raise MissingExtra(error.name or "transformers", extra="transformers", purpose="train a Flamingo") from error
     links = [

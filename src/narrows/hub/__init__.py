@@ -1,0 +1,1 @@
+"""Models by their name: narrows' own, timm's, transformers', or a folder."""

@@ -1,0 +1,154 @@
+"""The images that a reduction is judged by, as the opened model takes them."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from narrows.data import IGNORED, ImageSet, load
+from narrows.data.files import find_images, find_unreadable, list_classes
+from narrows.data.folder import HELD_OUT_FOLDERS, FolderImages
+from narrows.data.load import SCENES
+from narrows.errors import DataError, InvalidArgument
+from narrows.hub.loaded import Opened
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images to judge by.
+
+    Args:
+        images: all of them.
+        chosen: which of them are looked at.
+        rule: in words, which these are.
+        labelled: whether their labels are outputs of the model.
+        classes: what labels are called.
+    """
+
+    images: ImageSet
+    chosen: tuple[int, ...]
+    rule: str
+    labelled: bool = False
+    classes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def batch(self, positions: Sequence[int]) -> tuple[Float[Tensor, "B C H W"], Int[Tensor, "B"]]:
+        """Images and labels at these places of `chosen`."""
+        return self.images.batch([self.chosen[position] for position in positions])
+
+    def batches(self, size: int) -> Iterator[tuple[Float[Tensor, "B C H W"], Int[Tensor, "B"]]]:
+        """All of them, `size` at a time."""
+        for start in range(0, len(self), size):
+            yield self.batch(range(start, min(start + size, len(self))))
+
+    def names(self, positions: Sequence[int]) -> list[str]:
+        """What to write beside a picture: the class where there is one, else the file."""
+        labels = self.batch(positions)[1].tolist() if self.labelled else [IGNORED] * len(positions)
+        return [
+            self.classes[label] if label != IGNORED else Path(self.images.name(self.chosen[position])).name
+            for position, label in zip(positions, labels, strict=True)
+        ]
+
+
+def load_images(data: str | Path, opened: Opened, *, limit: int) -> Images:
+    """The images in `data` for an opened model, at most `limit`, evenly spread over all there are.
+
+    Of a model of narrows, which may have been trained on them, only held-out images are looked at (see
+    `narrows.data.load`); of other models every image in the folder. A folder has one folder of images for each class
+    and then gives accuracy too, where its classes can be told to be the model's: by their names (ImageNet's WordNet ids
+    among them), or by being as many. A folder without classes is searched in depth.
+
+    Args:
+        data: "digits", "small_digits", or a folder of images.
+        opened: the model.
+        limit: at most so many images.
+
+    Raises:
+        InvalidArgument: `data` does not exist, holds no image, or names digit scenes for a model that takes colour.
+        DataError: images that cannot be read.
+    """
+    scenes = str(data) in SCENES
+    if scenes and (opened.prepare is not None or len(opened.mean) != 1):
+        got = f"{str(data)!r}, which are grey"
+        raise InvalidArgument("data", expected="a folder of images", got=got, hint=f"{opened.name} takes colour.")
+    root = Path(data)
+    if not scenes and not root.is_dir():
+        expected = f"{', '.join(map(repr, SCENES))} or a folder of images"
+        raise InvalidArgument("data", expected=expected, got=f"{str(data)!r}, which is none")
+    if scenes or (opened.prepare is None and _has_classes(root)):
+        found = _held_out(data, opened)
+    elif _has_classes(root):
+        found = _labelled(root, opened)
+    else:
+        found = _unlabelled(root, opened)
+    return replace(found, chosen=spread(len(found.images), limit))
+
+
+def spread(count: int, limit: int) -> tuple[int, ...]:
+    """At most `limit` of `count` indices, evenly spaced.
+
+    >>> spread(10, 4)
+    (0, 2, 5, 7)
+    """
+    return tuple(range(count)) if count <= limit else tuple(index * count // limit for index in range(limit))
+
+
+def _held_out(data: str | Path, opened: Opened) -> Images:
+    loaded = load(data, image_size=opened.size[0])
+    if loaded.channels != len(opened.mean):
+        raise InvalidArgument("data", expected=f"images of {len(opened.mean)} channels", got=f"{loaded.channels}")
+    fits = loaded.num_classes == opened.num_classes
+    return Images(
+        loaded.held_out, (), f"held out: {loaded.held_out_rule}", labelled=fits, classes=loaded.classes if fits else ()
+    )
+
+
+def _has_classes(root: Path) -> bool:
+    """Whether images stand in more than one folder inside `root`, and none in `root` itself."""
+    folders = {file.relative_to(root).parts[0] for file in find_images([root])}
+    return len(folders) > 1 and all((root / folder).is_dir() for folder in folders)
+
+
+def _labelled(root: Path, opened: Opened) -> Images:
+    part = next((root / name for name in HELD_OUT_FOLDERS if (root / name).is_dir()), root)
+    classes, samples = list_classes(part)
+    labels = _labels(classes, opened)
+    skipped = find_unreadable([path for path, _ in samples])
+    kept = [(path, IGNORED if labels is None else labels[label]) for path, label in samples if path not in skipped]
+    rule = f"every image in {part.name}/"
+    if labels is None:
+        rule += f", whose {len(classes)} classes cannot be told to be among the model's {opened.num_classes}"
+    return Images(
+        _files(kept, root, opened),
+        (),
+        rule,
+        labelled=labels is not None,
+        classes=opened.classes or tuple(classes),
+    )
+
+
+def _labels(classes: Sequence[str], opened: Opened) -> list[int] | None:
+    """Which output each class is; None if that cannot be told."""
+    outputs = {name.lower(): index for index, name in enumerate(opened.classes)}
+    if all(name.lower() in outputs for name in classes):
+        return [outputs[name.lower()] for name in classes]
+    return list(range(len(classes))) if len(classes) == opened.num_classes else None
+
+
+def _unlabelled(root: Path, opened: Opened) -> Images:
+    files = find_images([root])
+    skipped = find_unreadable(files)
+    kept = [(file, IGNORED) for file in files if file not in skipped]
+    if not kept:
+        raise DataError(f"{root}: none of the images can be read.")
+    return Images(_files(kept, root, opened), (), f"every image in {root.name}/, which has no labels")
+
+
+def _files(samples: Sequence[tuple[Path, int]], root: Path, opened: Opened) -> FolderImages:
+    return FolderImages(
+        samples, image_size=opened.size[0], channels=len(opened.mean), root=root, prepare=opened.prepare
+    )

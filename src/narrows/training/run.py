@@ -1,0 +1,106 @@
+"""One model trained quietly, behind a bar of its own."""
+
+import logging
+import signal
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger
+
+from narrows.data import ImageDataModule
+from narrows.models import ImageClassifier
+from narrows.training.classification import Classification
+from narrows.training.progress import RunProgress
+
+
+@dataclass(frozen=True)
+class Run:
+    """One model trained from one seed.
+
+    Args:
+        model: its registry name.
+        seed: of weights, order and augmentation.
+        accuracy: share of the held-out images it gets right.
+        images: training images it saw.
+        seconds: wall time of the training.
+        folder: where it is saved; `narrows.load_model` takes it.
+    """
+
+    model: str
+    seed: int
+    accuracy: float
+    images: int
+    seconds: float
+    folder: Path
+
+
+def train(
+    task: Classification, name: str, images: ImageDataModule, folder: Path, *, label: str, epochs: int, accelerator: str
+) -> Run:
+    """Train one model, judge it on the held-out images and save it to `folder/models/<name>-seed<seed>`.
+
+    Args:
+        task: holds the model.
+        name: of the model.
+        images: to train and to judge.
+        folder: where the model and its logs go.
+        label: left of the bar.
+        epochs: passes over the training images.
+        accelerator: "cpu" or "cuda".
+    """
+    run_name = f"{name}-seed{images.seed}"
+    trainer = Trainer(
+        max_epochs=epochs,
+        accelerator=accelerator,
+        devices=1,
+        gradient_clip_val=1.0,
+        check_val_every_n_epoch=max(1, epochs // 4),
+        num_sanity_val_steps=0,
+        callbacks=[RunProgress(label)],
+        logger=CSVLogger(folder / "logs", name=run_name, version=""),
+        enable_progress_bar=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+    )
+    start = time.perf_counter()
+    fit(trainer, task, images)
+    seconds = time.perf_counter() - start
+    accuracy = trainer.validate(task, datamodule=images, verbose=False)[0]["val/accuracy"]
+    model = task.model
+    assert isinstance(model, ImageClassifier)
+    model.save_pretrained(folder / "models" / run_name)
+    images_seen = trainer.global_step * images.batch_size
+    return Run(name, images.seed, accuracy, images_seen, seconds, folder / "models" / run_name)
+
+
+def fit(trainer: Trainer, task: LightningModule, data: LightningDataModule) -> None:
+    """`trainer.fit`, but Ctrl-C is a `KeyboardInterrupt`.
+
+    Lightning turns it into an exit and goes on ignoring it; both are for the caller to decide.
+    """
+    try:
+        trainer.fit(task, datamodule=data)
+    except SystemExit:
+        if not trainer.interrupted:
+            raise
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        raise KeyboardInterrupt from None
+
+
+@contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """The bar says what there is to say; Lightning's notes on devices and workers would tear it apart."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="lightning")
+        try:
+            yield
+        finally:
+            logger.setLevel(level)

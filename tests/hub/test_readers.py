@@ -1,0 +1,104 @@
+import json
+
+import pytest
+import torch
+
+from narrows.data.interleaved import END_OF_CHUNK, IMAGE, Document
+from narrows.errors import DataError, InvalidArgument
+from narrows.hub.readers import Reader, ReaderFormat, open_reader, read_pictures
+from tests.data.folders import write_image
+from tests.hub.flamingo_parts import TOKENIZER, open_gates, save_parts, small_encoder, small_task
+
+
+@pytest.fixture
+def reader() -> Reader:
+    task = open_gates(small_task())
+    for parameter in task.flamingo.language_model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return Reader(task.flamingo, TOKENIZER)
+
+
+def prompt(text: str, seed: int = 0) -> Document:
+    generator = torch.Generator().manual_seed(seed)
+    return Document(text, torch.rand(text.count(IMAGE), 1, 16, 16, generator=generator))
+
+
+PROMPTS = [
+    prompt(f"{IMAGE}the first"),
+    prompt(f"{IMAGE}here is a two{END_OF_CHUNK}{IMAGE}the second", 1),
+    prompt("two"),
+]
+
+
+def test_prompts_in_a_batch_are_answered_as_alone(reader):
+    together = reader.generate(PROMPTS, max_new_tokens=6)
+    assert together == [reader.generate([one], max_new_tokens=6)[0] for one in PROMPTS]
+    assert len(set(together)) > 1
+
+
+def test_it_writes_what_uncached_decoding_writes(reader):
+    arguments, words = reader.arguments(PROMPTS[:1]), []
+    end = TOKENIZER.eos_token_id
+    with torch.no_grad():
+        for _ in range(6):
+            token = reader.model(**arguments).logits[:, -1:].argmax(-1)
+            if token.item() == end:
+                break
+            words.append(token.item())
+            arguments["input_ids"] = torch.cat((arguments["input_ids"], token), 1)
+            arguments["attention_mask"] = torch.ones_like(arguments["input_ids"])
+            places = arguments["media_locations"]
+            arguments["media_locations"] = torch.cat((places, torch.zeros(1, 1, dtype=torch.bool)), 1)
+    assert reader.generate(PROMPTS[:1], max_new_tokens=6) == [TOKENIZER.decode(words, skip_special_tokens=True)]
+
+
+def test_blind_is_the_language_model_alone(reader):
+    seen = [reader.generate([prompt(PROMPTS[0].text, seed)], max_new_tokens=6, blind=True) for seed in range(3)]
+    assert seen[0] == seen[1] == seen[2]
+    arguments = reader.arguments(PROMPTS[:1])
+    alone = reader.model.language_model.generate(
+        arguments["input_ids"], attention_mask=arguments["attention_mask"], max_new_tokens=6, do_sample=False,
+        eos_token_id=TOKENIZER.eos_token_id, pad_token_id=0,
+    )  # fmt: skip
+    assert seen[0] == [TOKENIZER.decode(alone[0, arguments["input_ids"].shape[1] :], skip_special_tokens=True)]
+
+
+def test_what_is_saved_opens_again(reader, tmp_path):
+    language_model, _ = save_parts(tmp_path)
+    reader.model.language_model.save_pretrained(language_model)
+    reader.save(tmp_path / "model")
+    again = open_reader(language_model, tmp_path / "model")
+    assert again.generate(PROMPTS, max_new_tokens=6) == reader.generate(PROMPTS, max_new_tokens=6)
+
+
+def test_pictures_and_places_have_to_agree(reader):
+    with pytest.raises(InvalidArgument, match=r"media: expected 2 pictures, one for each <image> of prompt 0, got 1"):
+        reader.generate([Document(f"{IMAGE}{IMAGE}a", torch.rand(1, 1, 16, 16))])
+
+
+def test_a_folder_without_a_reader_and_a_language_model_of_another_kind(reader, tmp_path):
+    language_model, _ = save_parts(tmp_path)
+    with pytest.raises(InvalidArgument, match=r"checkpoint: expected a folder with reader.json, the 'model' of a run"):
+        open_reader(language_model, tmp_path)
+    reader.save(tmp_path / "model")
+    config = json.loads((tmp_path / "lm" / "config.json").read_text())
+    (tmp_path / "lm" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    with pytest.raises(InvalidArgument, match="language_model"):
+        open_reader(language_model, tmp_path / "model")
+
+
+def test_a_token_the_tokenizer_does_not_have_is_named(reader):
+    strange = Reader(reader.model, TOKENIZER, ReaderFormat(image_token="<img>"))
+    with pytest.raises(InvalidArgument, match="image_token: expected a token of the tokenizer, got '<img>'"):
+        strange.generate(PROMPTS[:1])
+
+
+def test_pictures_are_read_as_the_encoder_takes_them(tmp_path):
+    files = [write_image(tmp_path / name, size=(40, 30)) for name in ("a.png", "b.jpg")]
+    assert read_pictures(files, small_encoder()).shape == (2, 1, 16, 16)
+    assert read_pictures([], small_encoder()).shape == (0, 1, 16, 16)
+    with pytest.raises(InvalidArgument, match=r"media: expected picture files, got '.*c.png', which does not exist"):
+        read_pictures([*files, tmp_path / "c.png"], small_encoder())
+    (tmp_path / "d.png").write_text("no picture")
+    with pytest.raises(DataError, match=r"d.png cannot be read as an image"):
+        read_pictures([tmp_path / "d.png"], small_encoder())

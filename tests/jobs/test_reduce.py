@@ -1,0 +1,227 @@
+"""The job in miniature: what it measures, what it leaves, what it refuses."""
+
+import json
+import re
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
+import pytest
+import torch
+
+import narrows
+from narrows.data import DigitScenes
+from narrows.demo import vit as scenes
+from narrows.errors import InvalidArgument, InvalidType, NarrowsError
+from narrows.hub.models import open_model
+from narrows.jobs.budgets import parse_budget
+from narrows.jobs.images import load_images
+from narrows.jobs.reduce import reduce
+from narrows.jobs.reduction_result import ReductionResult
+from narrows.measure import macs_per_sample
+from tests.hub.small_models import save_images, save_ours, save_timm, save_transformers
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_ours(tmp_path_factory.mktemp("ours"))
+
+
+@pytest.fixture(scope="module")
+def result(ours: str, images: str, tmp_path_factory: pytest.TempPathFactory) -> ReductionResult:
+    folder = tmp_path_factory.mktemp("runs")
+    return reduce(
+        ours,
+        data=images,
+        methods=["ats", "topk", "tome"],
+        budgets=["0.75", "4"],
+        output=folder / "runs",
+        save=folder / "saved" / "reduction.json",
+        device="cpu",
+    )
+
+
+def test_every_method_meets_every_budget_beside_the_untouched_model(result: ReductionResult) -> None:
+    names = [trial.name for trial in result.trials]
+    assert names == [
+        "untouched",
+        *(f"{method} {budget}" for method in ("ats", "topk", "tome") for budget in ("0.75", "4")),
+    ]
+    untouched, *reduced = result.trials
+    assert untouched.judgement.agreement == 1
+    for trial in reduced:
+        assert fmean(trial.macs) < fmean(untouched.macs), trial.name
+        assert trial.kept <= (12 if trial.budget == "0.75" else 4), trial.name
+        assert 0 <= trial.judgement.agreement <= 1
+        assert trial.judgement.accuracy is not None
+        assert trial.memory > 0
+    assert [trial.kept for trial in reduced if trial.method == "topk"] == [12, 4]
+
+
+def test_macs_are_counted_image_by_image_with_the_tokens_really_kept(
+    result: ReductionResult, ours: str, images: str
+) -> None:
+    opened = open_model(ours)
+    batch = load_images(images, opened, limit=100).batch(range(len(result.trials[1].macs)))[0]
+    with narrows.reduce_tokens(opened.module, method="ats", budget=0.75), torch.no_grad():
+        assert fmean(result.trials[1].macs) == macs_per_sample(opened.module, batch, batch=len(batch))
+
+
+def test_the_table_names_what_was_measured(result: ReductionResult) -> None:
+    head, _, untouched, ats, *_ = str(result).splitlines()
+    assert head.split() == [
+        "method",
+        "budget",
+        "accuracy",
+        "agreement",
+        "tokens",
+        "MACs/image",
+        "images/s",
+        "speed",
+        "memory",
+    ]
+    assert re.search(r"untouched +– +[\d.]+ % +– +16 ", untouched)
+    assert re.search(r"ats +0.75 +[\d.]+ % +[\d.]+ % +16 → [\d.]+ .* [\d.]+×", ats)
+
+
+def test_the_report_is_one_file_with_table_curve_and_pictures(result: ReductionResult) -> None:
+    page = result.report.read_text(encoding="utf-8")
+    for text in ("Quality against cost", "Which tokens were kept", "Block by block", "reduce_tokens(model, method="):
+        assert text in page, text
+    assert not re.search(r"""(?:src|href)=["']?https?:""", page)
+    assert {path.name for path in (result.folder / "pictures").iterdir()} == {
+        "tradeoff.png",
+        "methods.png",
+        "blocks.png",
+        "budgets.png",
+    }
+
+
+def test_the_chosen_one_costs_least_of_those_that_lose_a_point_at_most(result: ReductionResult) -> None:
+    near = [trial for trial in result.trials[1:] if trial.quality >= result.untouched.quality - 0.01]
+    if near:
+        assert result.chosen.macs == min((trial.macs for trial in near), key=fmean)
+        assert "needs fewest MACs" in result.why
+    else:
+        assert result.chosen.quality == max(trial.quality for trial in result.trials[1:])
+        assert "loses least" in result.why
+
+
+def test_what_is_saved_reduces_a_model_the_same_way(result: ReductionResult, ours: str) -> None:
+    saved = result.folder.parents[1] / "saved" / "reduction.json"
+    arguments = json.loads(saved.read_text())
+    assert arguments == json.loads((result.folder / "reduction.json").read_text())
+    reduction = narrows.reduce_tokens(narrows.load_model(ours), **arguments)
+    assert result.chosen.reduction is not None
+    assert reduction.schedule == result.chosen.reduction.schedule
+    assert reduction.method.name == result.chosen.reduction.method.name
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("method", ["ats", "evit", "tome", "random"])
+def test_what_is_exported_is_the_reduced_model(ours: str, images: str, tmp_path: Path, method: str) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    file = tmp_path / "onnx" / "reduced.onnx"
+    few = {"methods": [method], "budgets": ["0.5"], "device": "cpu", "output": tmp_path / "runs"}
+    found = reduce(ours, data=images, export=file, **few)
+    model = narrows.load_model(ours)
+    assert found.chosen.reduction is not None
+    narrows.reduce_tokens(model, method=method, budget=found.chosen.reduction.schedule)
+    batch = torch.randn(5, 3, 16, 16)
+    (got,) = onnxruntime.InferenceSession(file).run(None, {"images": batch.numpy()})
+    with torch.no_grad():
+        np.testing.assert_allclose(got, model(batch).numpy(), atol=1e-4)
+
+
+def test_models_of_timm_and_of_transformers(images: str, tmp_path: Path) -> None:
+    few = {"methods": ["topk"], "budgets": ["0.5"], "limit": 4, "device": "cpu", "output": tmp_path / "runs"}
+    found = reduce("timm:test_vit", checkpoint=save_timm(tmp_path / "weights.pth"), data=images, **few)
+    assert (found.tokens, found.trials[1].kept, found.num_images) == (100, 50, 4)
+    found = reduce(f"hf:{save_transformers(tmp_path / 'vit', classifies=False)}", data=images, **few)
+    assert (found.tokens, found.trials[1].kept, found.labelled, found.classifies) == (16, 8, False, False)
+    assert -1 <= found.trials[1].judgement.agreement <= 1
+    assert "cosine" in found.report.read_text(encoding="utf-8")
+
+
+def test_without_a_model_one_is_trained_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NARROWS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(DigitScenes, "__len__", lambda _: 256)
+    monkeypatch.setattr(scenes, "DATA", "digits")
+    monkeypatch.setattr(scenes, "SIZE", 16)
+    monkeypatch.setattr(scenes, "MODEL", {"dim": 16, "depth": 4, "heads": 2, "mlp_dim": 16, "global_pool": "max"})
+    monkeypatch.setattr(scenes.open_scenes_vit, "__defaults__", (1,))
+    few = {"methods": ["ats"], "budgets": ["0.5"], "limit": 20, "device": "cpu", "output": tmp_path / "runs"}
+    first = reduce(**few)
+    (kept,) = (tmp_path / "cache").iterdir()
+    assert {"config.json", "model.safetensors"} <= {path.name for path in kept.iterdir()}
+    monkeypatch.setattr(scenes, "train", None)
+    second = reduce(**few)
+    assert [trial.judgement for trial in first.trials] == [trial.judgement for trial in second.trials]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"budgets": ["0"]}, InvalidArgument, "budget: expected a count of 1 to 16 tokens, got 0"),
+        ({"budgets": ["0.0"]}, InvalidArgument, "budget: expected a share above 0 and at most 1, got 0.0"),
+        ({"budgets": ["1.5"]}, InvalidArgument, "budget: expected a share above 0 and at most 1, got 1.5"),
+        ({"budgets": ["17"]}, InvalidArgument, "budget: expected a count of 1 to 16 tokens, got 17"),
+        ({"budgets": ["half"]}, InvalidArgument, r"budget: expected a share \(0.5\), .*got 'half'"),
+        ({"budgets": ["9:0.5"]}, InvalidArgument, "budget: expected numbers of blocks from 0 to 3, got"),
+        ({"budgets": ["0.001M"]}, InvalidArgument, "budget: expected a target of at least"),
+        ({"budgets": []}, InvalidArgument, "budgets: expected at least one, got none"),
+        ({"methods": ["tpk"]}, InvalidArgument, "method: expected one of .*'topk'.*got 'tpk'"),
+        ({"methods": []}, InvalidArgument, "methods: expected at least one, got none"),
+        ({"limit": 0}, InvalidArgument, "limit: expected a positive integer, got 0"),
+        ({"device": "tpu"}, InvalidArgument, "device: expected 'auto', 'cpu' or 'cuda', got 'tpu'"),
+        ({"data": None}, InvalidArgument, "data: expected a folder of images to judge by, got none. Add --data"),
+        ({"data": "nowhere"}, InvalidArgument, "data: expected 'digits', 'small_digits' or a folder of images"),
+        (
+            {"model": None, "checkpoint": "weights.pth"},
+            InvalidArgument,
+            "checkpoint: expected a model that it belongs to",
+        ),
+        ({"model": "sepvit_mini"}, InvalidType, "SepViT"),
+        ({"export": "model.pt"}, InvalidArgument, "export: expected a file name ending in .onnx"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_measured(
+    ours: str, images: str, tmp_path: Path, arguments: dict[str, object], error: type[NarrowsError], message: str
+) -> None:
+    given = {
+        "model": ours,
+        "data": images,
+        "methods": ["topk"],
+        "budgets": ["0.5"],
+        "output": tmp_path,
+        "device": "cpu",
+    }
+    with pytest.raises(error, match=message):
+        reduce(**{**given, **arguments})
+    assert not list(tmp_path.iterdir()), "a refused job leaves no folder behind"
+
+
+@pytest.mark.parametrize(
+    ("text", "budget"), [("0.5", 0.5), ("98", 98), (" 1.0 ", 1.0), ("3:0.7/6:49", {3: 0.7, 6: 49})]
+)
+def test_budgets_are_read_as_they_are_written(text: str, budget: object) -> None:
+    assert parse_budget(text) == budget
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "goal"),
+    [
+        ("2.9G", narrows.TargetMACs, 2.9e9),
+        ("600MMACs", narrows.TargetMACs, 6e8),
+        ("40ms", narrows.TargetLatency, 0.04),
+    ],
+)
+def test_targets_are_read_as_they_are_written(text: str, kind: type, goal: float) -> None:
+    found = parse_budget(text)
+    assert type(found) is kind
+    assert found.goal == pytest.approx(goal)  # type: ignore[attr-defined]
