@@ -5,6 +5,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -15,20 +16,21 @@ class LayerCase:
 
     Args:
         name: shown in test ids.
-        build: makes the layer, small (width at most 32), parameters random in such a way that no output is trivial
-            (gates opened, zero-initialised parameters filled).
+        construct: makes the layer, small (width at most 32), from `impl`, `device` and `dtype`.
+        fill: makes its parameters random in such a way that no output is trivial (gates opened, zero-initialised
+            parameters filled).
         inputs: `inputs(batch)` gives float32 keyword arguments for a batch of that size, without masks.
         outputs: the tensors of the layer's result, by name; the first axis of each is the batch.
         padded: for each mask the layer takes: mask argument -> the argument it masks. Token axis is `pad_axis`.
         per_token: names of outputs that have one row per token of the (only) padded argument and must be 0 there.
         pad_axis: axis of the padded argument that its mask speaks of.
-        impls: values of `impl=` the layer's constructor takes, "reference" first; `build(impl=...)` makes it so.
+        impls: values of `impl=` the layer's constructor takes, "reference" first.
         dynamic: whether the token axis of the first input may change after export.
         random: the layer draws random numbers in eval; tests then pass a fresh generator as `generator`.
     """
 
     name: str
-    build: Callable[..., nn.Module]
+    construct: Callable[..., nn.Module]
     inputs: Callable[[int], dict[str, Tensor]]
     outputs: Callable[[object], dict[str, Tensor]]
     padded: Mapping[str, str]
@@ -37,6 +39,13 @@ class LayerCase:
     impls: tuple[str, ...] = ("reference",)
     dynamic: bool = True
     random: bool = False
+    fill: Callable[[nn.Module], object] = lambda layer: None
+
+    def build(self, **kwargs: Any) -> nn.Module:
+        """The layer with its parameters filled."""
+        layer = self.construct(**kwargs)
+        self.fill(layer)
+        return layer
 
 
 def all_cases() -> list[LayerCase]:

@@ -13,10 +13,13 @@ def masked(**kwargs: object) -> nn.Module:
 
 
 def gated(attend: Attend, **kwargs: object) -> nn.Module:
-    block = GatedCrossAttentionBlock(16, heads=2, head_dim=4, mlp_ratio=2, attend=attend, **kwargs)
-    nn.init.constant_(block.attn_gate, 0.7)
-    nn.init.constant_(block.ff_gate, -0.6)
-    return block
+    return GatedCrossAttentionBlock(16, heads=2, head_dim=4, mlp_ratio=2, attend=attend, **kwargs)
+
+
+def open_gates(layer: nn.Module) -> None:
+    if isinstance(layer, GatedCrossAttentionBlock):
+        nn.init.constant_(layer.attn_gate, 0.7)
+        nn.init.constant_(layer.ff_gate, -0.6)
 
 
 def gated_last(**kwargs: object) -> nn.Module:
@@ -68,6 +71,7 @@ CASES = [
         narrower_media,
         outputs,
         padded=PADDED,
+        fill=open_gates,
         impls=("reference", "fused", "segmented"),
     ),
     LayerCase(
@@ -76,6 +80,7 @@ CASES = [
         interleaved,
         outputs,
         padded=PADDED,
+        fill=open_gates,
         impls=("reference", "fused", "segmented"),
     ),
     LayerCase(
@@ -84,6 +89,7 @@ CASES = [
         interleaved,
         outputs,
         padded=PADDED,
+        fill=open_gates,
         impls=("reference", "fused"),
     ),
     LayerCase(
@@ -92,6 +98,7 @@ CASES = [
         interleaved,
         outputs,
         padded=PADDED,
+        fill=open_gates,
         impls=("reference", "fused"),
     ),
     LayerCase(
@@ -100,6 +107,7 @@ CASES = [
         interleaved,
         outputs,
         padded=PADDED,
+        fill=open_gates,
         impls=("reference", "fused", "segmented"),
     ),
     LayerCase(
@@ -108,6 +116,7 @@ CASES = [
         without_locations,
         outputs,
         padded=PADDED,
+        fill=open_gates,
         impls=("reference", "fused"),
     ),
 ]

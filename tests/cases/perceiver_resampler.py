@@ -10,16 +10,18 @@ IMPLS = ("reference", "fused")
 
 
 def build(**kwargs: object) -> nn.Module:
-    resampler = PerceiverResampler(
+    return PerceiverResampler(
         16, depth=2, num_latents=3, heads=2, head_dim=8, mlp_ratio=2, num_time_embeddings=4, **kwargs
     )
+
+
+def fill(resampler: nn.Module) -> None:
     # LayerNorm's scale and shift away from 1 and 0, embeddings as large as tokens: nothing cancels.
     generator = torch.Generator().manual_seed(0)
     for parameter in (p for p in resampler.parameters() if p.ndim == 1):
         parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
     for parameter in (resampler.latents, resampler.time_embeddings):
         parameter.data = torch.randn(parameter.shape, generator=generator)
-    return resampler
 
 
 def image(batch: int) -> dict[str, Tensor]:
@@ -31,11 +33,9 @@ def clips(batch: int) -> dict[str, Tensor]:
 
 
 def squared_relu_over_media(**kwargs: object) -> nn.Module:
-    resampler = PerceiverResampler(
+    return PerceiverResampler(
         16, depth=1, num_latents=3, heads=2, head_dim=4, activation="squared_relu", time_axis="media", **kwargs
     )
-    nn.init.normal_(resampler.latents)
-    return resampler
 
 
 def media(batch: int) -> dict[str, Tensor]:
@@ -48,8 +48,10 @@ def outputs(result: object) -> dict[str, Tensor]:
 
 
 CASES = [
-    LayerCase("PerceiverResampler-image", build, image, outputs, padded={"mask": "media"}, impls=IMPLS),
-    LayerCase("PerceiverResampler-clips", build, clips, outputs, padded={"mask": "media"}, pad_axis=3, impls=IMPLS),
+    LayerCase("PerceiverResampler-image", build, image, outputs, padded={"mask": "media"}, impls=IMPLS, fill=fill),
+    LayerCase(
+        "PerceiverResampler-clips", build, clips, outputs, padded={"mask": "media"}, pad_axis=3, impls=IMPLS, fill=fill
+    ),
     LayerCase(
         "PerceiverResampler-media-time",
         squared_relu_over_media,
@@ -58,5 +60,6 @@ CASES = [
         padded={"mask": "media"},
         pad_axis=2,
         impls=IMPLS,
+        fill=lambda resampler: nn.init.normal_(resampler.latents),
     ),
 ]

@@ -10,34 +10,30 @@ from tests.cases import LayerCase
 IMPLS = ("reference", "absorbed")
 
 
-def with_random_vectors(layer: nn.Module) -> nn.Module:
+def fill(layer: nn.Module) -> None:
     """Biases and LayerNorms away from 0 and 1."""
     generator = torch.Generator().manual_seed(0)
     for parameter in (p for p in layer.parameters() if p.ndim == 1):
         parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
-    return layer
 
 
 def one_way(**kwargs: object) -> nn.Module:
-    return with_random_vectors(SlotAttention(16, num_slots=4, slot_dim=12, mlp_dim=20, **kwargs))
+    return SlotAttention(16, num_slots=4, slot_dim=12, mlp_dim=20, **kwargs)
 
 
 def heads(**kwargs: object) -> nn.Module:
-    layer = SlotAttention(
+    return SlotAttention(
         16, num_slots=4, slot_dim=12, heads=2, head_dim=5, joint_heads=True, qkv_bias=True, mlp_dim=20, **kwargs
     )
-    return with_random_vectors(layer)
 
 
 def two_way(**kwargs: object) -> nn.Module:
-    return with_random_vectors(
-        TwoWaySlotAttention(16, num_slots=4, num_iterations=2, slot_dim=12, mlp_dim=20, **kwargs)
-    )
+    return TwoWaySlotAttention(16, num_slots=4, num_iterations=2, slot_dim=12, mlp_dim=20, **kwargs)
 
 
 def learned(**kwargs: object) -> nn.Module:
-    layer = SlotAttention(16, num_slots=4, slot_dim=12, mlp_dim=20, initial_slots=LearnedSlots(4, 12), **kwargs)
-    return with_random_vectors(layer)
+    own = {name: kwargs[name] for name in ("device", "dtype") if name in kwargs}
+    return SlotAttention(16, num_slots=4, slot_dim=12, mlp_dim=20, initial_slots=LearnedSlots(4, 12, **own), **kwargs)
 
 
 def inputs(batch: int) -> dict[str, Tensor]:
@@ -49,7 +45,17 @@ def outputs(result: object) -> dict[str, Tensor]:
 
 
 CASES = [
-    LayerCase(name, build, inputs, outputs, padded={"mask": "tokens"}, per_token=per_token, impls=IMPLS, random=random)
+    LayerCase(
+        name,
+        build,
+        inputs,
+        outputs,
+        padded={"mask": "tokens"},
+        per_token=per_token,
+        impls=IMPLS,
+        random=random,
+        fill=fill,
+    )
     for name, build, per_token, random in (
         ("SlotAttention", one_way, (), True),
         ("SlotAttention-heads", heads, (), True),

@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -24,17 +26,26 @@ def _dynamic_even(**kwargs: object) -> nn.Module:
 
 
 def _dynamic_rms(**kwargs: object) -> nn.Module:
-    layer = DynamicSlotsSoftMoE(16, num_experts=3, normalization="rms", **kwargs)  # type: ignore[arg-type]
+    return DynamicSlotsSoftMoE(16, num_experts=3, normalization="rms", **kwargs)  # type: ignore[arg-type]
+
+
+def _small_gains(layer: nn.Module) -> None:
     # Gains of 1 make the softmax nearly one-hot, which multiplies every rounding of a logit, the reference's too.
     for gain in (layer.normalization.token_gain, layer.normalization.slot_gain):
         nn.init.uniform_(gain, 0.2, 0.4)
-    return layer
 
 
-def _case(name: str, build: object, *, dynamic: bool = True) -> LayerCase:
+def _case(
+    name: str,
+    construct: Callable[..., nn.Module],
+    fill: Callable[[nn.Module], object] = lambda layer: None,
+    *,
+    dynamic: bool = True,
+) -> LayerCase:
     return LayerCase(
         name=name,
-        build=build,  # type: ignore[arg-type]
+        construct=construct,
+        fill=fill,
         inputs=_tokens,
         outputs=lambda tokens: {"tokens": tokens},  # type: ignore[dict-item]
         padded={"mask": "tokens"},
@@ -50,10 +61,10 @@ CASES = [
     _case("SoftMoE", _soft_moe),
     _case("DynamicSlotsSoftMoE", _dynamic, dynamic=False),
     _case("DynamicSlotsSoftMoE-even", _dynamic_even),
-    _case("DynamicSlotsSoftMoE-rms", _dynamic_rms, dynamic=False),
+    _case("DynamicSlotsSoftMoE-rms", _dynamic_rms, _small_gains, dynamic=False),
     LayerCase(
         name="SoftMoE-images",
-        build=_soft_moe,
+        construct=_soft_moe,
         inputs=lambda batch: {"tokens": torch.randn(batch, 16, 3, 4)},
         outputs=lambda tokens: {"tokens": tokens},  # type: ignore[dict-item]
         padded={},

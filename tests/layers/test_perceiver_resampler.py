@@ -10,12 +10,14 @@ from torch.nn.functional import layer_norm, relu
 
 from narrows.errors import InvalidArgument, InvalidType
 from narrows.layers.perceiver_resampler import PerceiverResampler, SquaredReLU
-from tests.cases.perceiver_resampler import build as build_small
+from tests.cases import all_cases
 from tests.support import assert_close, gradients
+
+SMALL = next(case for case in all_cases() if case.name == "PerceiverResampler-image")
 
 
 def build(**kwargs: object) -> nn.Module:
-    return build_small(**kwargs).double()
+    return SMALL.build(**kwargs).double()
 
 
 def draw(*shape: int) -> Tensor:
