@@ -1,9 +1,12 @@
 """What tests compare with. Tolerances are derived, never tuned."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 Function = Callable[..., Tensor]
 Results = Sequence[Tensor]
@@ -38,6 +41,25 @@ def assert_within_budget_on_average(draws: Sequence[tuple[Results, Results, Resu
         rounding = sum(torch.finfo(f.dtype).eps * o.abs().max().item() for f, o in zip(fast, oracle, strict=True))
         allowed = factor * sum(map(_greatest_error, plain, oracle)) + 2 * rounding
         assert error <= allowed, f"result {index}: error {error:.3e}, allowed {allowed:.3e}"
+
+
+class RoundedTo(TorchDispatchMode):
+    """Rounds what every operation gives to `dtype`: a formula as it is computed there, one rounding at each step."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.is_view:
+            return result
+        if func._schema.is_mutable and isinstance(result, Tensor):
+            return result.copy_(self._round(result))
+        return tree_map_only(Tensor, self._round, result)
+
+    def _round(self, value: Tensor) -> Tensor:
+        return value.to(self.dtype).to(value.dtype) if value.is_floating_point() else value
 
 
 def _greatest_error(result: Tensor, oracle: Tensor) -> float:

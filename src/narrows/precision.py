@@ -4,7 +4,7 @@ Products with many tokens run in `compute_dtype`. References, softmax statistics
 run in float32 or, where an input is float64, in float64. Autocast never lowers float64.
 """
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -13,9 +13,9 @@ from torch import Tensor
 def compute_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype in which `tensor` is multiplied: autocast's where that is on, its own otherwise; float64 stays."""
     device = tensor.device.type
-    if tensor.dtype != torch.float64 and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return tensor.dtype
+    if tensor.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+        return tensor.dtype
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
@@ -33,4 +33,5 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 
 def autocast_off(tensor: Tensor) -> AbstractContextManager[object]:
     """A context in which autocast does not touch operations on the device of `tensor`."""
-    return torch.autocast(tensor.device.type, enabled=False)
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()

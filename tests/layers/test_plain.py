@@ -1,0 +1,107 @@
+"""What may be folded: modules that are their weights and nothing else."""
+
+from collections.abc import Callable
+
+import bitsandbytes
+import peft
+import pytest
+import torch
+from accelerate import cpu_offload
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+from narrows.layers.plain import is_plain, linear_part, why_not_plain
+from tests.support import assert_close
+
+
+def with_lora(module: nn.Linear) -> nn.Module:
+    model = nn.Sequential(module)
+    return peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["0"]), model)[0]
+
+
+def with_lora_on_the_weight(module: nn.Linear) -> nn.Module:
+    config = peft.LoraConfig(r=2, target_parameters=["0.weight"])
+    return peft.inject_adapter_in_model(config, nn.Sequential(module))[0]
+
+
+def quantised(module: nn.Linear) -> nn.Module:
+    model = nn.Sequential(module)
+    quantize_(model, Int8WeightOnlyConfig())
+    return model[0]
+
+
+def hooked(register: str) -> Callable[[nn.Linear], nn.Module]:
+    def hook(module: nn.Linear) -> nn.Module:
+        getattr(module, register)(lambda *_: None)
+        return module
+
+    return hook
+
+
+def with_another_forward(module: nn.Linear) -> nn.Module:
+    module.forward = lambda x: x  # type: ignore[method-assign]
+    return module
+
+
+class Subclass(nn.Linear):
+    """Might compute anything."""
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (with_lora, "is a peft.tuners.lora.layer.Linear"),
+        (with_lora_on_the_weight, "is a peft"),
+        (quantised, "weight is a Int8Tensor"),
+        (lambda module: bitsandbytes.nn.Linear8bitLt(4, 3), "is a bitsandbytes.nn.modules.Linear8bitLt"),
+        (lambda module: Subclass(4, 3), "Subclass"),
+        (parametrizations.weight_norm, "ParametrizedLinear"),
+        (parametrizations.spectral_norm, "ParametrizedLinear"),
+        (nn.utils.spectral_norm, "has hooks"),
+        (lambda module: prune.l1_unstructured(module, "weight", 0.5), "has hooks"),
+        (lambda module: cpu_offload(module, torch.device("cpu")), "forward was replaced"),
+        (hooked("register_forward_hook"), "has hooks"),
+        (hooked("register_forward_pre_hook"), "has hooks"),
+        (hooked("register_full_backward_hook"), "has hooks"),
+        (hooked("register_full_backward_pre_hook"), "has hooks"),
+        (with_another_forward, "forward was replaced"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_is_put_on_or_in_a_module_is_seen(change: Callable[[nn.Linear], nn.Module], reason: str) -> None:
+    changed = change(nn.Linear(4, 3))
+    assert not is_plain(changed)
+    found = why_not_plain([("to_k", changed)])
+    assert found is not None
+    assert found.startswith("to_k")
+    assert reason in found
+
+
+@pytest.mark.parametrize("module", [nn.Linear(4, 3), nn.LayerNorm(4), nn.GRUCell(4, 4), nn.RMSNorm(4)], ids=repr)
+def test_modules_of_torch_are_plain(module: nn.Module) -> None:
+    assert is_plain(module)
+    assert is_plain(module.double().requires_grad_(False).eval())
+
+
+def test_hooks_that_were_removed_are_forgotten() -> None:
+    module = nn.Linear(4, 3)
+    handle = module.register_forward_hook(lambda *_: None)
+    handle.remove()
+    assert is_plain(module)
+
+
+def test_containers_are_named() -> None:
+    block = nn.Sequential(nn.Linear(4, 3), nn.GELU())
+    assert why_not_plain(block.named_modules()) is not None
+    assert why_not_plain(block.named_modules(), containers=(nn.Sequential,)) is None
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_part_of_a_linear_map(bias: bool) -> None:
+    module, rows = nn.Linear(4, 6, bias=bias), torch.randn(2, 5, 4)
+    assert_close(linear_part(module, rows, 2, 5), module(rows)[..., 2:5])
+    calls: list[None] = []
+    module.register_forward_hook(lambda *_: calls.append(None))
+    assert_close(linear_part(module, rows, 2, 5), module(rows)[..., 2:5])
+    assert len(calls) == 2
