@@ -7,7 +7,7 @@ attention, and adaptive token sampling: each exact to its paper and to the code 
 from typing import TYPE_CHECKING
 
 from narrows._version import __version__
-from narrows.adapters import Reduction, TargetLatency, TargetMACs, reduce_tokens
+from narrows.adapters import Audit, Reduction, TargetLatency, TargetMACs, audit, reduce_tokens
 from narrows.checkpoints import from_upstream
 from narrows.errors import NarrowsError
 from narrows.layers import (
@@ -21,7 +21,7 @@ from narrows.layers import (
     SoftMoE,
     TwoWaySlotAttention,
 )
-from narrows.measure import Audit, Cost, audit, measure
+from narrows.measure import Cost, measure
 from narrows.models import ATSViT, SepViT, create_model, list_models, load_model
 from narrows.ops.media_attention import AllPrevious, ConsecutiveGroup, LastMedia, LastMedium
 from narrows.routing import Routing

@@ -6,13 +6,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from narrows.adapters.flamingo import Flamingo
+from narrows.adapters.flamingo import Flamingo, audit
 from narrows.checkpoints import from_upstream, read_open_flamingo
 from narrows.checkpoints.open_flamingo import block_of, resampler_of
 from narrows.errors import InvalidArgument
 from narrows.layers.gated_cross_attention import GatedCrossAttentionBlock
 from narrows.layers.perceiver_resampler import PerceiverResampler
-from narrows.measure import audit
 from narrows.ops.media_attention import AllPrevious, LastMedium
 from tests.checkpoints.record_open_flamingo import LANGUAGE_MODEL, MEDIA_TOKEN, RECORDED
 from tests.support import assert_close

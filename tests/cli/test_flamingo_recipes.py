@@ -51,7 +51,7 @@ def test_the_digits_recipe_leaves_what_generate_takes(parts, tmp_path, capsys):
 
 
 def test_the_papers_recipe_fits_your_own_language_model_encoder_and_documents(parts, tmp_path):
-    from tests.data.test_interleaved_files import entry, write_folder
+    from tests.data.test_document_files import entry, write_folder
 
     language_model, encoder = parts
     data = write_folder(tmp_path / "documents", *(entry("<image>one <image>two", "red", "blue") for _ in range(24)))

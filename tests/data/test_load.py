@@ -219,7 +219,7 @@ def test_a_missing_package_names_its_extra(tmp_path, monkeypatch):
 
     importing = builtins.__import__
     monkeypatch.setattr(builtins, "__import__", without)
-    from narrows.data.digit_canvas import source_digits
+    from narrows.data.scenes import source_digits
 
     with pytest.raises(
         MissingExtra, match=r"scikit-learn is needed to make digit scenes.*pip install 'narrows\[train\]'"

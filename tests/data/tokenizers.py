@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from narrows.data.interleaved import END_OF_CHUNK, IMAGE
+from narrows.data.documents import END_OF_CHUNK, IMAGE
 
 
 def word_tokenizer(words: Sequence[str], *, special: Sequence[str] = (IMAGE, END_OF_CHUNK), **options: Any) -> Any:

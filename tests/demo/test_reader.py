@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from narrows.data.interleaved import END_OF_CHUNK, IMAGE, Document
-from narrows.data.interleaved_digits import DIGITS, DigitPrompts, questions
+from narrows.data.documents import END_OF_CHUNK, IMAGE, Document
+from narrows.data.scene_documents import DIGITS, DigitPrompts, questions
 from narrows.demo import reader as digits
 from narrows.demo import reader_parts
 from narrows.demo.reader import digits_reader, examine

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from narrows.data.interleaved_digits import digit_sentences
-from narrows.data.interleaved_module import InterleavedDataModule
+from narrows.data.document_module import InterleavedDataModule
+from narrows.data.scene_documents import digit_sentences
 from narrows.demo.reader_parts import digits_tokenizer
 from narrows.hub.parts import ClassifierEncoder
 from narrows.models import create_model

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from narrows.data.image_set import MEAN_AND_STD
+from narrows.data.images import MEAN_AND_STD
 from narrows.errors import InvalidArgument
 from narrows.hub.parts import ClassifierEncoder, TimmEncoder, open_language_model, open_vision_encoder
 from narrows.models import create_model

@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from narrows.data.interleaved import END_OF_CHUNK, IMAGE, Document
+from narrows.data.documents import END_OF_CHUNK, IMAGE, Document
 from narrows.errors import DataError, InvalidArgument
 from narrows.hub.readers import Reader, ReaderFormat, open_reader, read_pictures
 from tests.data.folders import write_image

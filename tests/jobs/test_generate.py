@@ -3,7 +3,7 @@ import torch
 from PIL import Image
 
 from narrows.cli import main
-from narrows.data.interleaved_digits import DigitPrompts
+from narrows.data.scene_documents import DigitPrompts
 from narrows.hub.readers import Reader
 from narrows.jobs import generate as task
 from tests.data.folders import write_image

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.nn import functional as F
 
 from narrows.adapters.flamingo import Flamingo
-from narrows.data.interleaved import Document
+from narrows.data.documents import Document
 from narrows.errors import InvalidArgument
 from narrows.hub.readers import open_reader
 from narrows.training.flamingo import FlamingoTraining, rate, swapped, token_losses

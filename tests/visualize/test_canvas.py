@@ -1,16 +1,17 @@
 """Figures become files, for light and for dark pages."""
 
 import io
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from skimage.color import deltaE_ciede2000, rgb2lab
 
 from narrows import visualize
 from narrows.errors import InvalidArgument
-from narrows.visualize.canvas import new_figure, render
-from narrows.visualize.palette import INK
+from narrows.visualize.canvas import CARRIERS, INK, carrier_colour, new_figure, render, to_hex, to_rgb
 
 MAGIC = {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF", ".jpg": b"\xff\xd8", ".webp": b"RIFF"}
 
@@ -60,3 +61,35 @@ def test_light_and_dark_lie_exactly_over_each_other_and_the_layout_stays_alive()
     light, dark = map(pixels, render(figure))
     np.testing.assert_array_equal(light[..., 3], dark[..., 3])
     assert figure.get_layout_engine() is not None
+
+
+# Machado, Oliveira and Fernandes (2009), "A Physiologically-based Model for Simulation of Color Vision Deficiency",
+# severity 1, for linear RGB.
+VISION = {
+    "full": np.eye(3),
+    "no red": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "no green": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    "no blue": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+}
+
+
+@pytest.mark.parametrize("vision", VISION)
+def test_no_two_carriers_look_alike(vision: str) -> None:
+    colours = np.stack([to_rgb(colour).double().numpy() for colour in CARRIERS])
+    linear = np.where(colours <= 0.04045, colours / 12.92, ((colours + 0.055) / 1.055) ** 2.4)
+    seen = np.clip(linear @ np.asarray(VISION[vision]).T, 0, 1)
+    seen = np.where(seen <= 0.0031308, seen * 12.92, 1.055 * seen ** (1 / 2.4) - 0.055)
+    lab = rgb2lab(seen[None])[0]
+    # A difference of 10 is seen at a glance (CIEDE2000; 1 is just noticeable).
+    assert min(deltaE_ciede2000(lab[i], lab[j]) for i, j in combinations(range(len(CARRIERS)), 2)) > 10
+
+
+def test_hex_and_numbers_are_each_others_inverse() -> None:
+    assert to_rgb("#ff8000").tolist() == pytest.approx([1, 128 / 255, 0])
+    assert [to_hex(to_rgb(colour)) for colour in CARRIERS] == list(CARRIERS)
+
+
+def test_a_second_round_of_carriers_gets_lighter_shades() -> None:
+    first, second = to_rgb(carrier_colour(2)), to_rgb(carrier_colour(2 + len(CARRIERS)))
+    assert (second > first).all()
+    assert len({carrier_colour(rank) for rank in range(2 * len(CARRIERS))}) == 2 * len(CARRIERS)

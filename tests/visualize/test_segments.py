@@ -6,7 +6,7 @@ import torch
 
 from narrows.errors import InvalidArgument
 from narrows.visualize import segmentations
-from narrows.visualize.palette import carrier_colour, to_rgb
+from narrows.visualize.canvas import carrier_colour, to_rgb
 
 CLASSES = ("background", "left", "right")
 

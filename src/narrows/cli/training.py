@@ -23,8 +23,7 @@ try:
 except ImportError as error:
     raise MissingExtra(error.name or "lightning", extra="train", purpose="train") from error
 
-from narrows.data.module import ImageDataModule, SegmentationDataModule
-from narrows.data.positioned import PositionedDataModule
+from narrows.data.module import ImageDataModule, PositionedDataModule, SegmentationDataModule
 from narrows.training.callbacks import PredictionTable, SavePretrained
 from narrows.training.class_maps import ClassMaps
 from narrows.training.classification import Classification
@@ -72,7 +71,7 @@ def _of_images(name: str) -> Link:
 def _flamingo() -> Choice:
     """The images have to fit the vision encoder. Imported when asked for: no other task needs transformers."""
     try:
-        from narrows.data.interleaved_module import InterleavedDataModule
+        from narrows.data.document_module import InterleavedDataModule
         from narrows.training.flamingo import FlamingoTraining
         from narrows.training.save_reader import SaveReader
     except ImportError as error:

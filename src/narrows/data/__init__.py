@@ -2,13 +2,10 @@
 
 from typing import TYPE_CHECKING, Any
 
-from narrows.data.augmentation import Augmentation
-from narrows.data.digits import DigitScenes, Scenes
-from narrows.data.image_set import IGNORED, ImageData, ImageSet, picture
+from narrows.data.images import IGNORED, Augmentation, ImageData, ImageSet, RememberedImages, picture
 from narrows.data.load import load
 from narrows.data.positions import Position, PositionSampler
-from narrows.data.remembered import RememberedImages
-from narrows.data.segmented import SegmentedDigits, SegmentedScenes
+from narrows.data.scenes import DigitScenes, Scenes, SegmentedDigits, SegmentedScenes
 
 if TYPE_CHECKING:
     from narrows.data.module import ImageDataModule

@@ -4,9 +4,8 @@ import difflib
 from pathlib import Path
 from typing import NamedTuple
 
-from narrows.data import digit_canvas, digits
-from narrows.data.augmentation import Augmentation
-from narrows.data.image_set import ImageData
+from narrows.data.images import Augmentation, ImageData
+from narrows.data.scenes import HELD_OUT_RULE, DigitScenes
 from narrows.errors import InvalidArgument, MissingExtra
 from narrows.validation import check_positive
 
@@ -77,12 +76,12 @@ def load(
     )
 
 
-def load_scenes(name: str, split: str, *, image_size: int | None = None, seed: int = 0) -> digits.DigitScenes:
+def load_scenes(name: str, split: str, *, image_size: int | None = None, seed: int = 0) -> DigitScenes:
     """One split of the scenes in `SCENES` that have this name."""
     kind = SCENES[name]
     size = kind.image_size if image_size is None else image_size
     least, greatest = kind.digit_size
-    return digits.DigitScenes(split, size=size, digit_size=(size * least, size * greatest), seed=seed)
+    return DigitScenes(split, size=size, digit_size=(size * least, size * greatest), seed=seed)
 
 
 def _load_digits(name: str, image_size: int | None, seed: int) -> ImageData:
@@ -96,5 +95,5 @@ def _load_digits(name: str, image_size: int | None, seed: int) -> ImageData:
         classes=tuple("0123456789"),
         image_size=train.size,
         channels=1,
-        held_out_rule=digit_canvas.HELD_OUT_RULE,
+        held_out_rule=HELD_OUT_RULE,
     )

@@ -11,9 +11,9 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
 from tqdm import tqdm
 
-from narrows.data.interleaved import Document
-from narrows.data.interleaved_digits import DigitPrompts, questions
-from narrows.data.interleaved_module import InterleavedDataModule
+from narrows.data.document_module import InterleavedDataModule
+from narrows.data.documents import Document
+from narrows.data.scene_documents import DigitPrompts, questions
 from narrows.demo.reader_parts import FOLDER, digits_language_model, digits_vision_encoder
 from narrows.hub.parts import VisionEncoder
 from narrows.hub.readers import FORMAT_FILE, Reader, open_reader

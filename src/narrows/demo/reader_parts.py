@@ -12,8 +12,8 @@ from torch import nn
 from tqdm import tqdm
 
 from narrows.data import ImageDataModule
-from narrows.data.interleaved import END_OF_CHUNK, IMAGE
-from narrows.data.interleaved_digits import digit_sentences
+from narrows.data.documents import END_OF_CHUNK, IMAGE
+from narrows.data.scene_documents import digit_sentences
 from narrows.errors import MissingExtra
 from narrows.hub.parts import without_bars
 from narrows.training.classification import Classification

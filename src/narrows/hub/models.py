@@ -4,7 +4,7 @@ import difflib
 from pathlib import Path
 from typing import Any, cast
 
-from narrows.data.image_set import MEAN_AND_STD
+from narrows.data.images import MEAN_AND_STD
 from narrows.errors import InvalidArgument
 from narrows.hub.loaded import Opened, load_weights, read_weights
 from narrows.models import create_model, list_models, load_model

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from narrows.data.image_set import MEAN_AND_STD
+from narrows.data.images import MEAN_AND_STD
 from narrows.errors import InvalidArgument, MissingExtra
 from narrows.models import ImageClassifier, load_model
 

@@ -12,8 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from narrows.adapters.flamingo import Flamingo
-from narrows.data.interleaved import END_OF_CHUNK, IMAGE, Document
-from narrows.data.interleaved_batch import InterleavedCollate, without_labels
+from narrows.data.documents import END_OF_CHUNK, IMAGE, Document, InterleavedCollate, without_labels
 from narrows.errors import InvalidArgument
 from narrows.hub.parts import ClassifierEncoder, VisionEncoder, open_language_model, open_vision_encoder
 from narrows.hub.token_rows import TokenRows
@@ -150,8 +149,8 @@ def read_pictures(paths: Sequence[str | Path], encoder: VisionEncoder) -> Float[
         InvalidArgument: a file that does not exist.
         DataError: one that cannot be read; it is named.
     """
+    from narrows.data.document_files import picture_transform
     from narrows.data.folder import read_image
-    from narrows.data.interleaved_files import picture_transform
 
     transform = picture_transform(encoder.image_size, encoder.channels)
     for path in map(Path, paths):

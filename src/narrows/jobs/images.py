@@ -8,8 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from narrows.data import IGNORED, ImageSet, load
-from narrows.data.files import find_images, find_unreadable, list_classes
-from narrows.data.folder import HELD_OUT_FOLDERS, FolderImages
+from narrows.data.folder import HELD_OUT_FOLDERS, FolderImages, find_images, find_unreadable, list_classes
 from narrows.data.load import SCENES
 from narrows.errors import DataError, InvalidArgument
 from narrows.hub.loaded import Opened

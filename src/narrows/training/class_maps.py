@@ -13,7 +13,7 @@ from torch import Tensor
 
 from narrows.data import IGNORED, ImageDataModule, Position, picture
 from narrows.visualize import save, segmentations
-from narrows.visualize.palette import carrier_colour, to_rgb
+from narrows.visualize.canvas import carrier_colour, to_rgb
 
 SHOWN = 8
 

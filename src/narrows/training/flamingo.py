@@ -17,7 +17,7 @@ from torchmetrics import MeanMetric
 from narrows.adapters.flamingo import Flamingo
 from narrows.adapters.flamingo.host import find_host
 from narrows.data import IGNORED
-from narrows.data.interleaved_batch import InterleavedBatch, without_labels
+from narrows.data.documents import InterleavedBatch, without_labels
 from narrows.demo.reader_parts import digits_language_model, digits_vision_encoder
 from narrows.errors import InvalidArgument
 from narrows.hub.parts import open_language_model, open_vision_encoder

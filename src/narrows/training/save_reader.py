@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from narrows.data.interleaved_module import InterleavedDataModule
+from narrows.data.document_module import InterleavedDataModule
 from narrows.hub.parts import VisionEncoder
 from narrows.hub.readers import Reader, ReaderFormat
 from narrows.training.flamingo import FlamingoTraining

@@ -8,7 +8,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from narrows.data.random import keys
+from narrows.data.positions import keys
 from narrows.training.optimisation import parameter_groups, warmup_cosine
 
 

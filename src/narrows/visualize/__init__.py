@@ -1,13 +1,12 @@
 """Pictures of a `Routing`, plots, tables and the report. Draws without a display and leaves pyplot alone."""
 
 from narrows.visualize.canvas import save
-from narrows.visualize.curves import curves
 from narrows.visualize.overlays import gallery, overlay
-from narrows.visualize.reading import reading
+from narrows.visualize.plots import ParetoPoint, curves, pareto, pareto_front
 from narrows.visualize.report import Report
 from narrows.visualize.segments import segmentations
 from narrows.visualize.tables import Cell, text_table
-from narrows.visualize.tradeoff import ParetoPoint, pareto, pareto_front
+from narrows.visualize.text import reading
 
 __all__ = [
     "Cell",

@@ -3,10 +3,14 @@
 import io
 from collections.abc import Iterator
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
 from narrows.errors import InvalidArgument, MissingExtra
-from narrows.visualize.palette import PAPER
 
 if TYPE_CHECKING:
     import matplotlib.figure
@@ -90,3 +94,64 @@ def _inverted(colour: Any) -> Any:
     if max(red, green, blue) - min(red, green, blue) > 0.12:
         return (red, green, blue, alpha)
     return (1 - red, 1 - green, 1 - blue, alpha)
+
+
+# Okabe and Ito (2008), "Color Universal Design", without black, and a wine red as the eighth.
+CARRIERS = ("#56b4e9", "#e69f00", "#009e73", "#cc79a7", "#f0e442", "#0072b2", "#d55e00", "#882255")
+OTHER = "#a8adb5"
+INK = "#1f2328"
+MUTED = "#6e7681"
+LINE = "#d0d7de"
+PAPER = "#ffffff"
+
+
+def carrier_colour(rank: int) -> str:
+    """The colour of the `rank`-th carrier: the eight of `CARRIERS`, then their lighter shades, then again."""
+    cycle, position = divmod(rank, len(CARRIERS))
+    colour = CARRIERS[position]
+    return colour if cycle % 2 == 0 else to_hex(0.5 + 0.5 * to_rgb(colour))
+
+
+def to_rgb(colour: str) -> Float[Tensor, "3"]:
+    """`#rrggbb` as three numbers in 0..1."""
+    return torch.tensor([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+
+
+def to_hex(rgb: Float[Tensor, "3"]) -> str:
+    """Three numbers in 0..1 as `#rrggbb`."""
+    return "#" + "".join(f"{int(value):02x}" for value in (rgb * 255).round())
+
+
+def panel_ratio(canvas: Float[Tensor, "3 H W"]) -> float:
+    """Height of a panel for its width: the image's own, though a tall image does not make a tower of the figure."""
+    return min(canvas.shape[1] / canvas.shape[2], 1.5)
+
+
+def show_picture(axis: Any, picture: Float[Tensor, "3 H W"], title: str = "", frame: str | None = None) -> None:
+    """A picture in its panel, with `frame` as the colour of a line around it."""
+    axis.imshow(picture.movedim(0, -1).numpy(), interpolation="auto")
+    axis.set_xticks([])
+    axis.set_yticks([])
+    axis.spines[:].set_visible(frame is not None)
+    if frame is not None:
+        axis.spines[:].set(color=frame, linewidth=2.5)
+    if title:
+        axis.set_title(title, fontsize=9, color=INK, loc="left", pad=5)
+
+
+def set_heading(axis: Any, text: str, detail: str) -> None:
+    """What a column of panels shows, above its first one."""
+    axis.set_title(text, fontsize=10, fontweight="bold", color=INK, pad=18)
+    axis.annotate(detail, (0.5, 1), (0, 6), "axes fraction", "offset points", ha="center", fontsize=8, color=MUTED)
+
+
+def set_title(figure: "matplotlib.figure.Figure", text: str) -> None:
+    """The title of a figure."""
+    text = fill(text, int(9 * figure.get_figwidth()))
+    figure.suptitle(text, x=0.012, ha="left", fontsize=12, fontweight="bold", color=INK)
+
+
+def set_note(figure: "matplotlib.figure.Figure", text: str) -> None:
+    """How to read a figure, at its foot."""
+    text = fill(text, int(16 * figure.get_figwidth()))
+    figure.supxlabel(text, x=0.012, ha="left", fontsize=8, color=MUTED)

@@ -4,17 +4,26 @@ from collections.abc import Iterable, Mapping, Sequence
 from textwrap import fill
 from typing import TYPE_CHECKING
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from narrows.errors import InvalidArgument
 from narrows.routing import Routing
 from narrows.validation import check_positive
-from narrows.visualize import paint, panels
-from narrows.visualize.canvas import new_figure
-from narrows.visualize.images import to_image
-from narrows.visualize.palette import CARRIERS, INK, MUTED, carrier_colour
-from narrows.visualize.shares import carried, keeps_tokens, neighbour_colours, owners
+from narrows.visualize.canvas import (
+    CARRIERS,
+    INK,
+    MUTED,
+    carrier_colour,
+    new_figure,
+    panel_ratio,
+    set_heading,
+    set_note,
+    set_title,
+    show_picture,
+)
+from narrows.visualize.images import fit, paint_kept, paint_owners, paint_weights, to_image
 
 if TYPE_CHECKING:
     import matplotlib.figure
@@ -48,7 +57,7 @@ def overlay(
         MissingExtra: without matplotlib.
     """
     check_positive(max_carriers=max_carriers)
-    canvas = paint.fit(to_image(image))
+    canvas = fit(to_image(image))
     maps = _maps_of(routing, sample)
     if keeps_tokens(routing):
         return _kept_figure(canvas, maps, title)
@@ -72,27 +81,27 @@ def gallery(
         InvalidArgument: a routing without grid or with fewer samples than images, no image, captions of other number.
         MissingExtra: without matplotlib.
     """
-    canvases = [paint.fit(to_image(image, name=f"images[{i}]")) for i, image in enumerate(images)]
+    canvases = [fit(to_image(image, name=f"images[{i}]")) for i, image in enumerate(images)]
     if not canvases:
         raise InvalidArgument("images", expected="at least one image", got="none")
     if captions is not None and len(captions) != len(canvases):
         raise InvalidArgument("captions", expected=f"one for each of the {len(canvases)} images", got=len(captions))
-    ratios = [panels.ratio(canvas) for canvas in canvases]
+    ratios = [panel_ratio(canvas) for canvas in canvases]
     figure = new_figure(PANEL * (1 + len(columns)) + 0.3, sum(PANEL * ratio + 0.25 for ratio in ratios) + 0.8)
     axes = figure.subplots(len(canvases), 1 + len(columns), squeeze=False, height_ratios=ratios)
     for row, canvas in enumerate(canvases):
-        panels.show(axes[row][0], canvas)
+        show_picture(axes[row][0], canvas)
         if captions is not None:
             axes[row][0].set_ylabel(fill(captions[row], 26), fontsize=9, color=INK)
-    panels.heading(axes[0][0], "image", "")
+    set_heading(axes[0][0], "image", "")
     for column, (heading, routing) in enumerate(columns.items(), start=1):
         for row, canvas in enumerate(canvases):
             maps = _maps_of(routing, row, name=f"columns[{heading!r}]")
-            panels.show(axes[row][column], _summary(canvas, maps, routing))
+            show_picture(axes[row][column], _summary(canvas, maps, routing))
             if keeps_tokens(routing):
                 axes[row][column].set_xlabel(_kept_count(maps), fontsize=8, color=MUTED, labelpad=3)
-        panels.heading(axes[0][column], heading, _passage(routing))
-    panels.note(
+        set_heading(axes[0][column], heading, _passage(routing))
+    set_note(
         figure, "Colour: the carrier with the greatest share of the token. Grey: dropped tokens, read by no carrier."
     )
     return figure
@@ -115,10 +124,10 @@ def _maps_of(routing: Routing, sample: int, name: str = "routing") -> Float[Tens
 def _summary(canvas: Tensor, maps: Tensor, routing: Routing) -> Tensor:
     """One picture that tells where all tokens went."""
     if keeps_tokens(routing):
-        return paint.kept(canvas, maps.amax(0) > 0)
+        return paint_kept(canvas, maps.amax(0) > 0)
     owner = owners(maps)
     own = {carrier: carrier for carrier in range(len(maps))} if len(maps) <= len(CARRIERS) else neighbour_colours(owner)
-    return paint.owned(canvas, owner, {carrier: carrier_colour(rank) for carrier, rank in own.items()})
+    return paint_owners(canvas, owner, {carrier: carrier_colour(rank) for carrier, rank in own.items()})
 
 
 def _kept_count(maps: Tensor) -> str:
@@ -135,10 +144,10 @@ def _passage(routing: Routing) -> str:
 
 
 def _kept_figure(canvas: Tensor, maps: Tensor, title: str | None) -> "matplotlib.figure.Figure":
-    figure = new_figure(4.0, 4.0 * panels.ratio(canvas) + 0.7)
-    panels.show(figure.subplots(), paint.kept(canvas, maps.amax(0) > 0))
-    panels.title(figure, title or _kept_count(maps))
-    panels.note(figure, "Grey: dropped tokens.")
+    figure = new_figure(4.0, 4.0 * panel_ratio(canvas) + 0.7)
+    show_picture(figure.subplots(), paint_kept(canvas, maps.amax(0) > 0))
+    set_title(figure, title or _kept_count(maps))
+    set_note(figure, "Grey: dropped tokens.")
     return figure
 
 
@@ -154,17 +163,17 @@ def _mixed_figure(
     count = 2 + len(shown)
     rows = -(-count // PANELS_PER_ROW)
     columns = -(-count // rows)
-    figure = new_figure(PANEL * columns, (PANEL * panels.ratio(canvas) + 0.28) * rows + 0.75)
+    figure = new_figure(PANEL * columns, (PANEL * panel_ratio(canvas) + 0.28) * rows + 0.75)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    panels.show(axes[0], canvas, "image")
-    panels.show(axes[1], paint.owned(canvas, owners(maps), colours), "owner of each token")
+    show_picture(axes[0], canvas, "image")
+    show_picture(axes[1], paint_owners(canvas, owners(maps), colours), "owner of each token")
     for axis, (carrier, colour) in zip(axes[2:], colours.items(), strict=False):
         part = parts[carrier].item()
         name = f"{one} {carrier} · {part:.0%}" if part >= 0.095 else f"{one} {carrier} · {part:.1%}"
-        panels.show(axis, paint.over(canvas, maps[carrier], colour), name, colour)
+        show_picture(axis, paint_weights(canvas, maps[carrier], colour), name, colour)
     for axis in axes[count:]:
         axis.set_axis_off()
-    panels.title(figure, title or _passage(routing))
+    set_title(figure, title or _passage(routing))
     note = (
         f"Owner: the {one} with the greatest share of the token. Maps: where each {one} reads, against its own "
         "maximum, and the part of all tokens it carries."
@@ -174,5 +183,50 @@ def _mixed_figure(
             f" Not shown, and grey: the other {len(maps) - len(shown)} of {len(maps)} {routing.carriers}; "
             "none carries more than these."
         )
-    panels.note(figure, note)
+    set_note(figure, note)
     return figure
+
+
+NOBODY = -1
+
+
+def keeps_tokens(routing: Routing) -> bool:
+    """Whether every carrier reads one token at most: then tokens were kept or dropped, not mixed."""
+    return bool((routing.maps() > 0).sum((-2, -1)).amax() <= 1)
+
+
+def owners(maps: Float[Tensor, "K h w"]) -> Int[Tensor, "h w"]:
+    """For each token the carrier with the greatest share of it, `NOBODY` where no carrier reads it."""
+    share, carrier = maps.max(0)
+    return carrier.masked_fill(share <= 0, NOBODY)
+
+
+def carried(maps: Float[Tensor, "K h w"]) -> Float[Tensor, "K"]:
+    """The part of the tokens that each carrier carries: shares scaled to sum to 1 for each token, then averaged."""
+    total = maps.sum(0)
+    return (maps / total.masked_fill(total <= 0, 1)).mean((-2, -1))
+
+
+def neighbour_colours(owner: Int[Tensor, "h w"]) -> dict[int, int]:
+    """A colour number for every owner such that owners that touch differ, with as few numbers as a greedy pass needs.
+
+    Many carriers cannot all have a colour of their own, but two that touch must not look like one.
+    """
+    pairs = torch.cat(
+        [
+            torch.stack([owner[:, :-1], owner[:, 1:]], -1).flatten(0, 1),
+            torch.stack([owner[:-1], owner[1:]], -1).flatten(0, 1),
+            torch.stack([owner[:-1, :-1], owner[1:, 1:]], -1).flatten(0, 1),
+            torch.stack([owner[:-1, 1:], owner[1:, :-1]], -1).flatten(0, 1),
+        ]
+    )
+    touching: dict[int, set[int]] = {int(carrier): set() for carrier in owner.unique() if carrier != NOBODY}
+    for a, b in pairs.unique(dim=0).tolist():
+        if a != b and NOBODY not in (a, b):
+            touching[a].add(b)
+            touching[b].add(a)
+    colours: dict[int, int] = {}
+    for carrier, neighbours in touching.items():
+        taken = {colours.get(neighbour) for neighbour in neighbours}
+        colours[carrier] = next(number for number in range(len(touching)) if number not in taken)
+    return colours

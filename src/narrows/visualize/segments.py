@@ -7,10 +7,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from narrows.errors import InvalidArgument
-from narrows.visualize import paint, panels
-from narrows.visualize.canvas import new_figure
-from narrows.visualize.images import to_image
-from narrows.visualize.palette import INK, carrier_colour
+from narrows.visualize.canvas import INK, carrier_colour, new_figure, panel_ratio, show_picture
+from narrows.visualize.images import fit, paint_owners, to_image
 
 if TYPE_CHECKING:
     import matplotlib.figure
@@ -35,7 +33,7 @@ def segmentations(
         InvalidArgument: no image, or a row with maps for fewer images.
         MissingExtra: without matplotlib.
     """
-    canvases = [paint.fit(to_image(image, name=f"images[{i}]")) for i, image in enumerate(images)]
+    canvases = [fit(to_image(image, name=f"images[{i}]")) for i, image in enumerate(images)]
     if not canvases:
         raise InvalidArgument("images", expected="at least one image", got="none")
     for name, maps in rows.items():
@@ -45,14 +43,14 @@ def segmentations(
             )
     coloured = [label for label in range(len(classes)) if label != background]
     colours = {label: carrier_colour(rank) for rank, label in enumerate(coloured)}
-    height = PANEL * max(panels.ratio(canvas) for canvas in canvases)
+    height = PANEL * max(panel_ratio(canvas) for canvas in canvases)
     figure = new_figure(PANEL * len(canvases) + 0.5, height * (1 + len(rows)) + 0.5)
     axes = figure.subplots(1 + len(rows), len(canvases), squeeze=False)
     for axis, canvas in zip(axes[0], canvases, strict=True):
-        panels.show(axis, canvas)
+        show_picture(axis, canvas)
     for row, maps in zip(axes[1:], rows.values(), strict=True):
         for axis, canvas, labels in zip(row, canvases, maps.cpu(), strict=True):
-            panels.show(axis, paint.owned(canvas, labels, colours))
+            show_picture(axis, paint_owners(canvas, labels, colours))
     for row, name in zip(axes, ("image", *rows), strict=True):
         row[0].set_ylabel(name, fontsize=10, fontweight="bold", color=INK)
     _legend(figure, {classes[label]: colour for label, colour in colours.items()})

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from narrows.adapters.token_reduction import METHODS, Merge, Signals
-from narrows.adapters.token_reduction.layout import Padded
 from narrows.adapters.token_reduction.methods import ATS, EViT, Random, ToMe, TopK
+from narrows.adapters.token_reduction.tokens import Padded
 from tests.support import assert_close
 
 

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import Cache
 
-from narrows.adapters.flamingo import cache as caches
 from narrows.adapters.flamingo.call import CALL, PASS, MediaPass, mine
 from narrows.adapters.flamingo.host import Host
+from narrows.adapters.flamingo.memory import read_memory, text_length, write_memory
 from narrows.errors import InvalidArgument
 from narrows.ops.media_attention import Attend
 
@@ -53,7 +53,7 @@ class MediaHooks:
         text = kwargs.get("input_ids", args[0] if args else None)
         batch, length = (kwargs["inputs_embeds"] if text is None else text).shape[:2]
         cache = kwargs.get("past_key_values")
-        memory, start = caches.read(cache), caches.text_length(cache)
+        memory, start = read_memory(cache), text_length(cache)
         PASS.set((self, MediaPass(call, memory, batch=batch, start=start, length=length, attend=self.attend)))
 
     def _end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -63,7 +63,7 @@ class MediaHooks:
         PASS.set(None)
         for part in output if isinstance(output, tuple) else output.values():
             if isinstance(part, Cache):
-                caches.write(part, one.memory())
+                write_memory(part, one.memory())
 
     def _read(self, number: int, block: nn.Module, layer: nn.Module, text: Tensor) -> Tensor | None:
         """The text at a decoder layer after it has read its media; None where nothing is to be read."""

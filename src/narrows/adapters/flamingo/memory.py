@@ -5,10 +5,12 @@ model only once it has run to its end.
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from transformers.cache_utils import Cache, DummyLayer
 
 from narrows.layers.gated_cross_attention import MediaKeysValues
 
@@ -107,3 +109,63 @@ def append(
     number = torch.arange(media.shape[1] + new.shape[1], device=media.device)
     columns = torch.where(number < counts[:, None], number, media.shape[1] + number - counts[:, None])
     return take(torch.cat((media, new), 1), columns)
+
+
+class MediaCacheLayer(DummyLayer):
+    """A cache layer without keys and values of text.
+
+    Args:
+        memory: the media of the text in this cache; None after `reset`.
+    """
+
+    def __init__(self, memory: MediaMemory) -> None:
+        super().__init__()
+        self.memory: MediaMemory | None = memory
+
+    def reset(self) -> None:
+        """Forget the text and its media."""
+        self.memory = None
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Go back by so many tokens; the number is negative, as transformers has it."""
+        if self.memory is not None:
+            self.memory = self.memory.without_last(abs(tokens_to_remove))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Beams continue those at `beam_idx`."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these texts."""
+        if self.memory is not None:
+            self.memory = self.memory.rows(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Continue each text in several ways."""
+        if self.memory is not None:
+            rows = torch.arange(len(self.memory.sample), device=self.memory.sample.device)
+            self.memory = self.memory.rows(rows.repeat_interleave(repeats))
+
+
+def read_memory(cache: Cache | None) -> MediaMemory | None:
+    """The media of the text in `cache`, if any are known."""
+    layers = [] if cache is None else cache.layers
+    return next((layer.memory for layer in layers if isinstance(layer, MediaCacheLayer)), None)
+
+
+def write_memory(cache: Cache, memory: MediaMemory) -> None:
+    """Keep `memory` with `cache`."""
+    for layer in cache.layers:
+        if isinstance(layer, MediaCacheLayer):
+            layer.memory = memory
+            return
+    layers: list[Any] = cache.layers
+    layers.append(MediaCacheLayer(memory))
+
+
+def text_length(cache: Cache | None) -> int:
+    """How many tokens of text are in `cache`."""
+    memory = read_memory(cache)
+    if memory is not None:
+        return memory.length
+    return 0 if cache is None else int(cache.get_seq_length())

@@ -9,11 +9,11 @@ from huggingface_hub import ModelHubMixin
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from narrows.adapters.flamingo import cache as caches
 from narrows.adapters.flamingo.call import MediaCall, run
 from narrows.adapters.flamingo.hooks import MediaHooks
 from narrows.adapters.flamingo.host import factory, find_host, hold_still, layer_numbers
-from narrows.adapters.flamingo.media import encode, no_media, width_of
+from narrows.adapters.flamingo.media import check_counts, document_starts, encode, locate, no_media, width_of
+from narrows.adapters.flamingo.memory import text_length
 from narrows.adapters.flamingo.saving import (
     check_made_for,
     decode_policy,
@@ -22,7 +22,6 @@ from narrows.adapters.flamingo.saving import (
     load_added,
     save_added,
 )
-from narrows.adapters.flamingo.text import check_counts, document_starts, locate
 from narrows.errors import InvalidArgument, NarrowsError
 from narrows.layers.gated_cross_attention import GatedCrossAttentionBlock
 from narrows.layers.perceiver_resampler import PerceiverResampler
@@ -272,7 +271,7 @@ class Flamingo(
         if text is None:
             raise InvalidArgument("input_ids", expected="the text, or inputs_embeds", got=None)
         attention_mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
-        locations, start = locate(text, attention_mask, media_locations, self.media_token_id), caches.text_length(cache)
+        locations, start = locate(text, attention_mask, media_locations, self.media_token_id), text_length(cache)
         if whole:
             begin = 0 if attention_mask is None else attention_mask.shape[1] - text.shape[1]
             locations = locations[:, max(start - begin, 0) :]
@@ -284,3 +283,19 @@ class Flamingo(
         starts = None if whole or start else document_starts(kwargs.get("position_ids"), attention_mask)
         locations = locations.to(encoded.latents.device)
         return MediaCall(encoded.latents, encoded.counts, locations, start, starts, routings)
+
+
+_RESAMPLER = {"depth": 6, "num_latents": 64, "heads": 16, "head_dim": 96, "activation": "squared_relu"}
+
+
+def _size(every: int | tuple[int, ...], heads: int) -> dict[str, Any]:
+    block = {"heads": heads, "head_dim": 128, "activation": "squared_relu"}
+    return {"media_dim": 1536, "every": every, "resampler": dict(_RESAMPLER), "block": block}
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "flamingo_3b": _size(1, 16),
+    "flamingo_9b": _size(4, 32),
+    # Twelve blocks at 80 layers: the first layer counts.
+    "flamingo_80b": _size(tuple(range(0, 80, 7)), 64),
+}

@@ -1,9 +1,8 @@
 """Token reduction for vision transformers that people already have."""
 
-from narrows.adapters.token_reduction.handle import Reduction
-from narrows.adapters.token_reduction.methods import METHODS, Merge, Merging, Pruning, ReductionMethod
+from narrows.adapters.token_reduction.methods import METHODS, Merge, Merging, Pruning, ReductionMethod, Signals
 from narrows.adapters.token_reduction.reduce import reduce_tokens
-from narrows.adapters.token_reduction.signals import Signals
+from narrows.adapters.token_reduction.reduction import Reduction
 from narrows.adapters.token_reduction.targets import CostTarget, TargetLatency, TargetMACs
 
 __all__ = [

@@ -3,11 +3,11 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
-from narrows.adapters.token_reduction.methods.base import ReductionMethod
+from narrows.adapters.token_reduction.methods import ReductionMethod
 from narrows.errors import InvalidArgument, InvalidType
 
 if TYPE_CHECKING:
-    from narrows.adapters.token_reduction.handle import Reduction
+    from narrows.adapters.token_reduction.reduction import Reduction
 
 # A count of tokens after the prefix, a share of those that the image had, or None for all that come.
 Entry = int | float | None

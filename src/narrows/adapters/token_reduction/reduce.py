@@ -6,9 +6,9 @@ from torch import nn
 from narrows.adapters.token_reduction import self_test
 from narrows.adapters.token_reduction.block import ReducedBlock
 from narrows.adapters.token_reduction.budget import Budget, Target, schedule_of
-from narrows.adapters.token_reduction.handle import Reduction
 from narrows.adapters.token_reduction.hosts import HostModel, recognise
 from narrows.adapters.token_reduction.methods import METHODS, Merging, Pruning, ReductionMethod
+from narrows.adapters.token_reduction.reduction import Reduction
 from narrows.errors import InvalidArgument, InvalidType
 from narrows.validation import check_choice
 

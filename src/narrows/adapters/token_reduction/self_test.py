@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from narrows.adapters.token_reduction.block import ReducedBlock
-from narrows.adapters.token_reduction.handle import Reduction
 from narrows.adapters.token_reduction.hosts.base import HostBlock
-from narrows.adapters.token_reduction.methods.base import Merge, Merging, Pruning
-from narrows.adapters.token_reduction.signals import Signals
+from narrows.adapters.token_reduction.methods import Merge, Merging, Pruning, Signals
+from narrows.adapters.token_reduction.reduction import Reduction
 from narrows.errors import NarrowsError
 from narrows.measure import evaluating
 from narrows.ops.token_sampling import TokenSample

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from torch import Tensor
 
 from narrows.adapters.token_reduction.budget import Attempt, Solution
-from narrows.adapters.token_reduction.handle import Reduction
+from narrows.adapters.token_reduction.reduction import Reduction
 from narrows.errors import InvalidArgument, InvalidType
 from narrows.measure import compare_speed, evaluating, macs_per_sample
 from narrows.measure.cost import scaled

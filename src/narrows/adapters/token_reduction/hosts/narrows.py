@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from narrows.adapters.token_reduction.carried import kept_in, pooled
 from narrows.adapters.token_reduction.hosts.base import BlockCall, HostBlock, HostModel, QueryKeyValue, not_understood
+from narrows.adapters.token_reduction.tokens import kept_in, pooled
 from narrows.layers.plain import linear_part
 from narrows.models.base import ImageClassifier
 from narrows.models.parts import Block, FeedForward, SelfAttention, TransformerClassifier

@@ -14,8 +14,8 @@ from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
-from narrows.adapters.token_reduction.carried import kept_in, pooled
 from narrows.adapters.token_reduction.hosts.base import BlockCall, HostBlock, HostModel, QueryKeyValue, not_understood
+from narrows.adapters.token_reduction.tokens import kept_in, pooled
 from narrows.layers.plain import linear_part
 
 

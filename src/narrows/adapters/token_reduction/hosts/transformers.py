@@ -14,8 +14,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from narrows.adapters.token_reduction.carried import kept_in
 from narrows.adapters.token_reduction.hosts.base import BlockCall, HostBlock, HostModel, not_understood
+from narrows.adapters.token_reduction.tokens import kept_in
 from narrows.errors import InvalidArgument
 
 

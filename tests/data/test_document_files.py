@@ -1,0 +1,174 @@
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from narrows.data.document_files import StoredDocuments, read_jsonl, read_shards
+from narrows.data.document_module import load_interleaved
+from narrows.errors import DataError, InvalidArgument
+
+COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
+
+
+def png(colour: str, size: tuple[int, int] = (12, 9)) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", size, COLOURS[colour]).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def write_folder(folder: Path, *lines: object, name: str = "train.jsonl") -> Path:
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    for colour in COLOURS:
+        (folder / "images" / f"{colour}.png").write_bytes(png(colour))
+    (folder / "images" / "broken.png").write_bytes(b"not a picture")
+    path = folder / name
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
+    return path
+
+
+def write_shard(path: Path, members: dict[str, bytes | str]) -> Path:
+    with tarfile.open(path, "w") as shard:
+        for name, content in members.items():
+            data = content.encode() if isinstance(content, str) else content
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            shard.addfile(info, io.BytesIO(data))
+    return path
+
+
+def entry(text: str, *colours: str) -> dict[str, object]:
+    return {"text": text, "images": [f"images/{colour}.png" for colour in colours]}
+
+
+def colours_of(images: torch.Tensor) -> list[list[float]]:
+    return images.mean((2, 3)).round().tolist()
+
+
+def test_a_jsonl_file_beside_its_images(tmp_path):
+    lines = (entry("<image>red <image>blue", "red", "blue"), "", entry("no image at all"))
+    records = read_jsonl(write_folder(tmp_path, *lines))
+    documents = StoredDocuments(records, image_size=8)
+    first, second = documents.documents([0, 1])
+    assert first.text == "<image>red <image>blue"
+    assert first.images.shape == (2, 3, 8, 8)
+    assert colours_of(first.images) == [[1, 0, 0], [0, 0, 1]]
+    assert second.images.shape == (0, 3, 8, 8)
+    assert documents.name(1) == f"{tmp_path / 'train.jsonl'}, line 3"
+
+
+def test_shards_of_webdataset(tmp_path):
+    shard = write_shard(
+        tmp_path / "train-000.tar",
+        {
+            "a/0001.json": json.dumps({"text": "<image>green <image>red"}),
+            "a/0001.10.png": png("red"),
+            "a/0001.2.png": png("green"),
+            "a/0002.txt": " a blue one",
+            "a/0002.png": png("blue"),
+            "b/0001.json": json.dumps({"text": "<image>", "images": ["right.PNG"]}),
+            "b/0001.left.png": png("red"),
+            "b/0001.right.PNG": png("blue"),
+            "README": "no sample",
+        },
+    )
+    records = read_shards([shard])
+    assert [record.row for record in records] == [f"{shard}, sample {key}" for key in ("a/0001", "a/0002", "b/0001")]
+    first, caption, chosen = StoredDocuments(records, image_size=4).documents([0, 1, 2])
+    assert colours_of(first.images) == [[0, 1, 0], [1, 0, 0]]
+    assert caption.text == "<image> a blue one"
+    assert colours_of(caption.images) == colours_of(chosen.images) == [[0, 0, 1]]
+
+
+def test_images_are_squares_of_the_size_and_channels_asked_for(tmp_path):
+    record = read_jsonl(write_folder(tmp_path, entry("<image>", "green")))
+    (document,) = StoredDocuments(record, image_size=6, channels=1).documents([0])
+    assert document.images.shape == (1, 1, 6, 6)
+    assert 0.5 < document.images.mean() < 0.7
+
+
+def test_an_image_that_cannot_be_read_is_named_with_its_row(tmp_path):
+    records = read_jsonl(write_folder(tmp_path, entry("fine"), entry("<image>", "broken")))
+    with pytest.raises(DataError, match=r"train.jsonl, line 2: images/broken.png cannot be read as an image: Unid"):
+        StoredDocuments(records, image_size=8).documents([0, 1])
+    shard = write_shard(tmp_path / "a.tar", {"7.txt": "a cat", "7.jpg": b"\xff\xd8 cut off"})
+    with pytest.raises(DataError, match=r"a.tar, sample 7: 7.jpg cannot be read as an image"):
+        StoredDocuments(read_shards([shard]), image_size=8).documents([0])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{nonsense", "line 1: not JSON: "),
+        ('["a"]', 'line 1: expected {"text": "... <image> ...", "images"'),
+        ({"images": []}, 'expected {"text"'),
+        ({"text": "a", "images": [3]}, 'expected {"text"'),
+        (entry("<image> and <image>", "red"), "line 1: 1 images, and 2 <image> in the text"),
+        (entry("text", "red"), "line 1: 1 images, and 0 <image>"),
+        (entry("<image>", "purple"), "line 1: the image images/purple.png does not exist beside train.jsonl"),
+    ],
+)
+def test_a_line_that_is_wrong_is_named(tmp_path, line, message):
+    with pytest.raises(DataError) as raised:
+        read_jsonl(write_folder(tmp_path, line))
+    assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ({"1.png": png("red")}, "sample 1: neither 1.json nor 1.txt"),
+        ({"1.json": '{"text": "<image>", "images": ["x.png"]}'}, "sample 1: the image x.png is not among"),
+        ({"1.json": "{"}, "sample 1: not JSON"),
+        ({"1.txt": "a caption"}, "sample 1: 0 images, and 1 <image>"),
+    ],
+)
+def test_a_sample_that_is_wrong_is_named(tmp_path, members, message):
+    with pytest.raises(DataError) as raised:
+        read_shards([write_shard(tmp_path / "s.tar", members)])
+    assert message in str(raised.value)
+
+
+def test_a_file_that_is_no_archive_is_named(tmp_path):
+    (tmp_path / "s.tar").write_bytes(b"nothing" * 100)
+    with pytest.raises(DataError, match=r"s.tar cannot be read as a tar archive"):
+        read_shards([tmp_path / "s.tar"])
+
+
+def test_documents_are_held_out_by_the_names_of_files(tmp_path):
+    write_folder(tmp_path, entry("a"), entry("b"))
+    write_folder(tmp_path, entry("c"), name="validation.jsonl")
+    found = load_interleaved(tmp_path, image_size=8)
+    assert [found.train[i].text for i in range(len(found.train))] == ["a", "b"]
+    assert [document.text for document in found.held_out.documents([0])] == ["c"]
+    assert "validation.jsonl" in found.held_out_rule
+
+
+def test_documents_are_held_out_by_a_hash_that_others_do_not_change(tmp_path):
+    def held_out(count: int, folder: Path) -> set[str]:
+        found = load_interleaved(write_folder(folder, *(entry(str(i)) for i in range(count))), image_size=8)
+        texts = [{d.text for d in part.documents(range(len(part)))} for part in (found.train, found.held_out)]
+        assert len(texts[0] | texts[1]) == count
+        assert not texts[0] & texts[1]
+        return texts[1]
+
+    few = held_out(40, tmp_path / "a")
+    assert len(few) == 2
+    assert few == held_out(40, tmp_path / "moved" / "elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "message"),
+    [
+        ("nowhere", InvalidArgument, "'digits', a .jsonl file, a .tar shard, or a folder of them"),
+        ("images", InvalidArgument, "which is or holds none"),
+        ("train.jsonl", DataError, "0 documents to train on and 1 to hold out"),
+    ],
+)
+def test_data_that_cannot_be_used_are_explained(tmp_path, name, kind, message):
+    write_folder(tmp_path, entry("a"))
+    with pytest.raises(kind, match=message):
+        load_interleaved(tmp_path / name, image_size=8)

@@ -1,0 +1,89 @@
+import pytest
+import torch
+
+from narrows.data.document_module import InterleavedDataModule
+from narrows.data.documents import END_OF_CHUNK, IMAGE
+from narrows.data.positions import Position
+from narrows.data.scene_documents import DIGITS, DigitPrompts, digit_sentences, questions
+from narrows.errors import DataError, InvalidArgument
+from tests.data.tokenizers import word_tokenizer
+
+LETTERS = sorted(
+    {word for text in digit_sentences(300, 0) for word in text.replace("<", " <").replace(">", "> ").split()}
+)
+
+
+def test_every_caption_names_the_digit_of_its_own_image():
+    prompts = DigitPrompts("held_out", size=16)
+    for document in prompts.documents(range(20)):
+        asked = questions(document.text)
+        assert [question.image for question in asked] == list(range(len(document.images)))
+    (document,) = prompts.documents([3])
+    places = [3 * prompts.max_images + question.image for question in questions(document.text)]
+    scenes = prompts.scenes.render(places)
+    assert [question.answer for question in questions(document.text)] == [DIGITS[label] for label in scenes.labels]
+    assert torch.equal(document.images, scenes.images / 255)
+
+
+def test_a_prompt_depends_on_its_index_epoch_and_seed_alone():
+    train = DigitPrompts("train", size=16, seed=1)
+    (alone,), among = train.documents([5], epoch=2), train.documents([4, 5, 6], epoch=2)
+    assert alone.text == among[1].text
+    assert torch.equal(alone.images, among[1].images)
+    assert not torch.equal(alone.images[0], train.documents([5], epoch=3)[0].images[0])
+    assert not torch.equal(alone.images[0], DigitPrompts("train", size=16, seed=2).documents([5], 2)[0].images[0])
+    held_out = DigitPrompts("held_out", size=16)
+    assert held_out.documents([1], epoch=0)[0].text == held_out.documents([1], epoch=7)[0].text
+
+
+def test_prompts_have_from_one_image_to_as_many_as_asked_for():
+    counts = [len(d.images) for d in DigitPrompts("train", size=16, max_images=4, channels=3).documents(range(80))]
+    assert set(counts) == {1, 2, 3, 4}
+
+
+def test_a_question_stops_before_the_digit():
+    text = f"{IMAGE}the first image shows a seven{END_OF_CHUNK}{IMAGE}here is a two{END_OF_CHUNK}"
+    first, second = questions(text)
+    assert first == (f"{IMAGE}the first image shows a", "seven", 0)
+    assert second == (f"{IMAGE}the first image shows a seven{END_OF_CHUNK}{IMAGE}here is a", "two", 1)
+
+
+def test_text_alone_says_nothing_about_the_digits_of_captions():
+    sentences = digit_sentences(4000, seed=0)
+    assert sentences == digit_sentences(4000, seed=0)
+    answers = [question.answer for text in sentences for question in questions(text) if IMAGE in text]
+    shares = torch.tensor([answers.count(digit) / len(answers) for digit in DIGITS])
+    assert (shares - 0.1).abs().max() < 0.02
+    assert any("plus one is" in text and IMAGE not in text for text in sentences)
+
+
+@pytest.mark.parametrize("options", [{"max_images": 0}, {"max_images": 5}, {"channels": 2}, {"split": "both"}])
+def test_bad_input_is_explained(options):
+    with pytest.raises(InvalidArgument, match=next(iter(options))):
+        DigitPrompts(**options)
+
+
+def small_module(**options) -> InterleavedDataModule:
+    return InterleavedDataModule(image_size=16, tokenizer=word_tokenizer(LETTERS), **options)
+
+
+def test_the_data_module_makes_batches():
+    module = small_module(batch_size=6)
+    batch = next(iter(module.train_dataloader()))
+    assert set(batch) == {"input_ids", "attention_mask", "media", "media_mask", "media_locations", "labels"}
+    assert batch["media"].shape[2:] == (1, 16, 16)
+    assert torch.equal(batch["media_mask"].sum(1), batch["media_locations"].sum(1))
+    assert (batch["input_ids"] != 4).all()  # every word is known
+    assert sum(len(batch["labels"]) for batch in module.val_dataloader()) == 480
+
+
+def test_documents_that_fill_up_do_not_count():
+    prompts = DigitPrompts("held_out", size=16)
+    real, filler = prompts.__getitems__([Position(0), Position(0, counts=False)])
+    assert real.counts
+    assert not filler.counts
+
+
+def test_too_few_documents_for_a_batch():
+    with pytest.raises(DataError, match="digits has 3000 training documents, 3000 for each process: fewer than"):
+        small_module(batch_size=4000).train_dataloader()
