@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from narrows.layers.perceiver_resampler import PerceiverResampler
 from tests.cases import LayerCase
 
-IMPLS = ("reference", "fused")
+IMPLS = ("reference", "fused", "folded")
 
 
 def build(**kwargs: object) -> nn.Module:

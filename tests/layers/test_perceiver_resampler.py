@@ -1,5 +1,6 @@
 """What the resampler says about images, clips and time, and where upstream says otherwise."""
 
+from collections.abc import Callable
 from copy import deepcopy
 
 import pytest
@@ -8,15 +9,20 @@ from flamingo_pytorch import PerceiverResampler as UpstreamResampler
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, relu
 
-from narrows.errors import InvalidArgument, InvalidType
+from narrows.errors import ImplementationUnavailable, InvalidArgument, InvalidType
 from narrows.layers.perceiver_resampler import PerceiverResampler, SquaredReLU
+from narrows.measure import saved_for_backward
 from tests.cases import all_cases
 from tests.support import assert_close, gradients
 
 SMALL = next(case for case in all_cases() if case.name == "PerceiverResampler-image")
 
+IMPLS = ("reference", "fused", "folded")
+every_impl = pytest.mark.parametrize("impl", IMPLS)
+
 
 def build(**kwargs: object) -> nn.Module:
+    torch.manual_seed(0)
     return SMALL.build(**kwargs).double()
 
 
@@ -24,10 +30,14 @@ def draw(*shape: int) -> Tensor:
     return torch.randn(*shape, 16, dtype=torch.float64)
 
 
-def test_it_is_the_pseudo_code_of_the_paper() -> None:
+@every_impl
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+def test_it_is_the_pseudo_code_of_the_paper(impl: str, masked: bool) -> None:
     """Figure 5, with the LayerNorms and the final LayerNorm that the code has and the figure leaves out."""
-    resampler, clip = build(), draw(1, 1, 3, 5)
+    resampler, clip = build(impl=impl), draw(1, 1, 3, 5).requires_grad_()
+    mask = torch.arange(15).view(1, 1, 3, 5) % 4 > 0 if masked else None
     x_f = (clip[0, 0] + resampler.time_embeddings[:3, None]).flatten(0, 1)
+    x_f = x_f if mask is None else x_f[mask.flatten()]
     x = resampler.latents
     for layer in resampler.layers:
         attn = layer.attn
@@ -41,7 +51,93 @@ def test_it_is_the_pseudo_code_of_the_paper() -> None:
         x = x + torch.cat(heads, -1) @ attn.to_out.weight.T
         x = x + layer.ff(x)
     expected = layer_norm(x, (16,), resampler.norm.weight, resampler.norm.bias)
-    assert_close(resampler(clip)[0, 0], expected, 1e-12)
+    latents = resampler(clip, mask)[0, 0]
+    assert_close(latents, expected, 1e-12)
+    inputs = (clip, *resampler.parameters())
+    for ours, theirs in zip(gradients(latents, *inputs), gradients(expected, *inputs), strict=True):
+        assert_close(ours, theirs, 1e-12)
+
+
+def test_media_norms_are_folded_where_all_of_them_are_plain() -> None:
+    assert [build(impl=impl).implementation() for impl in IMPLS] == list(IMPLS)
+    assert build().implementation() == "folded"
+
+
+def hook(attn: nn.Module) -> None:
+    attn.to_kv.register_forward_hook(lambda module, inputs, output: 2 * output)
+
+
+def eps(attn: nn.Module) -> None:
+    attn.norm_media.eps = 0.3
+
+
+def another_norm(attn: nn.Module) -> None:
+    attn.norm_media = nn.RMSNorm(16, dtype=torch.float64)
+
+
+def parametrised(attn: nn.Module) -> None:
+    nn.utils.parametrizations.spectral_norm(attn.to_kv)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (hook, r"layers.1.attn.to_kv has hooks"),
+        (eps, r"the eps of norm_media differ between layers: \[1e-05, 0.3\]"),
+        (another_norm, r"layers.1.attn.norm_media is a torch.nn.modules.normalization.RMSNorm"),
+        (parametrised, r"layers.1.attn.to_kv is a torch.*ParametrizedLinear"),
+    ],
+)
+def test_what_has_to_be_called_is_called(change: Callable[[nn.Module], None], reason: str) -> None:
+    """Then no norm is folded, and the output is that of the reference; impl="folded" says why it cannot run."""
+    media, (reference, auto, folded) = draw(2, 7), (build(impl=impl).eval() for impl in ("reference", "auto", "folded"))
+    before = auto(media)
+    for resampler in (reference, auto, folded):
+        torch.manual_seed(0)
+        change(resampler.layers[1].attn)
+    assert auto.implementation() == "fused"
+    assert (auto(media) - before).abs().max() > 1e-3
+    assert_close(auto(media), reference(media), 1e-12)
+    for call in (folded.implementation, lambda: folded(media)):
+        with pytest.raises(
+            ImplementationUnavailable, match=rf"impl='folded' cannot run here: {reason}. Use impl='fused'"
+        ):
+            call()
+
+
+def test_folding_reads_eps_and_biases_from_the_modules() -> None:
+    folded, reference = build(impl="folded"), build(impl="reference")
+    for resampler in (folded, reference):
+        torch.manual_seed(0)
+        for layer in resampler.layers:
+            layer.attn.norm_media = nn.LayerNorm(16, eps=0.5, bias=False, dtype=torch.float64)
+            layer.attn.to_kv = nn.Linear(16, 32, dtype=torch.float64)
+            nn.init.normal_(layer.attn.norm_media.weight)
+    media = draw(2, 7)
+    assert_close(folded(media), reference(media), 1e-12)
+    assert_close(folded.routing(media).weights, reference.routing(media).weights, 1e-12)
+
+
+def test_a_folded_layer_keeps_less_for_backward() -> None:
+    media = draw(4, 200)
+
+    def kept(impl: str) -> int:
+        resampler = build(impl=impl)
+        return saved_for_backward(lambda: resampler(media), exclude=resampler.parameters())
+
+    # A normalised copy in each of two layers, against one for both.
+    assert kept("fused") - kept("folded") > media.numel() * media.element_size()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_parameters_are_drawn_in_float32_whatever_they_are(dtype: torch.dtype) -> None:
+    """Drawn in bfloat16, a truncated normal has outliers 100 standard deviations away, where uniform numbers are 1."""
+    torch.manual_seed(0)
+    low = PerceiverResampler(16, depth=1, num_latents=4096, dtype=dtype)
+    torch.manual_seed(0)
+    full = PerceiverResampler(16, depth=1, num_latents=4096)
+    assert low.latents.dtype == dtype
+    assert_close(low.latents.float(), full.latents, 0.02 * 5 * torch.finfo(dtype).eps)
 
 
 def test_squared_relu_is_the_papers_activation() -> None:
@@ -124,7 +220,7 @@ def test_time_is_interpolated_beyond_the_trained_length() -> None:
     assert_close(longer(clip), expected, 1e-12)
 
 
-@pytest.mark.parametrize("impl", ["reference", "fused"])
+@every_impl
 def test_padded_frames_change_nothing_beyond_the_trained_length_too(impl: str) -> None:
     resampler = build(impl=impl)
     for frames in (1, 3, 4, 6):
@@ -132,6 +228,35 @@ def test_padded_frames_change_nothing_beyond_the_trained_length_too(impl: str) -
         padded = torch.cat((clip, torch.full((1, 1, 9 - frames, 2, 16), torch.nan, dtype=torch.float64)), 2)
         mask = (torch.arange(9) < frames)[None, None, :, None].expand(1, 1, 9, 2)
         assert_close(resampler(padded, mask), resampler(clip), 1e-12)
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("time_axis", ["frames", "media"])
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+def test_one_exported_program_takes_any_number_of_frames_and_of_media(time_axis: str, masked: bool) -> None:
+    resampler = PerceiverResampler(16, depth=1, num_latents=3, num_time_embeddings=4, time_axis=time_axis).double()
+    names = ("batch", "media", "frames", "tokens")
+    dynamic = {axis: torch.export.Dim(name, min=1, max=64) for axis, name in enumerate(names)}
+
+    def arguments(*shape: int) -> dict[str, Tensor]:
+        return {"media": draw(*shape), **({"mask": torch.rand(shape) > 0.3} if masked else {})}
+
+    example = arguments(2, 3, 5, 7)
+    shapes = dict.fromkeys(example, dynamic)
+    with torch.no_grad():
+        program = torch.export.export(resampler, (), kwargs=example, dynamic_shapes=shapes, strict=False).module()
+        for shape in [(1, 9, 2, 3), (3, 2, 11, 2), (4, 1, 1, 1)]:
+            others = arguments(*shape)
+            assert_close(program(**others), resampler(**others), 1e-12)
+
+
+@pytest.mark.parametrize("shape", [(0, 7), (2, 0, 7), (0, 3, 2, 7), (2, 3, 0, 7), (2, 3, 2, 0), (0, 0, 7)])
+@every_impl
+def test_nothing_to_resample_is_no_error(impl: str, shape: tuple[int, ...]) -> None:
+    resampler, media = build(impl=impl), draw(*shape).requires_grad_()
+    latents = resampler(media, torch.ones(shape, dtype=torch.bool))
+    assert latents.shape == (*shape[: 1 if len(shape) == 2 else 2], 3, 16)
+    assert all(torch.isfinite(gradient).all() for gradient in gradients(latents, media, *resampler.parameters()))
 
 
 def test_a_missing_frame_in_the_middle_keeps_the_time_of_the_others() -> None:
@@ -151,7 +276,7 @@ def test_padded_media_do_not_stretch_the_time_of_media() -> None:
     assert_close(resampler(padded, mask)[:, :6], resampler(media), 1e-12)
 
 
-@pytest.mark.parametrize("impl", ["reference", "fused"])
+@every_impl
 def test_a_medium_that_is_not_there_gives_what_latents_say_to_each_other(impl: str) -> None:
     resampler, media = build(impl=impl), draw(2, 3, 5)
     mask = torch.ones(2, 3, 5, dtype=torch.bool)

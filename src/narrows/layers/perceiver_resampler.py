@@ -1,13 +1,17 @@
 """The Perceiver resampler: any number of media tokens in, a fixed number of latents out."""
 
+from functools import partial
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from narrows.errors import InvalidArgument
+from narrows.errors import ImplementationUnavailable, InvalidArgument
+from narrows.layers.initialisation import draw_, reset_submodules
+from narrows.layers.plain import why_not_plain
 from narrows.ops.perceiver_resampler import (
-    PerceiverAttentionWeights,
+    IMPLEMENTATIONS,
     perceiver_attention,
     perceiver_attention_weights,
     time_embeddings,
@@ -49,7 +53,19 @@ def feed_forward(
 
 
 class PerceiverAttention(nn.Module):
-    """One attention of the resampler: latents read standardised media and each other."""
+    r"""One attention of the resampler: latents read media tokens and each other (Flamingo, figure 5).
+
+    $$\operatorname{softmax}\!\left(\frac{Q(x)\, K([x_f; x])^\top}{\sqrt E}\right) V([x_f; x])\, W_o$$
+
+    with latents x and media tokens $x_f$ normalised, each by its own LayerNorm.
+
+    Args:
+        dim: width D of latents and media tokens.
+        heads: number of heads.
+        head_dim: width of a head.
+        impl: "auto" or an implementation of `perceiver_attention`.
+        device, dtype: where and in what precision parameters are made.
+    """
 
     def __init__(
         self,
@@ -71,29 +87,61 @@ class PerceiverAttention(nn.Module):
         self.to_kv = nn.Linear(dim, 2 * inner, bias=False, device=device, dtype=dtype)
         self.to_out = nn.Linear(inner, dim, bias=False, device=device, dtype=dtype)
 
-    def weights(self) -> PerceiverAttentionWeights:
-        """The parameters as `narrows.ops` takes them."""
-        return PerceiverAttentionWeights(
-            self.norm_media.weight,
-            self.norm_media.bias,
-            self.norm_latents.weight,
-            self.norm_latents.bias,
-            self.to_q.weight,
-            self.to_kv.weight,
-            self.to_out.weight,
-        )
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew."""
+        reset_submodules(self)
 
     def forward(
-        self, latents: Float[Tensor, "B K D"], media: Float[Tensor, "B N D"], mask: Bool[Tensor, "B N"] | None = None
+        self,
+        latents: Float[Tensor, "B K D"],
+        media: Float[Tensor, "B N D"],
+        mask: Bool[Tensor, "B N"] | None = None,
+        *,
+        standardised: bool = False,
     ) -> Float[Tensor, "B K D"]:
-        """What the latents read: `narrows.ops.perceiver_resampler.perceiver_attention`."""
-        return perceiver_attention(latents, media, self.weights(), heads=self.heads, mask=mask, impl=self.impl)
+        """What the latents read.
+
+        Args:
+            latents: x, `[B, K, D]`.
+            media: $x_f$, `[B, N, D]`.
+            mask: `[B, N]`, True at real media tokens. Latents of a sample without any read only each other.
+            standardised: whether media tokens have mean 0 and variance 1 already. What `norm_media` would still do to
+                them, scale and shift, then goes into the weight of `to_kv`: both must be plain.
+        """
+        query, key, value = self._project(latents, media, standardised)
+        read = perceiver_attention(query, key, value, mask=mask, impl=self.impl)
+        return self.to_out(read.transpose(1, 2).flatten(2))
 
     def attention_weights(
-        self, latents: Float[Tensor, "B K D"], media: Float[Tensor, "B N D"], mask: Bool[Tensor, "B N"] | None = None
+        self,
+        latents: Float[Tensor, "B K D"],
+        media: Float[Tensor, "B N D"],
+        mask: Bool[Tensor, "B N"] | None = None,
+        *,
+        standardised: bool = False,
     ) -> Float[Tensor, "B H K N"]:
-        """The share of each media token in what a latent reads."""
-        return perceiver_attention_weights(latents, media, self.weights(), heads=self.heads, mask=mask)
+        """The share of each media token in what a latent reads. Takes what `forward` takes."""
+        query, key, _ = self._project(latents, media, standardised)
+        return perceiver_attention_weights(query, key, mask=mask)
+
+    def _project(self, latents: Tensor, media: Tensor, standardised: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries `[B, H, K, E]` of the latents, keys and values `[B, H, N + K, E]` of media tokens and latents."""
+        latents = self.norm_latents(latents)
+        query = self.to_q(latents).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        if standardised:
+            key_value = torch.cat((self._folded(media), self.to_kv(latents)), 1)
+        else:
+            key_value = self.to_kv(torch.cat((self.norm_media(media), latents), 1))
+        key, value = key_value.unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return query, key, value
+
+    def _folded(self, media: Tensor) -> Tensor:
+        r"""Keys and values of standardised media: $(x \odot \gamma + \beta) W^\top = x (W \gamma)^\top + W \beta$."""
+        scale, shift = self.norm_media.weight, self.norm_media.bias
+        weight, bias = self.to_kv.weight, self.to_kv.bias
+        if shift is not None:
+            bias = weight @ shift if bias is None else bias + weight @ shift
+        return F.linear(media, weight if scale is None else weight * scale, bias)
 
 
 class PerceiverBlock(nn.Module):
@@ -115,11 +163,20 @@ class PerceiverBlock(nn.Module):
         self.attn = PerceiverAttention(dim, heads=heads, head_dim=head_dim, impl=impl, device=device, dtype=dtype)
         self.ff = feed_forward(dim, mlp_ratio=mlp_ratio, activation=activation, device=device, dtype=dtype)
 
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew."""
+        reset_submodules(self)
+
     def forward(
-        self, latents: Float[Tensor, "B K D"], media: Float[Tensor, "B N D"], mask: Bool[Tensor, "B N"] | None = None
+        self,
+        latents: Float[Tensor, "B K D"],
+        media: Float[Tensor, "B N D"],
+        mask: Bool[Tensor, "B N"] | None = None,
+        *,
+        standardised: bool = False,
     ) -> Float[Tensor, "B K D"]:
-        """Latents that have read standardised media."""
-        latents = latents + self.attn(latents, media, mask)
+        """Latents that have read media tokens. Takes what `PerceiverAttention.forward` takes."""
+        latents = latents + self.attn(latents, media, mask, standardised=standardised)
         return latents + self.ff(latents)
 
 
@@ -150,11 +207,14 @@ class PerceiverResampler(nn.Module):
         num_time_embeddings: how many time embeddings are learned. More frames than that interpolate them linearly.
         time_axis: what the embeddings count. "frames": the frames of a clip, an image being a clip of one frame
             (paper), so that a medium means the same wherever it stands. "media": the media of a sample (upstream).
-        impl: "auto" or an implementation of `perceiver_attention`.
+        impl: "reference", "fused", or "folded": the media are standardised once for all layers, and the scale and shift
+            of each layer's `norm_media` go into the weight of its `to_kv`, so that no layer keeps a normalised copy of
+            the media for backward. "auto" takes "folded" where both are plain in every layer, "fused" otherwise.
         device, dtype: where and in what precision parameters are made.
 
     Raises:
         InvalidArgument: media that are of none of the three layouts, or a mask that is not of theirs.
+        ImplementationUnavailable: on call, impl="folded" where something in a layer is not plain.
 
     >>> resampler = PerceiverResampler(64, depth=2, num_latents=16)
     >>> resampler(torch.randn(1, 3, 8, 49, 64)).shape  # 3 clips of 8 frames
@@ -182,7 +242,8 @@ class PerceiverResampler(nn.Module):
         super().__init__()
         check_positive(dim=dim, depth=depth, num_latents=num_latents, num_time_embeddings=num_time_embeddings)
         check_choice("time_axis", time_axis, ("frames", "media"))
-        self.dim, self.time_axis = dim, time_axis
+        check_choice("impl", impl, ("auto", *IMPLEMENTATIONS, "folded"))
+        self.dim, self.time_axis, self.impl = dim, time_axis, impl
         self.latents = nn.Parameter(torch.empty(num_latents, dim, device=device, dtype=dtype))
         self.time_embeddings = nn.Parameter(torch.empty(num_time_embeddings, dim, device=device, dtype=dtype))
         self.layers = nn.ModuleList(
@@ -192,15 +253,23 @@ class PerceiverResampler(nn.Module):
                 head_dim=head_dim,
                 mlp_ratio=mlp_ratio,
                 activation=activation,
-                impl=impl,
+                impl="fused" if impl == "folded" else impl,
                 device=device,
                 dtype=dtype,
             )
             for _ in range(depth)
         )
         self.norm = nn.LayerNorm(dim, device=device, dtype=dtype)
-        nn.init.trunc_normal_(self.latents, std=0.02)
-        nn.init.trunc_normal_(self.time_embeddings, std=0.02)
+        self._draw()
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew."""
+        reset_submodules(self)
+        self._draw()
+
+    def _draw(self) -> None:
+        for parameter in (self.latents, self.time_embeddings):
+            draw_(parameter, partial(nn.init.trunc_normal_, std=0.02))
 
     def forward(
         self, media: Float[Tensor, "B *layout N D"], mask: Bool[Tensor, "B *layout N"] | None = None
@@ -212,10 +281,10 @@ class PerceiverResampler(nn.Module):
             mask: in the layout of media without D, True at real tokens; a frame or a medium that is not there has none.
                 A medium without any token gives what the latents say to each other, the same for all such media.
         """
-        tokens, readable = self._tokens(media, mask)
+        tokens, readable, standardised = self._tokens(media, mask)
         latents = self.latents.expand(tokens.shape[0], -1, -1)
         for layer in self.layers:
-            latents = layer(latents, tokens, readable)
+            latents = layer(latents, tokens, readable, standardised=standardised)
         latents = self.norm(latents)
         return latents if media.ndim == 3 else latents.unflatten(0, media.shape[:2])
 
@@ -227,16 +296,51 @@ class PerceiverResampler(nn.Module):
         With M media each is a sample of the routing, `[B * M, H, K, F * N]`, medium m of sample b at b * M + m and its
         frames one after the other. A row sums to 1 less what the latents read of each other.
         """
-        tokens, readable = self._tokens(media, mask)
+        tokens, readable, standardised = self._tokens(media, mask)
         latents = self.latents.expand(tokens.shape[0], -1, -1)
         *layers, last = self.layers
         assert isinstance(last, PerceiverBlock)
         for layer in layers:
-            latents = layer(latents, tokens, readable)
-        return Routing(last.attn.attention_weights(latents, tokens, readable), "latents")
+            latents = layer(latents, tokens, readable, standardised=standardised)
+        weights = last.attn.attention_weights(latents, tokens, readable, standardised=standardised)
+        return Routing(weights, "latents")
 
-    def _tokens(self, media: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Tokens of each medium with their time, standardised: `[B * M, F * N, D]` and their mask."""
+    def implementation(self) -> str:
+        """Which implementation `forward` takes as the layer is now: "reference", "fused" or "folded".
+
+        Hooks, LoRA, quantised weights, pruning and the like on the `norm_media` or `to_kv` of any layer, and norms that
+        differ in their eps, leave "fused", which calls them. impl="folded" raises then, as `forward` does.
+        """
+        if self.impl in ("reference", "fused"):
+            return self.impl
+        reason = self._why_not_folded()
+        if reason is None:
+            return "folded"
+        if self.impl == "auto":
+            return "fused"
+        raise ImplementationUnavailable(
+            f"PerceiverResampler: impl='folded' cannot run here: {reason}. Use impl='fused' or impl='auto'."
+        )
+
+    def _why_not_folded(self) -> str | None:
+        """What must be called as it is, or None where LayerNorms of the media may go into their projections."""
+        all_eps = []
+        for number, layer in enumerate(self.layers):
+            name = f"layers.{number}.attn"
+            attention = getattr(layer, "attn", None)
+            if type(layer) is not PerceiverBlock or type(attention) is not PerceiverAttention:
+                return f"layers.{number} is no PerceiverBlock with a PerceiverAttention"
+            norm, to_kv = attention.norm_media, attention.to_kv
+            for kind, child_name, child in ((nn.LayerNorm, "norm_media", norm), (nn.Linear, "to_kv", to_kv)):
+                if type(child) is not kind:
+                    return f"{name}.{child_name} is a {type(child).__module__}.{type(child).__qualname__}"
+            if reason := why_not_plain(((f"{name}.norm_media", norm), (f"{name}.to_kv", to_kv))):
+                return reason
+            all_eps.append(norm.eps)
+        return None if len(set(all_eps)) == 1 else f"the eps of norm_media differ between layers: {all_eps}"
+
+    def _tokens(self, media: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None, bool]:
+        """Tokens of each medium with their time, `[B * M, F * N, D]`, their mask, and whether they are standardised."""
         layouts = {3: "[B, N, D]", 4: "[B, M, N, D]", 5: "[B, M, F, N, D]"}
         if media.ndim not in layouts:
             raise InvalidArgument("media", expected=f"one of {list(layouts.values())}", got=tuple(media.shape))
@@ -249,17 +353,25 @@ class PerceiverResampler(nn.Module):
         if readable is not None:
             clips = clips.masked_fill(~readable[..., None], 0.0)
             readable = readable.flatten(0, 1).flatten(1)
+        tokens = clips.flatten(0, 1).flatten(1, 2)
+        if self.implementation() != "folded":
+            return tokens, readable, False
         # Every layer's LayerNorm of the media has the same statistics: they are taken here, once.
-        return F.layer_norm(clips, clips.shape[-1:]).flatten(0, 1).flatten(1, 2), readable
+        first = self.layers[0]
+        assert isinstance(first, PerceiverBlock)
+        return F.layer_norm(tokens, tokens.shape[-1:], eps=first.attn.norm_media.eps), readable, True
 
     def _time(self, clips: Tensor, readable: Tensor | None) -> Tensor:
         """Time embeddings, to be added to clips `[B, M, F, N, D]`."""
-        num_media, num_frames = clips.shape[1:3]
-        steps = num_frames if self.time_axis == "frames" else num_media
-        if readable is None:
-            count = torch.tensor(steps, device=clips.device)
+        of_frames = self.time_axis == "frames"
+        steps = clips.shape[2] if of_frames else clips.shape[1]
+        # torch.export leaves a number open that may be more than there are embeddings.
+        if isinstance(steps, int) and steps <= len(self.time_embeddings):
+            embeddings = self.time_embeddings[:steps]
         else:
-            real = readable.any(-1) if self.time_axis == "frames" else readable.flatten(2).any(-1)
-            count = (real * torch.arange(1, steps + 1, device=clips.device)).amax(-1)
-        embeddings = time_embeddings(self.time_embeddings, steps, count)
-        return embeddings[..., None, :] if self.time_axis == "frames" else embeddings[..., None, None, :]
+            count = None
+            if readable is not None:
+                real = readable.any(-1) if of_frames else readable.flatten(2).any(-1)
+                count = (real * torch.arange(1, steps + 1, device=clips.device)).amax(-1)
+            embeddings = time_embeddings(self.time_embeddings, steps, count)
+        return embeddings[..., None, :] if of_frames else embeddings[..., None, None, :]

@@ -1,0 +1,29 @@
+"""How parameters are drawn, at construction and again by `reset_parameters`, in whatever dtype they are."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from narrows.precision import at_least_float32
+
+
+def draw_(parameter: Tensor, draw: Callable[[Tensor], object]) -> None:
+    """Fill `parameter` with what `draw`, one of `torch.nn.init`'s functions, puts into a tensor of its shape.
+
+    It is drawn in float32 or better: `torch.nn.init.orthogonal_` has no kernel for bfloat16, and `trunc_normal_` makes
+    outliers there, because uniform numbers close to 1 round to 1.
+    """
+    with torch.no_grad():
+        drawn = at_least_float32(torch.empty_like(parameter))
+        draw(drawn)
+        parameter.copy_(drawn)
+
+
+def reset_submodules(module: nn.Module) -> None:
+    """Draw every parameter in `module` anew but those that are its own."""
+    for child in module.children():
+        if callable(reset := getattr(child, "reset_parameters", None)):
+            reset()
+        else:
+            reset_submodules(child)
