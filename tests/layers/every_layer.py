@@ -14,7 +14,6 @@ PENDING = (
     "TwoWay",
     "SoftMoE",
     "DynamicSlotsSoftMoE",
-    "PerceiverResampler",
     "MaskedCross",
     "GatedCross",
     "separable",
