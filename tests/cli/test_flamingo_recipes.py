@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from narrows.cli import main
-from narrows.training import flamingo as training
+from narrows.jobs import fit_flamingo
 from tests.hub.flamingo_parts import save_parts
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "flamingo"
@@ -20,8 +20,8 @@ FEW = (
 def parts(tmp_path, monkeypatch):
     """Small parts under the names the recipes give, in an empty place."""
     language_model, encoder = save_parts(tmp_path)
-    monkeypatch.setattr(training, "digits_language_model", lambda: Path(language_model))
-    monkeypatch.setattr(training, "digits_vision_encoder", lambda: Path(encoder))
+    monkeypatch.setattr(fit_flamingo, "digits_language_model", lambda: Path(language_model))
+    monkeypatch.setattr(fit_flamingo, "digits_vision_encoder", lambda: Path(encoder))
     monkeypatch.chdir(tmp_path)
     return language_model, encoder
 

@@ -76,7 +76,7 @@ def test_options_are_passed_on(asked, capsys):
             "data: expected 'digits', 'small_digits' or a folder of images, got 'no/such/folder', which is none",
         ),
         ("--data TEXT", 1, "images: expected files ending in"),
-        ("--checkpoint no.pth", 1, "checkpoint: expected a file with weights, got 'no.pth', which is none"),
+        ("--checkpoint no.pth", 1, "checkpoint: expected a file with weights, got 'no.pth', which does not exist"),
         ("--export model.pt", 1, "export: expected a file name ending in .onnx"),
     ],
 )

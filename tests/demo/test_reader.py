@@ -8,11 +8,14 @@ import pytest
 from narrows.data.documents import END_OF_CHUNK, IMAGE, Document
 from narrows.data.scene_documents import DIGITS, DigitPrompts, questions
 from narrows.demo import reader as digits
-from narrows.demo import reader_parts
-from narrows.demo.reader import digits_reader, examine
-from narrows.demo.reader_parts import digits_language_model, digits_tokenizer, digits_vision_encoder
-from narrows.hub.parts import open_language_model
-from narrows.hub.readers import Reader
+from narrows.demo.reader import (
+    digits_language_model,
+    digits_reader,
+    digits_tokenizer,
+    digits_vision_encoder,
+    examine,
+)
+from narrows.hub.readers import Reader, open_language_model
 from narrows.models import create_model
 
 
@@ -71,9 +74,9 @@ def test_each_part_is_trained_once(tmp_path, monkeypatch):
     assert set(DIGITS) <= set(tokenizer.get_vocab())
 
     sizes = {"image_size": 16, "channels": 1, "dim": 16, "depth": 1, "heads": 2, "mlp_dim": 16}
-    monkeypatch.setattr(reader_parts, "ENCODER", "vit_mini")
+    monkeypatch.setattr(digits, "ENCODER", "vit_mini")
     create_model("vit_mini", **sizes).save_pretrained(tmp_path / "models" / "vit_mini-seed0")
-    monkeypatch.setattr(reader_parts, "train", None)  # would be called only to train an encoder
+    monkeypatch.setattr(digits, "train", None)  # would be called only to train an encoder
     assert digits_vision_encoder(tmp_path) == tmp_path / "models" / "vit_mini-seed0"
 
     trainer = digits._trainer

@@ -6,10 +6,13 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from narrows.adapters.flamingo import Flamingo
 from narrows.data.document_module import InterleavedDataModule
+from narrows.data.images import MEAN_AND_STD
 from narrows.data.scene_documents import digit_sentences
-from narrows.demo.reader_parts import digits_tokenizer
-from narrows.hub.parts import ClassifierEncoder
+from narrows.demo.reader import digits_tokenizer
+from narrows.hub.models import LoadedModel
+from narrows.hub.readers import VisionEncoder
 from narrows.models import create_model
 from narrows.training.flamingo import FlamingoTraining
 
@@ -27,15 +30,14 @@ def small_language_model() -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=len(TOKENIZER), max_position_embeddings=128))
 
 
-def small_encoder() -> ClassifierEncoder:
-    return ClassifierEncoder(create_model("vit_mini", **ENCODER))
+def small_encoder() -> VisionEncoder:
+    mean, std = MEAN_AND_STD[1]
+    return VisionEncoder(LoadedModel("small", create_model("vit_mini", **ENCODER).eval(), (16, 16), mean, std))
 
 
 def small_task(**options: Any) -> FlamingoTraining:
-    given = {"learning_rate": 1e-2, "warmup_steps": 2, "flamingo": FLAMINGO, **options}
-    task = FlamingoTraining(small_language_model(), small_encoder(), **given)
-    task.tokenizer = TOKENIZER
-    return task
+    flamingo = Flamingo(small_language_model(), vision_encoder=small_encoder(), **FLAMINGO)
+    return FlamingoTraining(flamingo, TOKENIZER, **{"learning_rate": 1e-2, "warmup_steps": 2, **options})
 
 
 def small_data(**options: Any) -> InterleavedDataModule:

@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+import narrows
 from narrows.errors import InvalidArgument, NarrowsError
-from narrows.hub.loaded import Opened, outputs, read_weights
-from narrows.hub.models import open_model
-from tests.hub.small_models import save_ours, save_timm, save_transformers
+from narrows.hub.models import LoadedModel, open_model, save_model
+from tests.hub.small_models import SHAPE, save_ours, save_timm, save_transformers
 
 
 @pytest.fixture(autouse=True)
@@ -19,14 +19,14 @@ def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
 
 
-def answer(opened: Opened) -> torch.Tensor:
+def answer(opened: LoadedModel) -> torch.Tensor:
     """What the model gives for one prepared image."""
     assert opened.prepare is not None
     image = opened.prepare(Image.new("RGB", (50, 40), (200, 30, 30)))
     assert image.shape == (len(opened.mean), *opened.size)
     red = opened.picture(image[None])[0].mean((1, 2))
     assert torch.allclose(red * 255, torch.tensor([200.0, 30.0, 30.0]), atol=1.0), "pictures undo the normalisation"
-    return outputs(opened.module(image[None]))
+    return opened.outputs(image[None])
 
 
 def test_ours_from_a_folder_and_with_a_checkpoint(tmp_path: Path) -> None:
@@ -34,7 +34,7 @@ def test_ours_from_a_folder_and_with_a_checkpoint(tmp_path: Path) -> None:
     assert (opened.size, opened.num_classes, opened.prepare) == ((16, 16), 2, None)
     assert not opened.module.training
     weights = {name: value + 1 for name, value in opened.module.state_dict().items()}
-    save_file(weights, tmp_path / "other.safetensors")
+    save_file({f"module.{name}": value for name, value in weights.items()}, tmp_path / "other.safetensors")
     other = open_model(str(tmp_path), tmp_path / "other.safetensors")
     assert all(torch.equal(value, weights[name]) for name, value in other.module.state_dict().items())
     assert open_model("vit_mini").num_classes == 10
@@ -69,9 +69,10 @@ def test_transformers_without_classes_gives_features(tmp_path: Path) -> None:
     [
         ("vit_mni", "model: expected timm:<name>, hf:<name or folder>, .*Did you mean 'vit_mini'"),
         ("resnet50", "A model of timm's is called timm:resnet50"),
+        ("timm/vit_small", "A model of timm's is called timm:vit_small, with a colon"),
         ("timm:vit_smal_patch16_224", "model: expected a model of timm's, .*Did you mean vit_small_patch16_224"),
-        ("timm:test_vit", "pretrained weights of timm's test_vit could not be had .*--checkpoint"),
-        ("hf:nobody/nothing", "nobody/nothing could not be had from the hub .*give the folder as hf:<folder>"),
+        ("timm:test_vit", "pretrained weights of timm's test_vit could not be downloaded .*--checkpoint"),
+        ("hf:nobody/nothing", "nobody/nothing could not be downloaded from the hub .*give the folder as hf:<folder>"),
     ],
 )
 def test_what_cannot_be_opened_says_what_to_do(name: str, message: str) -> None:
@@ -86,25 +87,58 @@ def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
         open_model(f"hf:{tmp_path}")
 
 
-def test_checkpoints_hold_weights_and_nothing_else(tmp_path: Path) -> None:
-    with pytest.raises(InvalidArgument, match=r"checkpoint: expected a file with weights, got .*which is none"):
-        read_weights(tmp_path / "missing.pth")
-    torch.save({"model": torch.nn.Linear(2, 2)}, tmp_path / "module.pth")
-    with pytest.raises(InvalidArgument, match="weights_only=True"):
-        read_weights(tmp_path / "module.pth")
-    torch.save([1, 2], tmp_path / "list.pth")
-    with pytest.raises(InvalidArgument, match="expected tensors by name"):
-        read_weights(tmp_path / "list.pth")
-    (tmp_path / "text.safetensors").write_text("no weights")
-    with pytest.raises(InvalidArgument, match="expected safetensors"):
-        read_weights(tmp_path / "text.safetensors")
-    torch.save({"state_dict": {"module.a": torch.ones(1)}}, tmp_path / "wrapped.pth")
-    assert list(read_weights(tmp_path / "wrapped.pth")) == ["a"]
-
-
 def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
     folder = save_ours(tmp_path / "ours")
     with pytest.raises(InvalidArgument, match="checkpoint: expected the weights of a ViT of this size"):
         open_model(folder, save_timm(tmp_path / "weights.pth"))
     with pytest.raises(InvalidArgument, match="checkpoint: expected the weights of a VisionTransformer of this size"):
         open_model("timm:test_vit", f"{folder}/model.safetensors")
+
+
+def test_a_saved_model_is_what_it_was_built_for(tmp_path: Path) -> None:
+    folder = save_ours(tmp_path)
+    fits = {name: SHAPE[name] for name in ("num_classes", "image_size", "channels")}
+    assert open_model(folder, **fits).num_classes == 2
+    message = r"model: expected a saved model with {'channels': 1}, got one with {'channels': 3} in"
+    with pytest.raises(InvalidArgument, match=message):
+        open_model(folder, **{**fits, "channels": 1})
+    with pytest.raises(InvalidArgument, match=r"expected a saved model with {'depth': 3}"):
+        open_model(folder, **fits, depth=3)
+
+
+def test_a_model_of_transformers_takes_no_arguments(tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgument, match="those of transformers are opened as they are"):
+        open_model(f"hf:{save_transformers(tmp_path)}", num_classes=3)
+
+
+def test_a_model_of_timms_is_fine_tuned_and_saved_for_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timm = pytest.importorskip("timm")
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **rest: create(name, pretrained=False, **rest))
+    model = open_model("timm:test_vit", num_classes=3, image_size=32, channels=1).module.train()
+    images = torch.randn(2, 1, 32, 32)
+    with narrows.reduce_tokens(model, budget=0.5):
+        assert model(images).shape == (2, 3)
+    save_model(model, tmp_path)
+    monkeypatch.undo()
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert torch.equal(again(images), model.eval()(images))
+
+
+def test_tokens_of_a_model_of_transformers_are_its_last_hidden_state(tmp_path: Path) -> None:
+    for classifies in (True, False):
+        opened = open_model(f"hf:{save_transformers(tmp_path / str(classifies), classifies=classifies)}")
+        images = torch.rand(2, 3, 32, 32)
+        hidden = opened.module(images, output_hidden_states=True).hidden_states[-1]
+        encoder = opened.module.vit if classifies else opened.module
+        assert torch.equal(opened.tokens(images), encoder.layernorm(hidden))
+
+
+def test_saved_weights_stand_in_place_of_the_models_own(tmp_path: Path) -> None:
+    model = narrows.create_model("vit_mini", **SHAPE)
+    others = {name: value + 1 for name, value in model.state_dict().items()}
+    save_model(model, tmp_path, weights=others)
+    assert all(torch.equal(value, others[name]) for name, value in narrows.load_model(tmp_path).state_dict().items())
+    assert not torch.equal(model.head.weight, others["head.weight"])
+    with pytest.raises(InvalidArgument, match="model: expected a model of narrows or of timm, got Linear"):
+        save_model(torch.nn.Linear(2, 2), tmp_path)

@@ -1,13 +1,27 @@
 import json
 
 import pytest
+import timm
 import torch
 
 from narrows.data.documents import END_OF_CHUNK, IMAGE, Document
+from narrows.data.images import MEAN_AND_STD
 from narrows.errors import DataError, InvalidArgument
-from narrows.hub.readers import Reader, ReaderFormat, open_reader, read_pictures
+from narrows.hub import readers
+from narrows.hub.models import open_model
+from narrows.hub.readers import (
+    Reader,
+    ReaderFormat,
+    VisionEncoder,
+    open_language_model,
+    open_reader,
+    open_vision_encoder,
+    read_pictures,
+)
+from narrows.models import create_model
 from tests.data.folders import write_image
-from tests.hub.flamingo_parts import TOKENIZER, open_gates, save_parts, small_encoder, small_task
+from tests.hub.flamingo_parts import ENCODER, TOKENIZER, open_gates, save_parts, small_encoder, small_task
+from tests.support import assert_close
 
 
 @pytest.fixture
@@ -102,3 +116,71 @@ def test_pictures_are_read_as_the_encoder_takes_them(tmp_path):
     (tmp_path / "d.png").write_text("no picture")
     with pytest.raises(DataError, match=r"d.png cannot be read as an image"):
         read_pictures([tmp_path / "d.png"], small_encoder())
+
+
+@pytest.mark.parametrize(("name", "tokens"), [("vit_mini", 1), ("sepvit_mini", 16)])
+def test_a_classifier_gives_what_its_head_reads(name, tokens, tmp_path):
+    classifier = create_model(name, channels=1, image_size=32).eval()
+    classifier.save_pretrained(tmp_path)
+    encoder, pictures = open_vision_encoder(tmp_path), torch.rand(2, 1, 32, 32)
+    found = encoder(pictures)
+    (mean,), (std,) = MEAN_AND_STD[1]
+    assert found.shape[:2] == (2, tokens)
+    assert_close(found, classifier.forward_features((pictures - mean) / std).reshape(found.shape))
+    assert encoder.num_features == found.shape[-1]
+    assert (encoder.image_size, encoder.channels) == (32, 1)
+
+
+@pytest.mark.parametrize(("name", "tokens"), [("test_vit", 101), ("test_resnet", 25)])
+def test_a_timm_model_gives_its_last_features_as_tokens(name, tokens, tmp_path):
+    torch.save(timm.create_model(name).state_dict(), tmp_path / "weights.pth")
+    encoder = VisionEncoder(open_model(f"timm:{name}", tmp_path / "weights.pth")).eval()
+    pictures = torch.rand(2, encoder.channels, encoder.image_size, encoder.image_size)
+    found = encoder(pictures)
+    assert found.shape == (2, tokens, encoder.num_features)
+    assert encoder.loaded.name == f"timm:{name}"
+    features = encoder.module.forward_features((pictures - encoder.mean) / encoder.std)
+    assert_close(found, features.flatten(2).transpose(1, 2) if features.ndim == 4 else features)
+
+
+def test_a_folder_is_opened_frozen_and_in_evaluation_mode(tmp_path):
+    _, folder = save_parts(tmp_path)
+    encoder = open_vision_encoder(folder)
+    assert encoder.image_size == ENCODER["image_size"]
+    assert not any(module.training for module in encoder.modules())
+    assert not any(parameter.requires_grad for parameter in encoder.parameters())
+
+
+def test_a_language_model_comes_with_its_tokenizer(tmp_path):
+    folder, _ = save_parts(tmp_path)
+    model, tokenizer = open_language_model(folder)
+    assert model.config.vocab_size == len(tokenizer)
+    assert not model.training
+
+
+def test_what_is_not_there_is_named(tmp_path):
+    with pytest.raises(InvalidArgument, match=r"model: expected timm:<name>, hf:<name or folder>, a folder"):
+        open_vision_encoder(tmp_path / "nope")
+    with pytest.raises(InvalidArgument, match=r"model: expected a model of timm's, got 'no_such'"):
+        open_vision_encoder("timm:no_such")
+    with pytest.raises(InvalidArgument, match=r"called timm:vit_small, with a colon"):
+        open_vision_encoder("timm/vit_small")
+    with pytest.raises(InvalidArgument, match=r"language_model: expected a folder or a hub name"):
+        open_language_model(tmp_path)
+
+
+def test_a_language_model_may_be_spelled_as_models_of_transformers_are(tmp_path):
+    folder, _ = save_parts(tmp_path)
+    assert open_language_model(f"hf:{folder}")[0].config.vocab_size == len(TOKENIZER)
+
+
+def test_an_encoder_that_was_saved_with_the_old_spelling_opens(reader, tmp_path, monkeypatch):
+    language_model, _ = save_parts(tmp_path)
+    reader.save(tmp_path / "model")
+    written = json.loads((tmp_path / "model" / "reader.json").read_text())
+    assert written["vision_encoder"] == ""
+    (tmp_path / "model" / "reader.json").write_text(json.dumps(written | {"vision_encoder": "timm/some"}))
+    asked = []
+    monkeypatch.setattr(readers, "open_vision_encoder", lambda name: asked.append(name) or small_encoder())
+    open_reader(language_model, tmp_path / "model")
+    assert asked == ["timm:some"]

@@ -8,14 +8,14 @@ import torch
 from torch import nn
 
 from narrows.errors import DataError, InvalidArgument, NarrowsError
-from narrows.hub.loaded import Opened
+from narrows.hub.models import LoadedModel
 from narrows.jobs.images import load_images
 from tests.data.folders import truncate, write_classes, write_image
 
-THEIRS = Opened(
+THEIRS = LoadedModel(
     "timm:some", nn.Identity(), (8, 8), (0.5,) * 3, (0.5,) * 3, 1000, prepare=lambda image: torch.zeros(3, 8, 8)
 )
-OURS = Opened("folder", nn.Identity(), (16, 16), (0.5,) * 3, (0.5,) * 3, 2)
+OURS = LoadedModel("folder", nn.Identity(), (16, 16), (0.5,) * 3, (0.5,) * 3, 2)
 
 
 def test_classes_are_found_by_their_names(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.tensor import DTensor
 
-from narrows.training.save_reader import SaveReader
+from narrows.training.flamingo import SaveReader
 from tests.hub.flamingo_parts import open_gates, small_data, small_task
 from tests.training.small import small_trainer
 from tests.training.test_flamingo import even

@@ -6,14 +6,15 @@ from typing import Any
 from lightning.pytorch import Trainer
 
 from narrows.data import ImageDataModule
+from narrows.models import create_model
 from narrows.training.classification import Classification
 
-SMALL = {"dim": 16, "depth": 1, "heads": 2, "mlp_dim": 16, "image_size": 16}
+SMALL = {"dim": 16, "depth": 1, "heads": 2, "mlp_dim": 16, "image_size": 16, "channels": 1}
 
 
 def small_task(**kwargs: Any) -> Classification:
     """A vision transformer of a few thousand parameters for 16-pixel digit scenes."""
-    return Classification("vit_mini", model_args=SMALL, image_size=16, **kwargs)
+    return Classification(create_model("vit_mini", **SMALL), **kwargs)
 
 
 def small_data(**kwargs: Any) -> ImageDataModule:

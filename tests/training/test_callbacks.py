@@ -1,17 +1,31 @@
+"""What runs leave behind: the best model, tables, maps of classes, and a model reduced while it trains."""
+
 import csv
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from PIL import Image
 
+import narrows
+from narrows.cli import main
+from narrows.data.module import SegmentationDataModule
 from narrows.models import load_model
-from narrows.training.callbacks import PredictionTable, SavePretrained
+from narrows.training.callbacks import ClassMaps, PredictionTable, ReduceTokens, SavePretrained
+from narrows.training.segmentation import Segmentation
+from tests.data.folders import write_image
+from tests.hub.small_models import SHAPE
 from tests.support import assert_close
 from tests.training.small import small_data, small_task, small_trainer
+
+SIZES = {"num_classes": 10, "image_size": 16, "channels": 1}
 
 
 def _logger(folder: Path) -> CSVLogger:
@@ -87,3 +101,104 @@ def test_sharded_parameters_give_what_whole_ones_give_and_are_saved_whole(tmp_pa
             assert_close(torch.cat((saved_query, saved_value)), torch.cat((query, value)), 1e-5)
         else:
             assert_close(saved[name], value, 1e-5)
+
+
+def _predict(folder, processes: int = 1, **kwargs) -> ClassMaps:
+    """A segmenter that answers by brightness, on seven held-out scenes or the images given."""
+    model = torch.nn.Conv2d(1, 11, 1)
+    torch.nn.init.zeros_(model.weight)
+    model.weight.data[3], model.bias.data[:] = 1.0, 0.5
+    data = SegmentationDataModule(image_size=32, batch_size=3, **kwargs)
+    data.loaded.held_out._length = 7
+    writer = ClassMaps()
+    options = {"devices": 2, "strategy": "ddp_fork"} if processes == 2 else {}
+    trainer = small_trainer(folder, callbacks=[writer], logger=_logger(folder), **options)
+    trainer.predict(Segmentation(model), data, return_predictions=False)
+    return writer
+
+
+def test_maps_hold_the_predicted_classes_and_a_palette(tmp_path):
+    _predict(tmp_path)
+    files = sorted((tmp_path / "predictions").iterdir())
+    assert [file.name for file in files] == [f"{index:05}_scene {index}.png" for index in range(7)]
+    images, _ = SegmentationDataModule(image_size=32).loaded.held_out.batch([6])
+    with Image.open(files[6]) as written:
+        assert written.mode == "P"
+        bright = np.asarray(written)
+        colours = np.asarray(written.convert("RGB"))
+    expected = torch.where(images[0, 0] > 0, 3, 0)
+    assert np.array_equal(bright, expected)
+    assert len(np.unique(colours[bright == 3], axis=0)) == 1
+    assert (colours[bright == 0] == 0).all()
+
+
+def test_the_picture_shows_the_truth_where_it_is_known(tmp_path):
+    _predict(tmp_path / "known")
+    image = write_image(tmp_path / "new" / "x.jpg", size=(50, 30))
+    _predict(tmp_path / "unknown", images=[str(image)])
+    assert [file.name for file in (tmp_path / "unknown" / "predictions").iterdir()] == ["00000_x.png"]
+    known, unknown = (Image.open(tmp_path / name / "predictions.png") for name in ("known", "unknown"))
+    assert known.height > 1.2 * unknown.height
+
+
+def test_two_processes_write_the_maps_that_one_writes(tmp_path):
+    for processes in (1, 2):
+        _predict(tmp_path / str(processes), processes)
+    one, two = (sorted((tmp_path / str(processes) / "predictions").iterdir()) for processes in (1, 2))
+    assert [file.name for file in one] == [file.name for file in two]
+    assert all(a.read_bytes() == b.read_bytes() for a, b in zip(one, two, strict=True))
+
+
+def trained(folder: Path, method: str = "ats", budget: float = 0.5, seed: int = 0) -> dict[str, torch.Tensor]:
+    """The weights of a small model after six steps under a reduction."""
+    torch.manual_seed(seed)
+    task = small_task()
+    small_trainer(folder, callbacks=[ReduceTokens(method, budget)]).fit(task, small_data())
+    return task.model.state_dict()
+
+
+def differs(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return any(not torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_training_is_seeded_and_feels_the_reduction(tmp_path: Path) -> None:
+    first = trained(tmp_path, "random")
+    assert not differs(first, trained(tmp_path, "random"))
+    assert differs(first, trained(tmp_path, "random", 1.0)), "the reduction changed nothing"
+
+
+@pytest.mark.parametrize("method", ["ats", "topk", "evit", "tome", "random"])
+def test_every_parameter_learns_through_the_tokens_that_are_kept(method: str) -> None:
+    torch.manual_seed(0)
+    model = narrows.create_model("vit_mini", **SHAPE, global_pool="token").train()
+    with narrows.reduce_tokens(model, method=method, budget=0.5):
+        model(torch.randn(4, 3, 16, 16)).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert torch.isfinite(parameter.grad).all(), name
+        assert parameter.grad.abs().max() > 0, name
+
+
+def test_the_trainer_gives_the_model_back(tmp_path: Path) -> None:
+    task = small_task()
+    callback = ReduceTokens("topk", 0.5)
+    small_trainer(tmp_path, callbacks=[callback]).fit(task, small_data())
+    assert not callback.reduction.attached
+
+
+def test_fit_starts_from_a_saved_model_and_leaves_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shape = {**SHAPE, **SIZES, "global_pool": "token"}
+    narrows.create_model("vit_mini", **shape).save_pretrained(tmp_path / "start")
+    quick = "--trainer.max_epochs 1 --trainer.limit_train_batches 2 --trainer.limit_val_batches 1"
+    quiet = "--trainer.enable_progress_bar false --trainer.accelerator cpu --trainer.devices 1"
+    callback = "--trainer.callbacks+=narrows.training.callbacks.ReduceTokens"
+    options = f"--model {tmp_path / 'start'} --data digits --data.image_size 16 {quick} {quiet} {callback}"
+    chosen = "--trainer.callbacks.method=topk --trainer.callbacks.budget=0.5"
+    assert main(["fit", *options.split(), *chosen.split()]) == 0
+    (run,) = (tmp_path / "runs").iterdir()
+    left, start = narrows.load_model(run / "model"), narrows.load_model(tmp_path / "start")
+    assert differs(left.state_dict(), start.state_dict())
+    arguments = json.loads((run / "reduction.json").read_text())
+    assert (arguments["method"], arguments["budget"]) == ("topk", 0.5)
+    narrows.reduce_tokens(left, **arguments)

@@ -9,9 +9,13 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from narrows.errors import InvalidArgument
-from narrows.training.classification import Classification
+from narrows.training.classification import Classification, Mixing
 from tests.support import assert_close
 from tests.training.small import small_data, small_task, small_trainer
+
+# Image i is all i, so that a mixed pixel tells of which images it is made.
+IMAGES = torch.arange(1.0, 5).view(4, 1, 1, 1).expand(4, 1, 16, 16).contiguous()
+LABELS = torch.tensor([0, 1, 2, 0])
 
 
 def _one(images: torch.Tensor, labels: torch.Tensor, times: int = 1) -> DataLoader:
@@ -62,12 +66,6 @@ def test_a_module_can_be_trained_as_it_is(tmp_path):
     small_trainer(tmp_path, enable_checkpointing=False).fit(task, small_data())
     assert task.model is model
     assert not torch.equal(model[1].weight, before)
-    assert task.new_model() is not model
-
-
-def test_an_unknown_model_is_an_error_that_names_the_nearest():
-    with pytest.raises(InvalidArgument, match="Did you mean 'vit_mini'"):
-        Classification("vit_mni")
 
 
 def test_a_checkpoint_holds_nothing_but_plain_data(tmp_path):
@@ -76,7 +74,7 @@ def test_a_checkpoint_holds_nothing_but_plain_data(tmp_path):
     trainer.fit(task, small_data())
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     torch.load(tmp_path / "a.ckpt", weights_only=True)
-    again = Classification.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True)
+    again = Classification.load_from_checkpoint(tmp_path / "a.ckpt", model=small_task().model, weights_only=True)
     for name, value in task.model.state_dict().items():
         assert torch.equal(again.model.state_dict()[name], value)
 
@@ -142,3 +140,46 @@ def test_two_processes_give_what_one_gives(tmp_path):
     assert trainer.world_size == 2
     (logged,) = trainer.validate(together, small_data(batch_size=4), verbose=False)
     assert logged == pytest.approx(logged_alone, rel=1e-5)
+
+
+def _mixed() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [Mixing()(IMAGES, LABELS, 3) for _ in range(40)]
+
+
+def test_classes_are_mixed_as_images_are():
+    for images, targets in _mixed():
+        assert images.shape == IMAGES.shape
+        own = (images.mean((1, 2, 3)) - IMAGES.roll(1, 0)[:, 0, 0, 0]) / (IMAGES - IMAGES.roll(1, 0))[:, 0, 0, 0]
+        expected = own[:, None] * F.one_hot(LABELS, 3) + (1 - own[:, None]) * F.one_hot(LABELS.roll(1), 3)
+        assert_close(targets, expected)
+        assert (own - own[0]).abs().max() < 1e-5
+
+
+def test_a_coin_says_whether_images_are_added_or_cut():
+    added = sum(images[1].unique().numel() == 1 and images[1, 0, 0, 0] % 1 != 0 for images, _ in _mixed())
+    cut = sum(images[1].unique().numel() == 2 for images, _ in _mixed())
+    assert 8 < added < 32
+    assert 8 < cut < 32
+
+
+def test_the_images_given_stay_as_they_are():
+    before = IMAGES.clone()
+    _mixed()
+    assert torch.equal(IMAGES, before)
+
+
+def test_a_classifier_trains_on_the_mixed_images_and_classes(monkeypatch):
+    images, targets = torch.randn(4, 1, 16, 16), torch.rand(4, 10).softmax(-1)
+    monkeypatch.setattr(Mixing, "__call__", lambda self, *given: (images, targets))
+    task = Classification(nn.Sequential(nn.Flatten(), nn.Linear(256, 10)), label_smoothing=0.1, mixing=Mixing())
+    monkeypatch.setattr(task, "log", lambda *args, **kwargs: None)
+    loss = task.training_step((IMAGES, LABELS), 0)
+    smooth = 0.9 * targets + 0.01
+    assert_close(loss, -(smooth * task(images).log_softmax(-1)).sum(-1).mean())
+    assert task.train_accuracy.compute() == (task(images).argmax(1) == targets.argmax(1)).float().mean()
+
+
+@pytest.mark.parametrize("name", ["mixup", "cutmix"])
+def test_mixing_without_a_distribution_is_refused(name):
+    with pytest.raises(InvalidArgument, match=f"{name}: expected a positive number, got 0.0"):
+        Mixing(**{name: 0.0})

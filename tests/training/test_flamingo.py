@@ -16,9 +16,18 @@ from narrows.adapters.flamingo import Flamingo
 from narrows.data.documents import Document
 from narrows.errors import InvalidArgument
 from narrows.hub.readers import open_reader
-from narrows.training.flamingo import FlamingoTraining, rate, swapped, token_losses
-from narrows.training.save_reader import SaveReader
-from tests.hub.flamingo_parts import FLAMINGO, open_gates, save_parts, small_data, small_encoder, small_task
+from narrows.jobs.fit_flamingo import flamingo
+from narrows.training.flamingo import FlamingoTraining, SaveReader, swapped, token_losses
+from tests.hub.flamingo_parts import (
+    FLAMINGO,
+    TOKENIZER,
+    open_gates,
+    save_parts,
+    small_data,
+    small_encoder,
+    small_language_model,
+    small_task,
+)
 from tests.support import assert_close
 from tests.training.small import small_trainer
 
@@ -109,14 +118,6 @@ def test_every_gate_is_logged(tmp_path):
     gates = {name for name in trainer.logged_metrics if name.startswith("gate/")}
     assert gates == {f"gate/{layer}.{part}" for layer in (0, 1) for part in ("attn", "ff")}
     assert task.gates()["gate/1.attn"] == pytest.approx(math.tanh(0.8), abs=0.02)
-
-
-def test_the_learning_rate_rises_and_stays_or_falls():
-    assert [rate(step, 4, None) for step in (0, 1, 3, 4, 10**6)] == [0.25, 0.5, 1, 1, 1]
-    assert rate(4, 4, 24) == 1
-    assert rate(14, 4, 24) == pytest.approx(0.5)
-    assert rate(24, 4, 24) == rate(99, 4, 24) == 0
-    assert rate(0, 0, None) == 1
 
 
 def test_checkpoints_hold_what_was_added_and_resume_exactly(tmp_path):
@@ -215,7 +216,7 @@ def test_sharded_parameters_give_what_whole_ones_give_and_are_saved_whole(tmp_pa
 
 def test_the_best_state_is_saved_for_generate(tmp_path):
     language_model, encoder = save_parts(tmp_path)
-    task = FlamingoTraining(language_model, encoder, flamingo=FLAMINGO, learning_rate=1e-2, warmup_steps=1)
+    task = flamingo(language_model, encoder, flamingo=FLAMINGO, learning_rate=1e-2, warmup_steps=1)
     best = ModelCheckpoint(tmp_path / "kept", monitor="val/loss", mode="max")  # the worst, so that it is not the last
     logger = CSVLogger(tmp_path, name="", version="")
     data = small_data(tokenizer=task.tokenizer)
@@ -229,9 +230,7 @@ def test_the_best_state_is_saved_for_generate(tmp_path):
 def test_rows_of_new_tokens_train_alone_and_are_saved(tmp_path):
     language_model, encoder = save_parts(tmp_path)
     new = ("<image>", "<|endofchunk|>")
-    task = FlamingoTraining(
-        language_model, encoder, flamingo=FLAMINGO, learning_rate=1e-2, warmup_steps=1, new_tokens=new
-    )
+    task = flamingo(language_model, encoder, flamingo=FLAMINGO, learning_rate=1e-2, warmup_steps=1, new_tokens=new)
     before = copy.deepcopy(task.flamingo.language_model.state_dict())
     logger = CSVLogger(tmp_path, name="", version="")
     best = ModelCheckpoint(tmp_path / "kept", monitor="val/loss")
@@ -246,19 +245,14 @@ def test_rows_of_new_tokens_train_alone_and_are_saved(tmp_path):
         assert torch.equal(reader.model.language_model.state_dict()[name], value)
 
 
-def test_bad_input_is_explained(tmp_path):
-    language_model, encoder = save_parts(tmp_path)
+def test_bad_input_is_explained():
     for options, message in (
-        ({"language_model": str(tmp_path / "nope")}, "language_model: expected a folder or a hub name"),
-        ({"vision_encoder": str(tmp_path / "nope")}, "vision_encoder: expected a folder with a narrows classifier, or"),
-        ({"vision_encoder": language_model}, "config.json: expected 'architecture' among"),
         ({"schedule": "linear"}, "schedule: expected one of"),
-        (
-            {"new_tokens": ["<video>"], "flamingo": FLAMINGO},
-            "new_tokens: expected tokens of the tokenizer, with rows in the language",
-        ),
-        ({"flamingo": {"every": 9}}, "every: expected a number up to 2"),
+        ({"new_tokens": ["<video>"]}, "new_tokens: expected tokens of the tokenizer, with rows in the language"),
     ):
         with pytest.raises(InvalidArgument) as raised:
-            FlamingoTraining(**({"language_model": language_model, "vision_encoder": encoder} | options))
+            small_task(**options)
         assert message in str(raised.value)
+    blind = Flamingo(small_language_model(), media_dim=16, **FLAMINGO)
+    with pytest.raises(InvalidArgument, match="flamingo: expected one with a vision encoder"):
+        FlamingoTraining(blind, TOKENIZER)

@@ -1,8 +1,11 @@
+import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
+from narrows.models import create_model
 from narrows.training.classification import Classification
+from narrows.training.task import parameter_groups, warmup_schedule
 from tests.training.small import small_data, small_trainer
 
 
@@ -40,3 +43,64 @@ def test_every_step_draws_its_own_numbers_and_another_seed_others(tmp_path):
     assert len(set(first)) == 3
     assert again == first
     assert not set(other) & set(first)
+
+
+def test_biases_norms_and_what_the_model_names_do_not_decay():
+    model = create_model("vit_mini")
+    decayed, kept = (group["params"] for group in parameter_groups(model, 0.1))
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    assert {names[p] for p in decayed} | {names[p] for p in kept} == set(names.values())
+    assert len(decayed) + len(kept) == len(names)
+    assert "embedding.positions" in {names[p] for p in kept}
+    assert all(p.ndim > 1 and not names[p].endswith("bias") for p in decayed)
+    assert all(p.ndim == 1 or names[p] in model.no_weight_decay() for p in kept)
+
+
+def test_stacked_biases_of_experts_do_not_decay():
+    model = nn.Module()
+    model.weight, model.bias, model.hidden_bias = (nn.Parameter(torch.ones(4, 3)) for _ in range(3))
+    decayed, kept = (group["params"] for group in parameter_groups(model, 0.1))
+    assert decayed == [model.weight]
+    assert len(kept) == 2
+
+
+def test_decay_shrinks_weights_and_leaves_biases():
+    model = nn.Linear(3, 3)
+    before = model.bias.detach().clone()
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.5), lr=0.1)
+    weight = model.weight.detach().clone()
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert torch.allclose(model.weight, weight * 0.95)
+    assert torch.equal(model.bias, before)
+
+
+def _rates(peak: float, steps: int, **schedule) -> list[float]:
+    """The learning rate in each of so many steps, and after the last."""
+    optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=peak)
+    scheduler, rates = warmup_schedule(optimizer, **schedule), []
+    for _ in range(steps + 1):
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+@pytest.mark.parametrize(("total", "rising"), [(100, 10), (7, 4), (2, 1), (3, 1), (1, 1)])
+def test_the_learning_rate_rises_linearly_to_its_peak_and_falls_to_nothing(total, rising):
+    rates = _rates(2.0, total, warmup_steps=rising, total_steps=total)
+    assert rates[:rising] == pytest.approx([2.0 * (step + 1) / rising for step in range(rising)])
+    assert max(rates) == pytest.approx(2.0)
+    assert rates[rising:] == sorted(rates[rising:], reverse=True)
+    assert rates[total] == pytest.approx(0.0 if total > rising else 2.0, abs=1e-12)
+
+
+def test_the_learning_rate_rises_and_stays_or_falls():
+    stays = _rates(1.0, 100, warmup_steps=4)
+    assert stays == pytest.approx([0.25, 0.5, 0.75, *([1.0] * 98)])
+    falls = _rates(1.0, 24, warmup_steps=4, total_steps=24)
+    assert falls[:5] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
+    assert (falls[14], falls[24]) == (pytest.approx(0.5), pytest.approx(0.0, abs=1e-12))
+    assert _rates(1.0, 3, warmup_steps=0) == [1.0] * 4
+    assert _rates(1.0, 4, warmup_steps=0, total_steps=4)[::2] == pytest.approx([1.0, 0.5, 0.0], abs=1e-12)

@@ -5,10 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
+from narrows.checkpoints.files import read_weights
 from narrows.errors import InvalidArgument
 from narrows.layers.gated_cross_attention import LAST_MEDIUM, GatedCrossAttentionBlock
 from narrows.layers.perceiver_resampler import PerceiverResampler
@@ -79,7 +78,7 @@ def read_open_flamingo(
     Raises:
         InvalidArgument: a file that does not exist, or weights without resampler or gated blocks.
     """
-    state = checkpoint if isinstance(checkpoint, Mapping) else _read(Path(checkpoint))
+    state = checkpoint if isinstance(checkpoint, Mapping) else read_weights(checkpoint)
     resampler: dict[str, Tensor] = {}
     blocks: dict[int, dict[str, Tensor]] = {}
     others: dict[str, Tensor] = {}
@@ -172,15 +171,6 @@ def _sizes(attention: Any, feed_forward: Any) -> dict[str, Any]:
     inner, dim = attention.to_q.weight.shape
     ratio = feed_forward[1].weight.shape[0] / dim
     return {"heads": attention.heads, "head_dim": inner // attention.heads, "mlp_ratio": ratio}
-
-
-def _read(path: Path) -> Mapping[str, Tensor]:
-    if not path.is_file():
-        raise InvalidArgument("checkpoint", expected="a file of weights", got=f"{str(path)!r}, which does not exist")
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    loaded: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    return loaded.get("model_state_dict", loaded)
 
 
 def _tensor(state: Mapping[str, Tensor], name: str) -> Tensor:

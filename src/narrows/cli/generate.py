@@ -1,7 +1,7 @@
 """`narrows generate`: text from a prompt with pictures."""
 
 from narrows.cli.parsing import call
-from narrows.demo.reader_parts import FOLDER
+from narrows.demo.reader import FOLDER
 from narrows.jobs import generate as task
 
 

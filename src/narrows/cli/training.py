@@ -24,10 +24,8 @@ except ImportError as error:
     raise MissingExtra(error.name or "lightning", extra="train", purpose="train") from error
 
 from narrows.data.module import ImageDataModule, PositionedDataModule, SegmentationDataModule
-from narrows.training.callbacks import PredictionTable, SavePretrained
-from narrows.training.class_maps import ClassMaps
-from narrows.training.classification import Classification
-from narrows.training.segmentation import Segmentation
+from narrows.jobs.fit import classification, segmentation
+from narrows.training.callbacks import ClassMaps, PredictionTable, SavePretrained
 from narrows.training.task import Task
 from narrows.validation import check_choice
 
@@ -52,9 +50,9 @@ class Link(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """What a task brings: module and data, the metric that tells the best model, and what is left behind."""
+    """What a task brings: what makes it, its data, the metric that tells the best model, what it leaves."""
 
-    task: type[Task]
+    task: Callable[..., Task]
     data: type[PositionedDataModule]
     monitor: str
     predictions: type[BasePredictionWriter] | None
@@ -72,8 +70,8 @@ def _flamingo() -> Choice:
     """The images have to fit the vision encoder. Imported when asked for: no other task needs transformers."""
     try:
         from narrows.data.document_module import InterleavedDataModule
-        from narrows.training.flamingo import FlamingoTraining
-        from narrows.training.save_reader import SaveReader
+        from narrows.jobs.fit_flamingo import flamingo
+        from narrows.training.flamingo import SaveReader
     except ImportError as error:
         raise MissingExtra(error.name or "transformers", extra="transformers", purpose="train a Flamingo") from error
     links = [
@@ -81,13 +79,13 @@ def _flamingo() -> Choice:
         Link("model", "data.image_size", lambda model: model.vision_encoder.image_size),
         Link("model", "data.channels", lambda model: model.vision_encoder.channels),
     ]
-    return Choice(FlamingoTraining, InterleavedDataModule, "val/loss", None, links, "min", SaveReader)
+    return Choice(flamingo, InterleavedDataModule, "val/loss", None, links, "min", SaveReader)
 
 
 _SHAPE = [_of_images(name) for name in ("num_classes", "image_size", "channels")]
 TASKS: dict[str, Callable[[], Choice]] = {
-    "classification": lambda: Choice(Classification, ImageDataModule, "val/accuracy", PredictionTable, _SHAPE),
-    "segmentation": lambda: Choice(Segmentation, SegmentationDataModule, "val/mean_iou", ClassMaps, _SHAPE),
+    "classification": lambda: Choice(classification, ImageDataModule, "val/accuracy", PredictionTable, _SHAPE),
+    "segmentation": lambda: Choice(segmentation, SegmentationDataModule, "val/mean_iou", ClassMaps, _SHAPE),
     "flamingo": _flamingo,
 }
 
@@ -100,7 +98,7 @@ class TrainingCLI(LightningCLI):
     """A task on its images. Everything of a run is in one folder, `runs/<time>` by default.
 
     Args:
-        task: one of `TASKS`; the options of model and data are those of its classes.
+        task: one of `TASKS`; the options of the model are those of its function in `narrows.jobs`.
     """
 
     def __init__(self, task: str, **kwargs: Any) -> None:

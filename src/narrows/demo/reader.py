@@ -1,6 +1,11 @@
-"""The offline job: a language model that knows words alone learns to read images, by what is added to it."""
+"""The small language model of `narrows generate`: it knows words, and learns to read images of digits.
+
+Three parts are trained, each where it is not in its folder yet: a Llama of a few dozen words on text alone, a
+classifier of digit scenes on images alone, and what makes the one read the other, on both.
+"""
 
 import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,18 +14,40 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
+from torch import nn
 from tqdm import tqdm
 
+from narrows.adapters.flamingo import Flamingo
+from narrows.data import ImageDataModule
 from narrows.data.document_module import InterleavedDataModule
-from narrows.data.documents import Document
-from narrows.data.scene_documents import DigitPrompts, questions
-from narrows.demo.reader_parts import FOLDER, digits_language_model, digits_vision_encoder
-from narrows.hub.parts import VisionEncoder
-from narrows.hub.readers import FORMAT_FILE, Reader, open_reader
+from narrows.data.documents import END_OF_CHUNK, IMAGE, Document
+from narrows.data.scene_documents import DigitPrompts, digit_sentences, questions
+from narrows.errors import MissingExtra
+from narrows.hub.readers import (
+    FORMAT_FILE,
+    Reader,
+    open_language_model,
+    open_reader,
+    open_vision_encoder,
+    without_bars,
+)
+from narrows.models import create_model
+from narrows.training.callbacks import RunProgress
+from narrows.training.classification import Classification
 from narrows.training.flamingo import FlamingoTraining
-from narrows.training.progress import RunProgress
-from narrows.training.run import fit, quiet_lightning
+from narrows.training.run import fit, quiet_lightning, train
+from narrows.training.task import warmup_schedule
 
+FOLDER = Path("runs") / "flamingo_digits"
+ENCODER = "sepvit_mini"
+ENCODER_EPOCHS = 12
+LANGUAGE_MODEL: dict[str, Any] = {
+    "hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+}  # fmt: skip
+LANGUAGE_STEPS = 400
+SENTENCES = 20_000
+PADDING, BEGIN = "<pad>", "<s>"
 FLAMINGO: dict[str, Any] = {
     "every": 2,
     "resampler": {"depth": 1, "num_latents": 4, "heads": 2, "head_dim": 32, "mlp_ratio": 2, "num_time_embeddings": 1},
@@ -62,26 +89,105 @@ def digits_reader(folder: Path = FOLDER, *, epochs: int = EPOCHS, accelerator: s
     saved = folder / "flamingo"
     if not (saved / FORMAT_FILE).is_file():
         torch.manual_seed(0)
-        task = FlamingoTraining(str(language_model), str(encoder), flamingo=FLAMINGO, **TRAINING)
-        seen = task.vision_encoder
-        assert isinstance(seen, VisionEncoder)
-        data = InterleavedDataModule(
-            "digits", tokenizer=task.tokenizer, image_size=seen.image_size, channels=seen.channels
-        )
+        (text, tokenizer), seen = open_language_model(language_model), open_vision_encoder(encoder)
+        task = FlamingoTraining(Flamingo(text, vision_encoder=seen, **FLAMINGO), tokenizer, **TRAINING)
+        data = InterleavedDataModule("digits", tokenizer=tokenizer, image_size=seen.image_size, channels=seen.channels)
         with quiet_lightning():
             fit(_trainer(folder, epochs, accelerator), task, data)
-        Reader(task.flamingo, task.tokenizer).save(saved)
+        Reader(task.flamingo, tokenizer).save(saved)
     return open_reader(language_model, saved)
+
+
+def digits_vision_encoder(folder: Path = FOLDER, *, epochs: int = ENCODER_EPOCHS, accelerator: str = "cpu") -> Path:
+    """The folder of a classifier of digit scenes, trained as `narrows compare` does unless it is there already."""
+    saved = folder / "models" / f"{ENCODER}-seed0"
+    if not (saved / "config.json").is_file():
+        torch.manual_seed(0)
+        task, images = Classification(create_model(ENCODER, channels=1)), ImageDataModule("digits")
+        with quiet_lightning():
+            train(
+                task, ENCODER, images, folder, label="vision encoder, on images", epochs=epochs, accelerator=accelerator
+            )
+    return saved
+
+
+def digits_language_model(folder: Path = FOLDER, *, steps: int = LANGUAGE_STEPS) -> Path:
+    """The folder of a small Llama and its tokenizer, trained from scratch on text about digits unless it is there.
+
+    In that text digits of captions are drawn at random: what an image shows cannot be learned from it.
+    """
+    saved = folder / "language_model"
+    if not (saved / "config.json").is_file():
+        texts = digit_sentences(SENTENCES, seed=0)
+        tokenizer = digits_tokenizer(texts)
+        model = _trained(tokenizer, texts, steps)
+        begun = folder / "language_model.begun"
+        with without_bars():
+            tokenizer.save_pretrained(begun)
+            model.save_pretrained(begun)
+        begun.rename(saved)  # at once: a run that is cut short leaves nothing that looks whole
+    return saved
+
+
+def digits_tokenizer(texts: list[str]) -> Any:
+    """A tokenizer of transformers whose tokens are the words of `texts`."""
+    try:
+        from tokenizers import Tokenizer
+        from tokenizers.models import WordLevel
+        from tokenizers.pre_tokenizers import WhitespaceSplit
+        from tokenizers.processors import TemplateProcessing
+        from transformers import PreTrainedTokenizerFast
+    except ImportError as error:
+        raise MissingExtra("transformers", extra="transformers", purpose="make a language model") from error
+    special = [PADDING, BEGIN, IMAGE, END_OF_CHUNK]
+    spaced = " ".join(texts).replace(IMAGE, " ").replace(END_OF_CHUNK, " ")
+    ids = {token: index for index, token in enumerate([*special, *sorted(set(spaced.split()))])}
+    tokenizer = Tokenizer(WordLevel(ids, unk_token=PADDING))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    tokenizer.post_processor = TemplateProcessing(f"{BEGIN} $A", special_tokens=[(BEGIN, ids[BEGIN])])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PADDING,
+        bos_token=BEGIN,
+        eos_token=END_OF_CHUNK,
+        unk_token=PADDING,
+        extra_special_tokens=[IMAGE],
+    )
+
+
+def _trained(tokenizer: Any, texts: list[str], steps: int) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    ends = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id}
+    config = LlamaConfig(**LANGUAGE_MODEL, **ends, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
+    model: Any = LlamaForCausalLM(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
+    schedule = warmup_schedule(optimizer, warmup_steps=max(1, round(0.1 * steps)), total_steps=steps)
+    pause = 0.5 if sys.stderr.isatty() else 10
+    bar = tqdm(range(steps), desc="language model, on text", unit="step", dynamic_ncols=True, mininterval=pause)
+    for _ in bar:
+        chosen = torch.randint(len(texts), (32,)).tolist()
+        batch = tokenizer([texts[index] for index in chosen], return_tensors="pt", padding=True)
+        padded = batch["attention_mask"] == 0
+        loss = model(**batch, labels=batch["input_ids"].masked_fill(padded, -100)).loss
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        bar.set_postfix_str(f"loss {loss.item():.2f}", refresh=False)
+    return model.eval()
 
 
 def examine(reader: Reader, prompts: DigitPrompts, *, batch_size: int = 64) -> Answers:
     """Ask about every image of `prompts`."""
     documents = prompts.documents(range(len(prompts)))
     asked, truth = _asked(documents)
-    turned = [replace(document, images=document.images.flip(0)) for document in documents]
-    turned_truth = [answer for document in documents for answer in reversed(_answers(document))]
-    moved = [index for index, (one, other) in enumerate(zip(truth, turned_truth, strict=True)) if one != other]
-    turned_asked, _ = _asked(turned)
+    reordered = [replace(document, images=document.images.flip(0)) for document in documents]
+    other_truth = [answer for document in documents for answer in reversed(_answers(document))]
+    moved = [index for index, (one, other) in enumerate(zip(truth, other_truth, strict=True)) if one != other]
+    other_asked, _ = _asked(reordered)
 
     def share(given: Sequence[str], right: Sequence[str]) -> float:
         return sum(map(str.__eq__, given, right)) / max(1, len(right))
@@ -95,8 +201,8 @@ def examine(reader: Reader, prompts: DigitPrompts, *, batch_size: int = 64) -> A
         questions=len(truth),
         exact=share(answers("asking", asked), truth),
         swapped=share(
-            answers("images swapped", [turned_asked[index] for index in moved]),
-            [turned_truth[index] for index in moved],
+            answers("images swapped", [other_asked[index] for index in moved]),
+            [other_truth[index] for index in moved],
         ),
         alone=share(answers("without images", asked, blind=True), truth),
     )

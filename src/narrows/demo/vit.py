@@ -10,11 +10,10 @@ import torch
 from tqdm import tqdm
 
 from narrows.data import ImageDataModule
-from narrows.hub.loaded import Opened
-from narrows.hub.models import open_model
+from narrows.hub.models import LoadedModel, open_model
+from narrows.models import create_model
 from narrows.training.classification import Classification
-from narrows.training.run import quiet_lightning, train
-from narrows.training.run_folder import accelerator_of
+from narrows.training.run import accelerator_of, quiet_lightning, train
 
 # Small digits in large scenes, and a readout that takes what it needs after the last block: a token that was dropped is
 # missed. A class token has read them all by the first block that is reduced, and any few tokens serve it as well.
@@ -30,7 +29,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("NARROWS_CACHE") or Path.home() / ".cache" / "narrows")
 
 
-def open_scenes_vit(epochs: int = EPOCHS, *, device: str = "auto") -> Opened:
+def open_scenes_vit(epochs: int = EPOCHS, *, device: str = "auto") -> LoadedModel:
     """The vision transformer of digit scenes: kept in `cache_folder()`, and trained where it is not.
 
     Args:
@@ -44,13 +43,13 @@ def open_scenes_vit(epochs: int = EPOCHS, *, device: str = "auto") -> Opened:
 
 
 def _train(folder: Path, epochs: int, accelerator: str) -> None:
-    """Trained beside its place and moved there when it is complete, so that what is there is never half a model."""
+    """Train in a temporary folder and move it when it is complete, so that a kept model is never half written."""
     tqdm.write(f"Training a small vision transformer on digit scenes, once; it is kept in {folder}")
     images = ImageDataModule(DATA, image_size=SIZE)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as work, quiet_lightning():
         torch.manual_seed(0)
-        task = Classification("vit_mini", image_size=SIZE, model_args=MODEL, learning_rate=3e-3)
+        task = Classification(create_model("vit_mini", image_size=SIZE, channels=1, **MODEL), learning_rate=3e-3)
         try:
             run = train(task, NAME, images, Path(work), label="training", epochs=epochs, accelerator=accelerator)
         except KeyboardInterrupt:

@@ -1,25 +1,165 @@
-"""A trained `Flamingo` with its tokenizer: text and pictures in, text out."""
+"""Language models that read images, by the names of their parts: text and pictures in, text out."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from narrows.adapters.flamingo import Flamingo
+from narrows.checkpoints.files import read_weights
+from narrows.data.document_files import picture_transform
 from narrows.data.documents import END_OF_CHUNK, IMAGE, Document, InterleavedCollate, without_labels
-from narrows.errors import InvalidArgument
-from narrows.hub.parts import ClassifierEncoder, VisionEncoder, open_language_model, open_vision_encoder
-from narrows.hub.token_rows import TokenRows
+from narrows.data.folder import read_image
+from narrows.errors import InvalidArgument, MissingExtra
+from narrows.hub.models import LoadedModel, open_model
+from narrows.models import ImageClassifier
 
 FORMAT_FILE = "reader.json"
 ENCODER_FOLDER = "vision_encoder"
 ROWS_FILE = "new_tokens.safetensors"
+
+
+class VisionEncoder(nn.Module):
+    """A vision model as an encoder: pictures `[n, channels, image_size, image_size]` in 0..1 to tokens `[n, N, D]`.
+
+    Pictures are normalised as the model was trained, and the tokens are its last features.
+
+    Args:
+        loaded: what `open_model` gives.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        super().__init__()
+        self.loaded, self.module = loaded, loaded.module
+        self.image_size, self.channels = loaded.size[0], loaded.channels
+        self.register_buffer("mean", torch.tensor(loaded.mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(loaded.std).view(-1, 1, 1), persistent=False)
+
+    @property
+    def num_features(self) -> int:
+        """Width of the tokens."""
+        with torch.no_grad():
+            return self(self.mean.new_zeros(1, self.channels, self.image_size, self.image_size)).shape[-1]
+
+    def forward(self, images: Float[Tensor, "n C H W"]) -> Float[Tensor, "n N D"]:
+        """Tokens of pictures."""
+        return self.loaded.tokens((images - self.mean) / self.std)
+
+
+def open_vision_encoder(name: str | Path) -> VisionEncoder:
+    """A frozen vision encoder in evaluation mode.
+
+    Args:
+        name: as `open_model` takes it: "timm:<name>", "hf:<name or folder>", or a folder with a model of narrows.
+
+    Raises:
+        InvalidArgument: no such model.
+        NarrowsError: weights that cannot be downloaded.
+    """
+    return VisionEncoder(open_model(name)).requires_grad_(False).eval()
+
+
+def open_language_model(name: str | Path) -> tuple[nn.Module, Any]:
+    """A causal language model of transformers and its tokenizer.
+
+    Args:
+        name: a folder that transformers wrote, or a name on the Hugging Face hub; "hf:" may stand before it.
+
+    Raises:
+        InvalidArgument: transformers finds no causal language model there.
+    """
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError as error:
+        raise MissingExtra("transformers", extra="transformers", purpose="open a language model") from error
+    place = str(name).removeprefix("hf:")
+    try:
+        with without_bars():
+            tokenizer = AutoTokenizer.from_pretrained(place)
+            model: Any = AutoModelForCausalLM.from_pretrained(place)
+    except (OSError, ValueError) as error:
+        raise InvalidArgument(
+            "language_model",
+            expected="a folder or a hub name of a causal language model with its tokenizer",
+            got=f"{str(name)!r}: {str(error).splitlines()[0]}",
+        ) from error
+    return model.eval(), tokenizer
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Keeps transformers from drawing a bar for every small file."""
+    from transformers.utils import logging
+
+    drawn = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if drawn:
+            logging.enable_progress_bar()
+
+
+class TokenRows:
+    """Some rows of a language model's input and output embeddings, the only ones that train.
+
+    Gradients of all other rows are set to zero; an optimizer without weight decay leaves them as they are, to the bit.
+
+    Args:
+        language_model: of transformers.
+        tokenizer: its tokenizer.
+        tokens: whose rows.
+
+    Raises:
+        InvalidArgument: a token that tokenizer or language model does not have.
+    """
+
+    def __init__(self, language_model: Any, tokenizer: Any, tokens: Sequence[str]) -> None:
+        embeddings = (language_model.get_input_embeddings(), language_model.get_output_embeddings())
+        weights = [module.weight for module in embeddings if module is not None]
+        # Tied embeddings are one weight.
+        self.weights: list[nn.Parameter] = list({id(weight): weight for weight in weights}.values())
+        vocabulary = tokenizer.get_vocab()
+        unknown = [token for token in tokens if vocabulary.get(token, len(self.weights[0])) >= len(self.weights[0])]
+        if unknown:
+            raise InvalidArgument(
+                "new_tokens",
+                expected="tokens of the tokenizer, with rows in the language model's embeddings",
+                got=repr(unknown[0]),
+                hint="Add them first: tokenizer.add_tokens(...), resize_token_embeddings(...), and save both.",
+            )
+        self.ids = torch.tensor([vocabulary[token] for token in tokens])
+
+    def train(self) -> None:
+        """Let gradients reach these rows, and no other."""
+        for weight in self.weights:
+            weight.requires_grad_(True)
+            weight.register_hook(self._of_rows)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The rows, `[tokens, D]` of each weight."""
+        return {f"embeddings.{index}": weight.detach()[self.ids] for index, weight in enumerate(self.weights)}
+
+    @torch.no_grad()
+    def load_state_dict(self, rows: dict[str, Tensor]) -> None:
+        """Put the rows that `state_dict` gave in their place."""
+        for index, weight in enumerate(self.weights):
+            weight[self.ids] = rows[f"embeddings.{index}"].to(weight)
+
+    def _of_rows(self, gradient: Tensor) -> Tensor:
+        kept = torch.zeros_like(gradient)
+        ids = self.ids.to(gradient.device)
+        return kept.index_copy(0, ids, gradient[ids])
 
 
 @dataclass(frozen=True)
@@ -29,7 +169,7 @@ class ReaderFormat:
     Args:
         image_token: token of the vocabulary where a picture stands.
         end_of_chunk: token of the vocabulary that ends what is said about a picture.
-        vision_encoder: what `open_vision_encoder` takes; empty: it is saved with the model.
+        vision_encoder: what `open_vision_encoder` takes; empty: a model of narrows, saved beside this file.
         new_tokens: tokens whose rows of the embeddings were trained; they are saved with the model.
     """
 
@@ -112,10 +252,13 @@ class Reader:
         if self.format.new_tokens:
             rows = TokenRows(self.model.language_model, self.tokenizer, self.format.new_tokens)
             save_file(rows.state_dict(), folder / ROWS_FILE)
-        if isinstance(self.encoder, ClassifierEncoder):
-            self.encoder.classifier.save_pretrained(folder / ENCODER_FOLDER)
-        # Last: where it is, everything is.
-        (folder / FORMAT_FILE).write_text(json.dumps(asdict(self.format), indent=2) + "\n", encoding="utf-8")
+        encoder, name = self.encoder.module, self.encoder.loaded.name
+        if isinstance(encoder, ImageClassifier):
+            encoder.save_pretrained(folder / ENCODER_FOLDER)
+            name = ""
+        written = replace(self.format, vision_encoder=name)
+        # Written last: a folder that has it is complete.
+        (folder / FORMAT_FILE).write_text(json.dumps(asdict(written), indent=2) + "\n", encoding="utf-8")
 
 
 def open_reader(language_model: str | Path, checkpoint: str | Path) -> Reader:
@@ -134,10 +277,13 @@ def open_reader(language_model: str | Path, checkpoint: str | Path) -> Reader:
             "checkpoint", expected=f"a folder with {FORMAT_FILE}, the 'model' of a run", got=repr(str(checkpoint))
         )
     written = ReaderFormat(**json.loads(file.read_text(encoding="utf-8")))
-    encoder = open_vision_encoder(written.vision_encoder or Path(checkpoint) / ENCODER_FOLDER)
+    name = written.vision_encoder
+    if name.startswith("timm/"):  # as earlier versions wrote it
+        name = name.replace("/", ":", 1)
+    encoder = open_vision_encoder(name or Path(checkpoint) / ENCODER_FOLDER)
     text, tokenizer = open_language_model(language_model)
     if written.new_tokens:
-        TokenRows(text, tokenizer, written.new_tokens).load_state_dict(load_file(Path(checkpoint) / ROWS_FILE))
+        TokenRows(text, tokenizer, written.new_tokens).load_state_dict(read_weights(Path(checkpoint) / ROWS_FILE))
     model = Flamingo.from_pretrained(str(checkpoint), language_model=text, vision_encoder=encoder)
     return Reader(model.eval(), tokenizer, written)
 
@@ -149,9 +295,6 @@ def read_pictures(paths: Sequence[str | Path], encoder: VisionEncoder) -> Float[
         InvalidArgument: a file that does not exist.
         DataError: one that cannot be read; it is named.
     """
-    from narrows.data.document_files import picture_transform
-    from narrows.data.folder import read_image
-
     transform = picture_transform(encoder.image_size, encoder.channels)
     for path in map(Path, paths):
         if not path.is_file():

@@ -20,8 +20,7 @@ from narrows.jobs.comparison_report import carriers_in_use, narrowest, write_rep
 from narrows.measure import compare_speed, measure, peak_memory
 from narrows.models import create_model, load_model
 from narrows.training.classification import Classification
-from narrows.training.run import Run, quiet_lightning, train
-from narrows.training.run_folder import accelerator_of, new_folder
+from narrows.training.run import Run, accelerator_of, new_folder, quiet_lightning, train
 from narrows.validation import check_positive
 
 MODELS = ("vit_mini", "ats_vit_mini", "soft_moe_vit_mini", "sepvit_mini", "slot_vit_mini", "resampler_vit_mini")
@@ -82,7 +81,8 @@ def compare(
                 loaded = {seed: loaded.get(seed) or _drawn_once(images.loaded)}
                 images.loaded = loaded[seed]
                 torch.manual_seed(seed)
-                task = Classification(name, **_shape(found), learning_rate=learning_rate)
+                model = create_model(name, **_shape(found))
+                task = Classification(model, num_classes=found.num_classes, learning_rate=learning_rate)
                 runs.append(train(task, name, images, folder, label=label, epochs=epochs, accelerator=accelerator))
                 write_runs(runs, folder / "runs.csv")
         except KeyboardInterrupt:

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from narrows.data import ImageData, picture
 from narrows.jobs.comparison import BEST, COLUMNS, Comparison
+from narrows.jobs.report import machine
 from narrows.models import ImageClassifier, load_model
 from narrows.routing import Routing
-from narrows.training.run_folder import machine
 from narrows.visualize import Report, gallery, overlay, pareto, save
 
 NUM_PICTURES = 6

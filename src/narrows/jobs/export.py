@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from narrows.errors import InvalidArgument, MissingExtra
-from narrows.hub.loaded import Opened
+from narrows.hub.models import LoadedModel
 from narrows.jobs.trials import Trial, applied
 from narrows.measure import evaluating
 
@@ -29,7 +29,7 @@ def check_export(path: str | Path) -> None:
             raise MissingExtra(package, extra="onnx", purpose="write ONNX")
 
 
-def export_onnx(opened: Opened, trial: Trial, images: Float[Tensor, "B C H W"], path: str | Path) -> None:
+def export_onnx(opened: LoadedModel, trial: Trial, images: Float[Tensor, "B C H W"], path: str | Path) -> None:
     """Write the model under a reduction, for any number of images of this size."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -6,11 +6,10 @@ from pathlib import Path
 from narrows.adapters.flamingo import audit
 from narrows.data.documents import IMAGE, Document
 from narrows.data.scene_documents import DigitPrompts
-from narrows.demo.reader import digits_reader, examine
-from narrows.demo.reader_parts import FOLDER
+from narrows.demo.reader import FOLDER, digits_reader, examine
 from narrows.errors import InvalidArgument
 from narrows.hub.readers import Reader, open_reader, read_pictures
-from narrows.training.run_folder import accelerator_of
+from narrows.training.run import accelerator_of
 from narrows.validation import check_positive
 from narrows.visualize import reading, save
 

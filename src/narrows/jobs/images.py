@@ -11,7 +11,7 @@ from narrows.data import IGNORED, ImageSet, load
 from narrows.data.folder import HELD_OUT_FOLDERS, FolderImages, find_images, find_unreadable, list_classes
 from narrows.data.load import SCENES
 from narrows.errors import DataError, InvalidArgument
-from narrows.hub.loaded import Opened
+from narrows.hub.models import LoadedModel
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Images:
         ]
 
 
-def load_images(data: str | Path, opened: Opened, *, limit: int) -> Images:
+def load_images(data: str | Path, opened: LoadedModel, *, limit: int) -> Images:
     """The images in `data` for an opened model, at most `limit`, evenly spread over all there are.
 
     Of a model of narrows, which may have been trained on them, only held-out images are looked at (see
@@ -96,7 +96,7 @@ def spread(count: int, limit: int) -> tuple[int, ...]:
     return tuple(range(count)) if count <= limit else tuple(index * count // limit for index in range(limit))
 
 
-def _held_out(data: str | Path, opened: Opened) -> Images:
+def _held_out(data: str | Path, opened: LoadedModel) -> Images:
     loaded = load(data, image_size=opened.size[0])
     if loaded.channels != len(opened.mean):
         raise InvalidArgument("data", expected=f"images of {len(opened.mean)} channels", got=f"{loaded.channels}")
@@ -112,7 +112,7 @@ def _has_classes(root: Path) -> bool:
     return len(folders) > 1 and all((root / folder).is_dir() for folder in folders)
 
 
-def _labelled(root: Path, opened: Opened) -> Images:
+def _labelled(root: Path, opened: LoadedModel) -> Images:
     part = next((root / name for name in HELD_OUT_FOLDERS if (root / name).is_dir()), root)
     classes, samples = list_classes(part)
     labels = _labels(classes, opened)
@@ -130,7 +130,7 @@ def _labelled(root: Path, opened: Opened) -> Images:
     )
 
 
-def _labels(classes: Sequence[str], opened: Opened) -> list[int] | None:
+def _labels(classes: Sequence[str], opened: LoadedModel) -> list[int] | None:
     """Which output each class is; None if that cannot be told."""
     outputs = {name.lower(): index for index, name in enumerate(opened.classes)}
     if all(name.lower() in outputs for name in classes):
@@ -138,7 +138,7 @@ def _labels(classes: Sequence[str], opened: Opened) -> list[int] | None:
     return list(range(len(classes))) if len(classes) == opened.num_classes else None
 
 
-def _unlabelled(root: Path, opened: Opened) -> Images:
+def _unlabelled(root: Path, opened: LoadedModel) -> Images:
     files = find_images([root])
     skipped = find_unreadable(files)
     kept = [(file, IGNORED) for file in files if file not in skipped]
@@ -147,7 +147,7 @@ def _unlabelled(root: Path, opened: Opened) -> Images:
     return Images(_files(kept, root, opened), (), f"every image in {root.name}/, which has no labels")
 
 
-def _files(samples: Sequence[tuple[Path, int]], root: Path, opened: Opened) -> FolderImages:
+def _files(samples: Sequence[tuple[Path, int]], root: Path, opened: LoadedModel) -> FolderImages:
     return FolderImages(
         samples, image_size=opened.size[0], channels=len(opened.mean), root=root, prepare=opened.prepare
     )

@@ -9,15 +9,14 @@ from tqdm import tqdm
 from narrows.adapters import Reduction, reduce_tokens
 from narrows.demo import vit as scenes
 from narrows.errors import InvalidArgument
-from narrows.hub.loaded import Opened
-from narrows.hub.models import open_model
+from narrows.hub.models import LoadedModel, open_model
 from narrows.jobs.budgets import parse_budget
 from narrows.jobs.export import check_export, export_onnx
 from narrows.jobs.images import Images, load_images
 from narrows.jobs.reduction_report import write_report
 from narrows.jobs.reduction_result import ReductionResult, write_config
 from narrows.jobs.trials import run_trials
-from narrows.training.run_folder import accelerator_of, new_folder
+from narrows.training.run import accelerator_of, new_folder
 from narrows.validation import check_positive
 
 METHODS = ("ats", "topk", "evit", "tome", "random")
@@ -91,7 +90,7 @@ def reduce(
 
 def _open(
     model: str | None, data: str | Path | None, checkpoint: str | Path | None, limit: int, device: str
-) -> tuple[Opened, Images]:
+) -> tuple[LoadedModel, Images]:
     if model is None:
         if checkpoint is not None:
             raise InvalidArgument("checkpoint", expected="a model that it belongs to", got="none", hint="Add --model.")
@@ -104,7 +103,7 @@ def _open(
 
 
 def _reductions(
-    opened: Opened, methods: Sequence[str], budgets: Sequence[str], images: torch.Tensor
+    opened: LoadedModel, methods: Sequence[str], budgets: Sequence[str], images: torch.Tensor
 ) -> dict[tuple[str, str], Reduction | None]:
     """Every reduction, tried on the model and removed again: what does not work shows before anything is measured."""
     found: dict[tuple[str, str], Reduction | None] = {("untouched", ""): None}

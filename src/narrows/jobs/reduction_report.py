@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from narrows.hub.loaded import Opened
+from narrows.hub.models import LoadedModel
 from narrows.jobs.images import Images, spread
 from narrows.jobs.reduction_result import ReductionResult
+from narrows.jobs.report import machine
 from narrows.jobs.trials import COUNTED, Trial, routings
 from narrows.routing import Routing
-from narrows.training.run_folder import machine
 from narrows.visualize import Report, curves, gallery, save
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ NUM_PICTURES = 4
 LEAST_SPAN = 8.0  # points of accuracy that the plot shows at least
 
 
-def write_report(result: ReductionResult, opened: Opened, images: Images, device: torch.device) -> None:
+def write_report(result: ReductionResult, opened: LoadedModel, images: Images, device: torch.device) -> None:
     """Write `report.html` and the pictures of a result into its folder."""
     report = Report(
         f"What token reduction costs and keeps: {result.model}",
@@ -61,7 +61,9 @@ def _curves(result: ReductionResult) -> "matplotlib.figure.Figure":
     return curves(lines, result.point(result.untouched), x="MACs per image", y=result.quality, least_span=LEAST_SPAN)
 
 
-def _pictures(report: Report, result: ReductionResult, opened: Opened, images: Images, device: torch.device) -> None:
+def _pictures(
+    report: Report, result: ReductionResult, opened: LoadedModel, images: Images, device: torch.device
+) -> None:
     positions = _shown(images)
     batch = images.batch(positions)[0]
     pictures, names = opened.picture(batch), images.names(positions)
@@ -110,7 +112,7 @@ def _shown(images: Images) -> list[int]:
     return [first[label] for label in sorted(first)][:NUM_PICTURES]
 
 
-def _on_grid(opened: Opened, trial: Trial, batch: torch.Tensor) -> Sequence[Routing]:
+def _on_grid(opened: LoadedModel, trial: Trial, batch: torch.Tensor) -> Sequence[Routing]:
     assert trial.reduction is not None
     return [routing for routing in routings(opened, trial.reduction, batch) if routing.grid is not None]
 

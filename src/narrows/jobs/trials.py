@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from narrows.adapters import Reduction
-from narrows.hub.loaded import Opened, outputs
+from narrows.hub.models import LoadedModel
 from narrows.jobs.images import Images
 from narrows.measure import Spread, Timing, compare_speed, count_macs, evaluating, peak_memory
 from narrows.routing import Routing
@@ -90,7 +90,7 @@ def applied(reduction: Reduction | None) -> Iterator[None]:
 
 
 def run_trials(
-    opened: Opened,
+    opened: LoadedModel,
     reductions: Mapping[tuple[str, str], Reduction | None],
     images: Images,
     *,
@@ -130,7 +130,7 @@ def run_trials(
         ]
 
 
-def count_each(opened: Opened, reduction: Reduction | None, images: Float[Tensor, "B C H W"]) -> tuple[int, ...]:
+def count_each(opened: LoadedModel, reduction: Reduction | None, images: Float[Tensor, "B C H W"]) -> tuple[int, ...]:
     """Multiply-accumulates of each image alone."""
     if reduction is None:
         return (count_macs(lambda: opened.module(images[:1])),) * len(images)
@@ -138,19 +138,19 @@ def count_each(opened: Opened, reduction: Reduction | None, images: Float[Tensor
         return tuple(count_macs(call) for call in reduction.without_padding(images))
 
 
-def routings(opened: Opened, reduction: Reduction, images: Float[Tensor, "B C H W"]) -> tuple[Routing, ...]:
+def routings(opened: LoadedModel, reduction: Reduction, images: Float[Tensor, "B C H W"]) -> tuple[Routing, ...]:
     """Where the tokens of these images went, block by block."""
     with applied(reduction), evaluating(opened.module):
         opened.module(images)
         return tuple(routing.detach() for routing in reduction.routing)
 
 
-def _call(opened: Opened, reduction: Reduction | None, images: Tensor) -> object:
+def _call(opened: LoadedModel, reduction: Reduction | None, images: Tensor) -> object:
     with applied(reduction):
         return opened.module(images)
 
 
-def _kept(opened: Opened, reduction: Reduction | None, images: Tensor) -> float:
+def _kept(opened: LoadedModel, reduction: Reduction | None, images: Tensor) -> float:
     if reduction is None:
         return 0.0
     last = routings(opened, reduction, images)[-1]
@@ -159,7 +159,7 @@ def _kept(opened: Opened, reduction: Reduction | None, images: Tensor) -> float:
 
 
 def _judge(
-    opened: Opened, reductions: Sequence[Reduction | None], images: Images, batch_size: int, device: torch.device
+    opened: LoadedModel, reductions: Sequence[Reduction | None], images: Images, batch_size: int, device: torch.device
 ) -> list[Judgement]:
     """Batch by batch, so that every image is read once."""
     agreements: list[list[Tensor]] = [[] for _ in reductions]
@@ -168,7 +168,8 @@ def _judge(
         for batch, labels in images.batches(batch_size):
             batch, untouched = batch.to(device), None
             for number, reduction in enumerate(reductions):
-                answer = outputs(_call(opened, reduction, batch)).float().cpu()
+                with applied(reduction):
+                    answer = opened.outputs(batch).float().cpu()
                 untouched = answer if untouched is None else untouched
                 agreements[number].append(_agreement(untouched, answer, classes=opened.num_classes > 0))
                 hits[number].append((answer.argmax(-1) == labels).float())

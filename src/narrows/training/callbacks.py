@@ -1,19 +1,30 @@
-"""What `narrows fit` and `narrows predict` leave behind."""
+"""What training runs leave behind, and how they show their progress."""
 
 import csv
+import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, Callback
+from PIL import Image
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from tqdm import tqdm
 
-from narrows.data import ImageDataModule, Position
-from narrows.hub.starting import save_model
+from narrows.adapters import reduce_tokens
+from narrows.data import IGNORED, ImageDataModule, Position, picture
+from narrows.hub.models import save_model
 from narrows.training.task import Task
+from narrows.visualize import save, segmentations
+from narrows.visualize.canvas import carrier_colour, to_rgb
+
+SHOWN = 8
+"""Images in the picture of a segmentation."""
 
 
 class SavePretrained(Callback):
@@ -29,13 +40,14 @@ class SavePretrained(Callback):
         best = Path(getattr(trainer.checkpoint_callback, "best_model_path", ""))
         # Every process has to ask for these two: they come from all of them.
         folder = trainer.log_dir
-        weights = get_model_state_dict(pl_module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        weights: dict[str, Any] = get_model_state_dict(
+            pl_module, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+        )
         if trainer.is_global_zero and folder is not None:
             if best.is_file():
                 weights = torch.load(best, map_location="cpu", weights_only=True)["state_dict"]
-            model = pl_module.new_model()
-            model.load_state_dict({k.removeprefix("model."): v for k, v in weights.items() if k.startswith("model.")})
-            save_model(model, Path(folder) / "model")
+            of_model = {k.removeprefix("model."): v for k, v in weights.items() if k.startswith("model.")}
+            save_model(pl_module.model, Path(folder) / "model", weights=of_model)
 
 
 class PredictionTable(BasePredictionWriter):
@@ -75,3 +87,151 @@ class PredictionTable(BasePredictionWriter):
             table.writerow(("image", "class", "probability"))
             for index, label_of, likely in sorted(row for rows in everyone for row in rows):
                 table.writerow((data.to_predict.name(index), data.loaded.classes[label_of], f"{likely:.6f}"))
+
+
+class ClassMaps(BasePredictionWriter):
+    """Writes `<run>/predictions/<number>_<image>.png` and `<run>/predictions.png`.
+
+    The first are PNGs with a palette, one for each image, whose pixels are the numbers of the classes: image viewers
+    show colours, `PIL` and `torchvision` read classes. The second shows the first images, what is predicted, and the
+    truth where it is known.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("batch")
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make the folder; the picture begins anew."""
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # every process has to ask
+        self.path = folder / "predictions"
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._shown: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def write_on_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        prediction: Tensor,
+        batch_indices: Sequence[Any] | None,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        """Write the maps of a batch, and remember the first images."""
+        data = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        assert isinstance(data, ImageDataModule)
+        assert batch_indices is not None
+        positions: Sequence[Position] = batch_indices
+        images, truth = batch
+        colours = _palette(len(data.loaded.classes))
+        for position, image, classes, true in zip(positions, images, prediction, truth, strict=True):
+            if not position.counts:
+                continue
+            stem = Path(data.to_predict.name(position.index)).stem
+            written = Image.fromarray(classes.to(torch.uint8).cpu().numpy(), mode="P")
+            written.putpalette(colours)
+            written.save(self.path / f"{position.index:05}_{stem}.png")
+            if len(self._shown) < SHOWN:
+                self._shown.append((picture(image).cpu(), classes.cpu(), true.cpu()))
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw the first images."""
+        if not trainer.is_global_zero or not self._shown:
+            return
+        data = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        images, classes, truth = (list(column) for column in zip(*self._shown, strict=True))
+        rows = {"prediction": torch.stack(classes)}
+        if all(true.shape == classes[0].shape and (true != IGNORED).any() for true in truth):
+            rows = {"truth": torch.stack(truth), **rows}
+        save(segmentations(images, rows, data.loaded.classes), self.path.with_suffix(".png"))
+
+
+def _palette(classes: int) -> list[int]:
+    """Red, green and blue of each class: black for the first, then the colours of the pictures."""
+    colours = [to_rgb(carrier_colour(rank)) for rank in range(classes - 1)]
+    return np.concatenate([np.zeros(3), *((colour * 255).round() for colour in colours)]).astype(int).tolist()
+
+
+class ReduceTokens(Callback):
+    """Reduces the model's tokens while the trainer fits, validates, tests or predicts.
+
+    Weights are saved as those of the model itself; `<run>/reduction.json` says how it was reduced.
+
+    Args:
+        method: as `narrows.reduce_tokens` takes it.
+        budget: likewise.
+        execution: likewise.
+    """
+
+    def __init__(
+        self,
+        method: str = "ats",
+        budget: int | float | list[int | float | None] = 0.5,
+        execution: str = "auto",
+    ) -> None:
+        self.arguments = {"method": method, "budget": budget, "execution": execution}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Reduce the model."""
+        assert isinstance(pl_module, Task)
+        self.reduction = reduce_tokens(pl_module.model, **self.arguments)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the model back."""
+        self.reduction.remove()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say how it was reduced."""
+        if trainer.is_global_zero and trainer.log_dir is not None:
+            path = Path(trainer.log_dir) / "reduction.json"
+            path.write_text(json.dumps(self.arguments) + "\n", encoding="utf-8")
+
+
+class RunProgress(Callback):
+    """A bar over all steps of a run, with epoch, training loss and the newest held-out accuracy.
+
+    Args:
+        label: what is trained, at the left of the bar.
+    """
+
+    def __init__(self, label: str) -> None:
+        self.label = label
+        self.accuracy: float | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Open the bar."""
+        steps = int(trainer.estimated_stepping_batches)
+        self.bar = tqdm(
+            total=steps,
+            desc=self.label,
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=0.5 if sys.stderr.isatty() else 10,
+        )
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """One step on."""
+        self.bar.update()
+        if trainer.global_step % 20 == 0:
+            self._tell(f"loss {outputs['loss']:.2f}")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A new held-out accuracy."""
+        if not trainer.sanity_checking and "val/accuracy" in trainer.callback_metrics:
+            self.accuracy = trainer.callback_metrics["val/accuracy"].item()
+            self._tell("")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the finished bar behind."""
+        self.bar.close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the bar where it stopped."""
+        if hasattr(self, "bar"):
+            self.bar.close()
+
+    def _tell(self, loss: str) -> None:
+        held_out = f"held-out {100 * self.accuracy:.1f} %" if self.accuracy is not None else ""
+        self.bar.set_postfix_str(", ".join(part for part in (loss, held_out) if part), refresh=False)

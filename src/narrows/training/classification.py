@@ -1,22 +1,53 @@
 """Image classification for Lightning's trainer."""
 
-import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
+from torchvision.transforms import v2
 
 from narrows.data import IGNORED
-from narrows.hub.starting import starting_model
-from narrows.models import create_model, list_models
-from narrows.training.mixing import Mixing
+from narrows.errors import InvalidArgument
 from narrows.training.task import Task
 
 Batch = Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """Every image of a batch is mixed with its neighbour, all of them in the same way: mixup or CutMix, at even odds.
+
+    Mixup (Zhang et al. 2018, arXiv 1710.09412) adds the images, λ x_i + (1 - λ) x_(i-1); CutMix (Yun et al. 2019,
+    arXiv 1905.04899) puts a rectangle of one over the other, 1 - λ of its area. λ ~ Beta(α, α). The classes are mixed
+    as the images are.
+
+    Args:
+        mixup: α of mixup.
+        cutmix: α of CutMix.
+    """
+
+    mixup: float = 0.8
+    cutmix: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, alpha in (("mixup", self.mixup), ("cutmix", self.cutmix)):
+            if alpha <= 0:
+                raise InvalidArgument(name, expected="a positive number", got=alpha)
+
+    def __call__(
+        self, images: Float[Tensor, "B C H W"], labels: Int[Tensor, "B"], num_classes: int
+    ) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B classes"]]:
+        """Mixed images, and the share that each class has of them."""
+        kinds = (
+            v2.MixUp(alpha=self.mixup, num_classes=num_classes),
+            v2.CutMix(alpha=self.cutmix, num_classes=num_classes),
+        )
+        return v2.RandomChoice(kinds)(images, labels)
 
 
 class Classification(Task):
@@ -26,57 +57,29 @@ class Classification(Task):
     the label -100 count in none of them.
 
     Args:
-        model: a registry name (`narrows info` lists them), a folder with a saved model, "timm:<name>", or a module that
-            maps images to logits.
+        model: maps images to logits.
         num_classes: width of the logits.
-        image_size: side of the square images.
-        channels: channels of the images.
-        model_args: further arguments of the model, over those of its registry name.
-        learning_rate: at its highest.
-        weight_decay: of AdamW; biases, norms and what the model names in `no_weight_decay()` do not decay.
-        warmup: share of all steps in which the learning rate rises.
-        betas: of AdamW. 0.999 averages squared gradients over as many steps as a short run has.
         label_smoothing: of the cross-entropy in training.
         mixing: mix the images of every training batch; None leaves them as they are.
+        options: those of `Task`: `learning_rate`, `weight_decay`, `warmup`, `betas`.
     """
 
     def __init__(
         self,
-        model: str | nn.Module = "vit_mini",
+        model: nn.Module,
         *,
         num_classes: int = 10,
-        image_size: int = 32,
-        channels: int = 1,
-        model_args: dict[str, Any] | None = None,
-        learning_rate: float = 2e-3,
-        weight_decay: float = 0.05,
-        warmup: float = 0.1,
-        betas: tuple[float, float] = (0.9, 0.98),
         label_smoothing: float = 0.1,
         mixing: Mixing | None = None,
+        **options: Any,
     ) -> None:
-        sizes = {"num_classes": num_classes, "image_size": image_size, "channels": channels}
-        arguments = {**sizes, **(model_args or {})}
-        super().__init__(
-            starting_model(model, **arguments) if isinstance(model, str) else model,
-            learning_rate=learning_rate,
-            weight_decay=weight_decay,
-            warmup=warmup,
-            betas=betas,
-        )
-        self.save_hyperparameters(ignore=["mixing"] if isinstance(model, str) else ["mixing", "model"])
-        self._model_name, self._model_args = model if isinstance(model, str) else None, arguments
+        super().__init__(model, **options)
+        self.save_hyperparameters(ignore=["model", "mixing"])
         self.num_classes, self.label_smoothing, self.mixing = num_classes, label_smoothing, mixing
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
         self.train_accuracy, self.val_accuracy, self.test_accuracy = (
             MulticlassAccuracy(num_classes, average="micro", ignore_index=IGNORED) for _ in range(3)
         )
-
-    def new_model(self) -> nn.Module:
-        """A model like the one in training, with weights of its own."""
-        if self._model_name not in list_models():
-            return copy.deepcopy(self.model)
-        return create_model(self._model_name, **self._model_args)
 
     def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B classes"]:
         """Logits."""

@@ -1,69 +1,65 @@
 """Training what a `Flamingo` adds to its language model, for Lightning's trainer."""
 
-import math
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
-from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 
 from narrows.adapters.flamingo import Flamingo
 from narrows.adapters.flamingo.host import find_host
 from narrows.data import IGNORED
+from narrows.data.document_module import InterleavedDataModule
 from narrows.data.documents import InterleavedBatch, without_labels
-from narrows.demo.reader_parts import digits_language_model, digits_vision_encoder
 from narrows.errors import InvalidArgument
-from narrows.hub.parts import open_language_model, open_vision_encoder
-from narrows.hub.token_rows import TokenRows
-from narrows.training.optimisation import parameter_groups
-from narrows.training.task import Task
+from narrows.hub.readers import Reader, ReaderFormat, TokenRows
+from narrows.training.task import Task, parameter_groups, warmup_schedule
 from narrows.validation import check_choice
 
 SCHEDULES = ("constant", "cosine")
-DIGITS = "digits"
 
 
 class FlamingoTraining(Task):
     """Trains the resampler and the gated blocks of a `Flamingo` to predict text with images in it.
 
-    Language model and vision encoder are frozen, in evaluation mode, and not saved with checkpoints. The learning rate
-    rises over `warmup_steps` and stays, or falls along a cosine; the resampler has no weight decay (Flamingo, appendix
-    B.1.2).
+    Language model and vision encoder stay frozen, in evaluation mode, and are not saved with checkpoints. The learning
+    rate rises over `warmup_steps` and stays, or falls to 0 along a cosine; the resampler has no weight decay (Flamingo,
+    appendix B.1.2).
 
     Logged are `train/loss`, `val/loss`, and whether the images are used: `val/loss_swapped`, the loss when every image
     of a batch stands in the place of another, `val/image_gain`, by how much that is worse, and `gate/<layer>.<part>`,
     the tanh of each gate. The loss alone does not tell: it falls without any image.
 
     Args:
-        language_model: a folder or a hub name of a causal language model; "digits": the small one of the offline job,
-            trained if it is not there yet; or a module.
-        vision_encoder: a folder with a narrows classifier, or `timm/<model>`; "digits" likewise; or a module.
-        flamingo: further arguments of `Flamingo`: `every`, `resampler`, `block`.
-        learning_rate: at its highest.
+        flamingo: a frozen language model with its vision encoder and what reads it.
+        tokenizer: of the language model; the data take it from here.
+        learning_rate: the peak learning rate.
         weight_decay: of AdamW, for the gated blocks; biases, norms and gates do not decay.
         warmup_steps: steps in which the learning rate rises.
         schedule: "constant" or "cosine", after that.
         betas: of AdamW.
-        gradient_checkpointing: compute decoder layers again in the backward pass instead of keeping what they made.
+        gradient_checkpointing: compute decoder layers again in the backward pass instead of keeping their activations.
         new_tokens: tokens whose rows of the embeddings train too, without weight decay; not with sharded parameters.
 
     Raises:
-        InvalidArgument: a language model or an encoder that is not there, or that cannot be supported.
+        InvalidArgument: another schedule, a token that the tokenizer does not have, a `Flamingo` without an encoder.
     """
 
     def __init__(
         self,
-        language_model: str | nn.Module = DIGITS,
-        vision_encoder: str | nn.Module = DIGITS,
+        flamingo: Flamingo,
+        tokenizer: Any,
         *,
-        flamingo: Mapping[str, Any] | None = None,
         learning_rate: float = 1e-4,
         weight_decay: float = 0.1,
         warmup_steps: int = 5000,
@@ -73,30 +69,17 @@ class FlamingoTraining(Task):
         new_tokens: Sequence[str] = (),
     ) -> None:
         check_choice("schedule", schedule, SCHEDULES)
-        tokenizer: Any = None
-        if isinstance(language_model, str):
-            found = digits_language_model() if language_model == DIGITS else language_model
-            language_model, tokenizer = open_language_model(found)
-        if isinstance(vision_encoder, str):
-            vision_encoder = open_vision_encoder(
-                digits_vision_encoder() if vision_encoder == DIGITS else vision_encoder
-            )
+        if flamingo.vision_encoder is None:
+            raise InvalidArgument("flamingo", expected="one with a vision encoder", got="one that reads encoded media")
+        super().__init__(flamingo, learning_rate=learning_rate, weight_decay=weight_decay, betas=betas)
+        self.save_hyperparameters(ignore=["flamingo", "tokenizer"])
         if gradient_checkpointing:
-            find_host(language_model).model.gradient_checkpointing_enable({"use_reentrant": False})
-        super().__init__(
-            Flamingo(language_model, vision_encoder=vision_encoder, **(flamingo or {})),
-            learning_rate=learning_rate,
-            weight_decay=weight_decay,
-            warmup=0.0,
-            betas=betas,
-        )
-        self.save_hyperparameters(ignore=["language_model", "vision_encoder"])
+            find_host(flamingo.language_model).model.gradient_checkpointing_enable({"use_reentrant": False})
         self.new_tokens = tuple(new_tokens)
-        self.token_rows = TokenRows(language_model, tokenizer, new_tokens) if new_tokens else None
+        self.token_rows = TokenRows(flamingo.language_model, tokenizer, new_tokens) if new_tokens else None
         if self.token_rows is not None:
             self.token_rows.train()
-        self.tokenizer, self.vision_encoder = tokenizer, vision_encoder
-        self.warmup_steps, self.schedule = warmup_steps, schedule
+        self.tokenizer, self.warmup_steps, self.schedule = tokenizer, warmup_steps, schedule
         self.strict_loading = False  # what is frozen is not in a checkpoint
         self.loss_right, self.loss_swapped = MeanMetric(), MeanMetric()
 
@@ -105,6 +88,12 @@ class FlamingoTraining(Task):
         """What is trained."""
         assert isinstance(self.model, Flamingo)
         return self.model
+
+    @property
+    def vision_encoder(self) -> nn.Module:
+        """What encodes the images; the data take their size from it."""
+        assert self.flamingo.vision_encoder is not None
+        return self.flamingo.vision_encoder
 
     def configure_model(self) -> None:
         """Shard the parameters (FSDP2) where the strategy brings a device mesh: each decoder layer, then the rest.
@@ -142,7 +131,7 @@ class FlamingoTraining(Task):
 
     def on_validation_epoch_end(self) -> None:
         """The losses, and how much worse wrong images are."""
-        self._tell("val")
+        self._log_losses("val")
 
     def test_step(self, batch: InterleavedBatch, batch_idx: int) -> None:
         """As in validation."""
@@ -150,7 +139,7 @@ class FlamingoTraining(Task):
 
     def on_test_epoch_end(self) -> None:
         """As in validation."""
-        self._tell("test")
+        self._log_losses("test")
 
     def gates(self) -> dict[str, Tensor]:
         """The tanh of each gate, by the number of its decoder layer."""
@@ -168,8 +157,8 @@ class FlamingoTraining(Task):
             groups.append({"params": self.token_rows.weights, "weight_decay": 0.0})
         optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas)
         steps = int(self.trainer.estimated_stepping_batches) if self.schedule == "cosine" else None
-        scheduler = LambdaLR(optimizer, lambda step: rate(step, self.warmup_steps, steps))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        schedule = warmup_schedule(optimizer, warmup_steps=self.warmup_steps, total_steps=steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave out what is frozen: it is as large as the language model, and does not change."""
@@ -177,13 +166,38 @@ class FlamingoTraining(Task):
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: value for name, value in state.items() if name in trained}
 
-    def _tell(self, part: str) -> None:
+    def _log_losses(self, part: str) -> None:
         right, wrong = self.loss_right.compute(), self.loss_swapped.compute()
         # Every process has computed the same; sync_dist says so to Lightning.
         self.log(f"{part}/loss", right, prog_bar=True, sync_dist=True)
         self.log_dict({f"{part}/loss_swapped": wrong, f"{part}/image_gain": wrong - right}, sync_dist=True)
         self.loss_right.reset()
         self.loss_swapped.reset()
+
+
+class SaveReader(Callback):
+    """Writes what was trained into `<run>/model`, from the best checkpoint; `narrows generate --checkpoint` takes it.
+
+    It is the last state where nothing says which is best, or where checkpoints are sharded.
+    """
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save."""
+        assert isinstance(pl_module, FlamingoTraining)
+        data = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        assert isinstance(data, InterleavedDataModule)
+        folder = trainer.log_dir  # every process has to ask
+        if folder is None:
+            return
+        best = Path(getattr(trainer.checkpoint_callback, "best_model_path", ""))
+        if best.is_file():
+            weights = torch.load(best, map_location="cpu", weights_only=True)["state_dict"]
+            pl_module.load_state_dict(weights, strict=False)
+        prompts = ReaderFormat(data.image_token, data.end_of_chunk, new_tokens=pl_module.new_tokens)
+        reader = Reader(pl_module.flamingo, pl_module.tokenizer, prompts)
+        # Sharded weights are gathered from every process; only one of them writes where the run is.
+        with tempfile.TemporaryDirectory() as elsewhere:
+            reader.save(Path(folder) / "model" if trainer.is_global_zero else elsewhere)
 
 
 def token_losses(
@@ -202,15 +216,6 @@ def swapped(media: Float[Tensor, "B M *medium"], mask: Tensor) -> Float[Tensor, 
     """Every real medium in the place of the next one, across rows."""
     places = mask.nonzero(as_tuple=True)
     return media.index_put(places, media[places].roll(1, 0))
-
-
-def rate(step: int, warmup_steps: int, total_steps: int | None) -> float:
-    """The learning rate as a share of its highest: rising, then constant, or a cosine to 0 at `total_steps`."""
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    if total_steps is None:
-        return 1.0
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))))
 
 
 def _whole(tensor: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
 """Semantic segmentation for Lightning's trainer."""
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +10,6 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassJaccardIndex
 
 from narrows.data import IGNORED
-from narrows.models.segmenter import Segmenter
 from narrows.training.task import Task
 
 Batch = Sequence[Tensor]
@@ -25,54 +23,18 @@ class Segmentation(Task):
     among them, and the mean of that. Pixels with the label -100 count in none of them.
 
     Args:
-        model: a registry name with feature maps (`Segmenter` puts its head on them), or a module that maps images to
-            logits `[B, classes, H, W]`.
+        model: maps images to logits `[B, classes, H, W]`; `narrows.models.segmenter.Segmenter` makes one of a backbone.
         num_classes: width of the logits.
-        image_size: side of the square images the backbone is built for.
-        channels: channels of the images.
-        dim: width of the segmenter's pyramid and head.
-        model_args: further arguments of the backbone, over those of its registry name.
-        learning_rate: at its highest.
-        weight_decay: of AdamW; biases, norms and what the model names in `no_weight_decay()` do not decay.
-        warmup: share of all steps in which the learning rate rises.
-        betas: of AdamW.
+        options: those of `Task`: `learning_rate`, `weight_decay`, `warmup`, `betas`.
     """
 
-    def __init__(
-        self,
-        model: str | nn.Module = "sepvit_lite",
-        *,
-        num_classes: int = 11,
-        image_size: int = 64,
-        channels: int = 1,
-        dim: int = 64,
-        model_args: dict[str, Any] | None = None,
-        learning_rate: float = 2e-3,
-        weight_decay: float = 0.05,
-        warmup: float = 0.1,
-        betas: tuple[float, float] = (0.9, 0.98),
-    ) -> None:
-        backbone_args = {"image_size": image_size, **(model_args or {})}
-        arguments = {"num_classes": num_classes, "channels": channels, "dim": dim, "backbone_args": backbone_args}
-        super().__init__(
-            Segmenter(model, **arguments) if isinstance(model, str) else model,
-            learning_rate=learning_rate,
-            weight_decay=weight_decay,
-            warmup=warmup,
-            betas=betas,
-        )
-        self.save_hyperparameters(ignore=[] if isinstance(model, str) else ["model"])
-        self._backbone, self._model_args = model if isinstance(model, str) else None, arguments
+    def __init__(self, model: nn.Module, *, num_classes: int = 11, **options: Any) -> None:
+        super().__init__(model, **options)
+        self.save_hyperparameters(ignore=["model"])
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
         self.val_mean_iou, self.test_mean_iou = (
             MulticlassJaccardIndex(num_classes, ignore_index=IGNORED) for _ in range(2)
         )
-
-    def new_model(self) -> nn.Module:
-        """A segmenter like the one in training, with weights of its own."""
-        if self._backbone is None:
-            return copy.deepcopy(self.model)
-        return Segmenter(self._backbone, **self._model_args)
 
     def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B classes H W"]:
         """Logits of every pixel."""

@@ -7,52 +7,48 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
 from narrows.data.positions import keys
-from narrows.training.optimisation import parameter_groups, warmup_cosine
 
 
 class Task(LightningModule):
-    """Base class: trains `model` with AdamW; the learning rate warms up and falls along a cosine.
+    """Base class: trains `model` with AdamW; the learning rate warms up linearly and falls to 0 along a cosine.
 
     What is drawn at random in a step (dropout, stochastic depth, mixing) is a pure function of (seed, step, process),
-    so that a resumed run draws what the unbroken one would have drawn. A subclass implements `new_model` and the steps
-    of Lightning.
+    so that a resumed run draws what the unbroken one would have drawn. A subclass implements the steps of Lightning.
 
     Args:
         model: what is trained.
-        learning_rate: at its highest.
+        learning_rate: the peak learning rate.
         weight_decay: of AdamW; biases, norms and what the model names in `no_weight_decay()` do not decay.
         warmup: share of all steps in which the learning rate rises.
-        betas: of AdamW.
+        betas: of AdamW. 0.999 averages squared gradients over as many steps as a short run has.
     """
 
     def __init__(
         self,
         model: nn.Module,
         *,
-        learning_rate: float,
-        weight_decay: float,
-        warmup: float,
-        betas: tuple[float, float],
+        learning_rate: float = 2e-3,
+        weight_decay: float = 0.05,
+        warmup: float = 0.1,
+        betas: tuple[float, float] = (0.9, 0.98),
     ) -> None:
         super().__init__()
         self.model = model
         self.learning_rate, self.weight_decay, self.warmup, self.betas = learning_rate, weight_decay, warmup, betas
 
-    def new_model(self) -> nn.Module:
-        """A model like the one in training, with weights of its own."""
-        raise NotImplementedError
-
     def on_fit_start(self) -> None:
-        """Remember the seed: later it is another one's."""
+        """Keep the seed of the run: `on_train_batch_start` replaces torch's in every step."""
         self._seed = torch.initial_seed()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Begin the random numbers of this step."""
+        """Seed the random numbers of this step."""
         seed = int(keys(self._seed, self.global_step, self.global_rank)[0])
         if self.device.type == "cpu":
-            # Where there is no GPU, `torch.manual_seed` notes down every call, with its stack, for when there is one.
+            # Without a GPU, `torch.manual_seed` keeps every call and its stack, to repeat it once CUDA is initialised.
             torch.default_generator.manual_seed(seed)
         else:
             torch.manual_seed(seed)
@@ -72,5 +68,24 @@ class Task(LightningModule):
         groups = parameter_groups(self.model, self.weight_decay)
         optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas)
         steps = int(self.trainer.estimated_stepping_batches)
-        scheduler = warmup_cosine(optimizer, total_steps=steps, warmup=self.warmup)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        schedule = warmup_schedule(optimizer, warmup_steps=max(1, round(self.warmup * steps)), total_steps=steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameters that decay, and those that do not: biases, norms, and what `model.no_weight_decay()` names."""
+    exempt: set[str] = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()  # pyright: ignore
+    decayed, kept = [], []
+    for name, parameter in model.named_parameters():
+        is_bias = name.rpartition(".")[2].endswith("bias")
+        (kept if parameter.ndim <= 1 or is_bias or name in exempt else decayed).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
+
+
+def warmup_schedule(optimizer: Optimizer, *, warmup_steps: int, total_steps: int | None = None) -> LRScheduler:
+    """The learning rate rises linearly over `warmup_steps`, then stays, or falls along a cosine, 0 at `total_steps`."""
+    rising = LinearLR(optimizer, 1 / max(1, warmup_steps), total_iters=max(0, warmup_steps - 1))
+    if total_steps is None:
+        return rising
+    falling = CosineAnnealingLR(optimizer, max(1, total_steps - warmup_steps))
+    return SequentialLR(optimizer, [rising, falling], milestones=[warmup_steps])
