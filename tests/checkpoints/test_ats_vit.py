@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from narrows.checkpoints import from_upstream
 from narrows.errors import InvalidArgument
-from narrows.models.ats_vit import ATSViT
+from narrows.models import ATSViT
 from tests.support import assert_close, gradients, parameter_gradients
 
 SIZES = {"image_size": 32, "patch_size": 8, "num_classes": 5, "dim": 16, "depth": 3, "heads": 2, "mlp_dim": 24}

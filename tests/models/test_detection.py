@@ -9,7 +9,7 @@ from torchvision.ops import box_iou
 from narrows import create_model
 from narrows.data import IGNORED
 from narrows.data.scenes import SegmentedDigits
-from narrows.models.pyramid import PyramidNetwork
+from narrows.models import PyramidNetwork
 
 SCENES = SegmentedDigits(digits=(1, 3))
 

@@ -3,7 +3,7 @@ import torch
 
 from narrows.errors import InvalidArgument
 from narrows.models import FeaturePyramid, create_model
-from tests.models.sepvit.small import images, random_small, small
+from tests.models.small_sepvit import images, random_small, small
 from tests.support import assert_close
 
 LITE = {"dims": (8, 16, 16, 32), "heads": 2, "depths": (1, 1, 2, 1)}

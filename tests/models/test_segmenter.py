@@ -5,7 +5,7 @@ from torch.nn import functional as F
 
 from narrows import create_model
 from narrows.errors import InvalidArgument, InvalidType
-from narrows.models.pyramid import PyramidNetwork
+from narrows.models import PyramidNetwork
 from narrows.models.segmenter import Segmenter
 from tests.support import assert_close, parameter_gradients
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from vit_pytorch import sep_vit
 
 from narrows.errors import InvalidArgument, InvalidType
-from narrows.models.sepvit import UPSTREAM_PRESETS, UpstreamSepViT
+from narrows.models.upstream_sepvit import PRESETS, UpstreamSepViT
 from tests.support import assert_close, parameter_gradients
 
 
@@ -170,9 +170,9 @@ def test_window_tokens_are_spared_weight_decay() -> None:
     }
 
 
-@pytest.mark.parametrize("name", UPSTREAM_PRESETS)
+@pytest.mark.parametrize("name", PRESETS)
 def test_presets_run_at_their_size(name: str) -> None:
-    preset = UPSTREAM_PRESETS[name]
+    preset = PRESETS[name]
     model = UpstreamSepViT(**preset).eval()
     side = preset["image_size"]
     logits = model(torch.randn(1, 3, side, side))
@@ -184,7 +184,7 @@ def test_the_lite_preset_is_upstream_without_what_upstream_never_trains() -> Non
     """S6: 4.01 M parameters in upstream; the two blocks of the last stage hold no unused 0.26 M."""
     with torch.device("meta"):
         upstream = sep_vit.SepViT(num_classes=1000, dim=32, depth=(1, 2, 6, 2), heads=(1, 2, 4, 8))
-        model = UpstreamSepViT(**UPSTREAM_PRESETS["sepvit_upstream_lite"])
+        model = UpstreamSepViT(**PRESETS["sepvit_upstream_lite"])
     unused = sum(
         parameter.numel()
         for name, parameter in upstream.named_parameters()

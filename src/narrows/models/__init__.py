@@ -1,25 +1,26 @@
 """Whole networks, by name: `create_model`, `list_models`, `load_model`."""
 
-from narrows.models.ats_vit import ATSViT
 from narrows.models.base import ImageClassifier
-from narrows.models.features import FeaturePyramid
-from narrows.models.pyramid import PyramidNetwork
+from narrows.models.features import FeaturePyramid, PyramidNetwork
 from narrows.models.registry import create_model, list_models, load_model
 from narrows.models.segmenter import Segmenter
-from narrows.models.sepvit import SepViT, UpstreamSepViT
-from narrows.models.timm_hook import register_in_timm
+from narrows.models.sepvit import SepViT
+from narrows.models.upstream_sepvit import UpstreamSepViT
+from narrows.models.vit import ATSViT, ResamplerViT, SlotViT, SoftMoEViT, ViT
 
 __all__ = [
     "ATSViT",
     "FeaturePyramid",
     "ImageClassifier",
     "PyramidNetwork",
+    "ResamplerViT",
     "Segmenter",
     "SepViT",
+    "SlotViT",
+    "SoftMoEViT",
     "UpstreamSepViT",
+    "ViT",
     "create_model",
     "list_models",
     "load_model",
 ]
-
-register_in_timm()

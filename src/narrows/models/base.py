@@ -1,4 +1,4 @@
-"""What every image classifier of narrows offers."""
+"""What every model of narrows offers, and what every image classifier does."""
 
 from dataclasses import replace
 from typing import Any, cast
@@ -12,28 +12,40 @@ from narrows.errors import InvalidArgument
 from narrows.routing import Routing
 
 
-class ImageClassifier(
+class SavedModel(
     nn.Module,
     PyTorchModelHubMixin,
     library_name="narrows",
     license="apache-2.0",
-    pipeline_tag="image-classification",
     tags=["narrows", "token-bottleneck"],
 ):
-    """Base class: images `[B, C, H, W]` in, logits `[B, num_classes]` out.
+    """Base class of models that are saved with their constructor's arguments and can draw their parameters anew.
 
-    A subclass implements `forward_features`, `forward_head` and `token_grid`. Saving and loading come from
-    `huggingface_hub`: `save_pretrained(folder)` writes safetensors and the constructor's arguments as `config.json`,
-    `from_pretrained(folder)` reads both.
+    Saving and loading come from `huggingface_hub`: `save_pretrained(folder)` writes safetensors and the constructor's
+    arguments as `config.json`, `from_pretrained(folder)` reads both. Device and dtype are not among them: where and in
+    what precision a model was built is no part of what it is.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        # Saved with the constructor's arguments: without its class a folder could not be opened by `load_model`.
         arguments = cast(dict[str, Any], self._hub_mixin_config or {})
-        # Where and in what precision a model was built is no part of what it is.
         what = {name: value for name, value in arguments.items() if name not in ("device", "dtype")}
+        # Without the name of its class a folder could not be opened by `load_model`.
         self._hub_mixin_config = {**what, "architecture": type(self).__name__}
+
+    def reset_parameters(self) -> None:
+        """Draw every parameter anew, from the distribution that the constructor draws it from.
+
+        A model built on the meta device gets its parameters so, after `model.to_empty(device=...)`.
+        """
+        reset_children(self)
+
+
+class ImageClassifier(SavedModel, pipeline_tag="image-classification"):
+    """Base class: images `[B, C, H, W]` in, logits `[B, num_classes]` out.
+
+    A subclass implements `forward_features`, `forward_head` and `token_grid`.
+    """
 
     def forward_features(self, images: Float[Tensor, "B C H W"]) -> Tensor:
         """What the head reads."""
@@ -98,3 +110,12 @@ def check_images(images: Tensor, channels: int) -> None:
         raise InvalidArgument(
             "images", expected=f"shape [B, C, H, W] with C = {channels}", got=f"shape {tuple(images.shape)}"
         )
+
+
+def reset_children(module: nn.Module) -> None:
+    """Call `reset_parameters` of every submodule that has it, and of what is inside those that do not."""
+    for child in module.children():
+        if hasattr(child, "reset_parameters"):
+            child.reset_parameters()  # pyright: ignore[reportCallIssue]
+        else:
+            reset_children(child)

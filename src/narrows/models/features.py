@@ -1,12 +1,16 @@
-"""Feature maps of several scales out of a backbone."""
+"""Feature maps of several scales out of a backbone, and a pyramid that joins them."""
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from narrows.errors import InvalidArgument
+from narrows.errors import InvalidArgument, InvalidType, MissingExtra
+from narrows.models.base import reset_children
+from narrows.validation import check_positive
 
 
 class Backbone(Protocol):
@@ -76,6 +80,10 @@ class FeaturePyramid(nn.Module):
         backbone.prune_intermediate_layers(self.out_indices, prune_norm=True)  # no map passes the final norm
         self.model = model
 
+    def reset_parameters(self) -> None:
+        """Draw every parameter anew, as the constructor of the model does."""
+        reset_children(self)
+
     def forward(
         self, images: Float[Tensor, "B C H W"], mask: Bool[Tensor, "B H W"] | None = None
     ) -> list[Float[Tensor, "B _ _ _"]]:
@@ -83,6 +91,63 @@ class FeaturePyramid(nn.Module):
         return self.model.forward_intermediates(  # pyright: ignore[reportCallIssue]
             images, indices=self.out_indices, intermediates_only=True, mask=mask
         )
+
+
+class PyramidNetwork(nn.Module):
+    """A backbone's maps joined from coarse to fine, all of one width (Lin et al. 2017, arXiv 1612.03144).
+
+    Detection models of torchvision take it as their backbone: it has `out_channels` and returns maps by name.
+
+    Args:
+        backbone: images to a list of maps, the finest first, with a `feature_info`: what
+            `narrows.create_model(name, features_only=True)` returns, and timm's function of that name.
+        dim: channels of every map that comes out.
+        device, dtype: where and in what precision the pyramid's own parameters are made.
+
+    Raises:
+        InvalidType: a backbone without `feature_info`.
+        MissingExtra: without torchvision.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        dim: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        try:
+            from torchvision.ops import FeaturePyramidNetwork
+        except ImportError as error:
+            raise MissingExtra("torchvision", extra="train", purpose="build a feature pyramid") from error
+        check_positive(dim=dim)
+        info: Any = getattr(backbone, "feature_info", None)
+        if not hasattr(info, "channels"):
+            raise InvalidType(
+                "backbone",
+                expected="a module that returns feature maps and describes them in `feature_info`",
+                got=type(backbone).__name__,
+                hint="Build it with features_only=True.",
+            )
+        self.backbone = backbone
+        self.reductions: list[int] = list(info.reduction())
+        self.out_channels = dim
+        self.fpn = FeaturePyramidNetwork(list(info.channels()), dim).to(device=device, dtype=dtype)
+
+    def reset_parameters(self) -> None:
+        """Draw every parameter anew; those of the pyramid as torchvision does."""
+        reset_children(self)
+        for module in self.fpn.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_uniform_(module.weight, a=1)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, images: Float[Tensor, "B C H W"]) -> OrderedDict[str, Tensor]:
+        """Maps `[B, dim, h, w]` by the names "0", "1", ..., the finest first."""
+        return self.fpn(OrderedDict((str(level), feature) for level, feature in enumerate(self.backbone(images))))
 
 
 def take_indices(stages: int, indices: int | Sequence[int] | None) -> list[int]:

@@ -10,18 +10,14 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 from narrows.errors import InvalidArgument
-from narrows.models import ats_vit, resampler_vit, sepvit, slot_vit, soft_moe_vit, vit
+from narrows.models import sepvit, upstream_sepvit, vit
 from narrows.models.base import ImageClassifier
 from narrows.models.features import FeaturePyramid
 
 PRESETS: Mapping[type[ImageClassifier], Mapping[str, Mapping[str, Any]]] = {
-    vit.ViT: vit.PRESETS,
-    ats_vit.ATSViT: ats_vit.PRESETS,
-    soft_moe_vit.SoftMoEViT: soft_moe_vit.PRESETS,
+    **vit.PRESETS,
     sepvit.SepViT: sepvit.PRESETS,
-    sepvit.UpstreamSepViT: sepvit.UPSTREAM_PRESETS,
-    slot_vit.SlotViT: slot_vit.PRESETS,
-    resampler_vit.ResamplerViT: resampler_vit.PRESETS,
+    upstream_sepvit.UpstreamSepViT: upstream_sepvit.PRESETS,
 }
 
 TIMM_SPELLING = {"in_chans": "channels", "img_size": "image_size"}
@@ -55,7 +51,8 @@ def create_model(
         name: one of `list_models()`.
         features_only: the feature maps of its stages in place of logits, see `FeaturePyramid`.
         out_indices: of those stages.
-        kwargs: arguments of the model; `in_chans` and `img_size`, as timm spells them, are `channels` and `image_size`.
+        kwargs: arguments of the model, `device` and `dtype` among them; `in_chans` and `img_size`, as timm spells them,
+            are `channels` and `image_size`.
 
     >>> model = create_model("vit_mini", num_classes=3)
 

@@ -2,24 +2,18 @@
 
 from typing import Any
 
-from huggingface_hub import PyTorchModelHubMixin
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from narrows.models.pyramid import PyramidNetwork
+from narrows.models.base import SavedModel
+from narrows.models.features import PyramidNetwork
 from narrows.models.registry import create_model
 from narrows.validation import check_positive
 
 
-class Segmenter(
-    nn.Module,
-    PyTorchModelHubMixin,
-    library_name="narrows",
-    license="apache-2.0",
-    pipeline_tag="image-segmentation",
-    tags=["narrows", "token-bottleneck"],
-):
+class Segmenter(SavedModel, pipeline_tag="image-segmentation"):
     """Logits for every pixel: the levels of a feature pyramid, brought to the finest and added, and a small head.
 
     This is the semantic half of Kirillov et al. 2019 (arXiv 1901.02446). The head's last step answers for all pixels of
@@ -32,6 +26,7 @@ class Segmenter(
         channels: channels of the images.
         dim: width of the pyramid and of the head.
         backbone_args: further arguments of the backbone, over those of its registry name.
+        device, dtype: where and in what precision parameters are made; a backbone that is a module stays as it is.
     """
 
     def __init__(
@@ -42,18 +37,22 @@ class Segmenter(
         channels: int = 3,
         dim: int = 128,
         backbone_args: dict[str, Any] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         check_positive(num_classes=num_classes, channels=channels)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         if isinstance(backbone, str):
-            backbone = create_model(backbone, features_only=True, channels=channels, **(backbone_args or {}))
-        self.pyramid = PyramidNetwork(backbone, dim)
+            arguments = {"channels": channels, **factory, **(backbone_args or {})}
+            backbone = create_model(backbone, features_only=True, **arguments)
+        self.pyramid = PyramidNetwork(backbone, dim, **factory)
         self.cell = self.pyramid.reductions[0]
         self.head = nn.Sequential(
-            nn.Conv2d(dim, dim, 3, padding=1, bias=False),
-            nn.GroupNorm(1, dim),
+            nn.Conv2d(dim, dim, 3, padding=1, bias=False, **factory),
+            nn.GroupNorm(1, dim, **factory),
             nn.GELU(),
-            nn.Conv2d(dim, num_classes * self.cell**2, 1),
+            nn.Conv2d(dim, num_classes * self.cell**2, 1, **factory),
             nn.PixelShuffle(self.cell),
         )
 

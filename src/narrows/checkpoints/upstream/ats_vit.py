@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from narrows.errors import InvalidArgument
-from narrows.models.ats_vit import ATSViT
+from narrows.models import ATSViT
 
 _PREFIXES = {
     "cls_token": "embedding.class_token",

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from narrows.models.sepvit import UpstreamSepViT
+from narrows.models import UpstreamSepViT
 
 
 def sepvit(module: Any) -> UpstreamSepViT:

@@ -11,7 +11,8 @@ from narrows.adapters.token_reduction.hosts.base import BlockCall, HostBlock, Ho
 from narrows.adapters.token_reduction.tokens import kept_in, pooled
 from narrows.layers.plain import linear_part
 from narrows.models.base import ImageClassifier
-from narrows.models.parts import Block, FeedForward, SelfAttention, TransformerClassifier
+from narrows.models.blocks import Block, FeedForward, SelfAttention
+from narrows.models.vit import TransformerClassifier
 
 
 def recognise(module: nn.Module) -> HostModel | None:
@@ -56,6 +57,8 @@ class NarrowsModel(HostModel):
         if type(block.feed_forward) is not FeedForward:
             known = "a feed-forward that treats every token for itself"
             raise not_understood(f"blocks.{index}.feed_forward", block.feed_forward, known)
+        if type(block.attention) is not SelfAttention:
+            raise not_understood(f"blocks.{index}.attention", block.attention, "self-attention")
         return NarrowsBlock(block)
 
     def pooling_logits(self, tokens: Float[Tensor, "R n D"]) -> Float[Tensor, "R n D"] | None:
@@ -96,7 +99,8 @@ class NarrowsBlock(HostBlock):
     module: Block
 
     def __init__(self, module: Block) -> None:
-        self._attention: SelfAttention = module.attention
+        assert isinstance(module.attention, SelfAttention)
+        self._attention = module.attention
         width = self._attention.out.in_features // self._attention.heads
         super().__init__(module, scale=width**-0.5)
 

@@ -1,19 +1,19 @@
-"""SepViT: a pyramid of separable attention, in the form that `vit-pytorch` published."""
+"""SepViT in the form that `vit-pytorch` published, another network than the paper's."""
 
 from collections.abc import Sequence
-from itertools import accumulate
 from math import ceil, lcm
 from operator import mul
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from narrows.errors import InvalidArgument
 from narrows.layers.upstream_separable_attention import UpstreamSeparableAttention
 from narrows.models.base import ImageClassifier, check_images
-from narrows.models.parts import FeedForward, initialise_linear
-from narrows.models.sepvit.arguments import for_each_stage, whole_for_each_stage
+from narrows.models.blocks import Block, FeedForward, initialise_linear
+from narrows.models.stages import StageShape, integer_for_each_stage, stage_shapes
 from narrows.ops.separable_attention import from_windows, to_windows
 from narrows.validation import check_positive
 
@@ -38,6 +38,7 @@ class UpstreamSepViT(ImageClassifier):
         patch_stride: pixels from one token of the first stage to the next; later stages have stride 2.
         mlp_ratio: hidden width of the feed-forwards, in token widths.
         dropout: in attention, its output and the feed-forwards.
+        device, dtype: where and in what precision parameters are made.
 
     Raises:
         InvalidArgument: a list of the wrong length, or an image size that the windows do not divide; the message names
@@ -58,42 +59,42 @@ class UpstreamSepViT(ImageClassifier):
         patch_stride: int = 4,
         mlp_ratio: float | Sequence[float] = 4.0,
         dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_positive(num_classes=num_classes, channels=channels, patch_stride=patch_stride)
-        if not dims:
-            raise InvalidArgument("dims", expected="at least one stage", got=dims)
-        stages = len(dims)
-        dims = whole_for_each_stage("dims", dims, stages)
-        depths = whole_for_each_stage("depths", depths, stages)
-        heads = whole_for_each_stage("heads", heads, stages)
-        head_dims = whole_for_each_stage("head_dim", head_dim, stages)
-        mlp_ratios = for_each_stage("mlp_ratio", mlp_ratio, stages)
-        strides = (patch_stride, *(2 for _ in dims[1:]))
+        check_positive(num_classes=num_classes, channels=channels)
+        shapes = stage_shapes(
+            dims=dims, depths=depths, heads=heads, window_size=window_size, mlp_ratio=mlp_ratio,
+            patch_stride=patch_stride,
+        )  # fmt: skip
+        head_dims = integer_for_each_stage("head_dim", head_dim, len(shapes))
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.channels = channels
-        self.windows = whole_for_each_stage("window_size", window_size, stages)
-        self.reductions = tuple(accumulate(strides, mul))
+        self.windows = integer_for_each_stage("window_size", window_size, len(shapes))
+        self.reductions = tuple(shape.reduction for shape in shapes)
         if image_size is not None:
             check_positive(image_size=image_size)
             self._check_size("image_size", image_size, image_size)
         self.stages = nn.ModuleList(
-            Stage(
+            UpstreamStage(
                 incoming,
-                dim,
-                depth=depths[index],
-                stride=strides[index],
-                mlp_dim=round(dim * mlp_ratios[index]),
-                norm=index < stages - 1,
-                heads=heads[index],
-                head_dim=head_dims[index],
-                window_size=self.windows[index],
-                pointwise=image_size is None or ceil(image_size / self.reductions[index]) > self.windows[index],
+                shape,
+                norm=shape is not shapes[-1],
+                head_dim=head_dim,
+                pointwise=image_size is None or shape.window_grids((image_size, image_size))[0] != (1, 1),
                 dropout=dropout,
+                **factory,
             )
-            for index, (incoming, dim) in enumerate(zip((channels, *dims), dims, strict=False))
+            for incoming, shape, head_dim in zip((channels, *dims), shapes, head_dims, strict=False)
         )
-        self.norm = nn.LayerNorm(dims[-1])
-        self.head = nn.Linear(dims[-1], num_classes)
+        self.norm = nn.LayerNorm(dims[-1], **factory)
+        self.head = nn.Linear(dims[-1], num_classes, **factory)
+        self.apply(initialise_linear)
+
+    def reset_parameters(self) -> None:
+        """Draw every parameter anew, from the distribution that the constructor draws it from."""
+        super().reset_parameters()
         self.apply(initialise_linear)
 
     def forward_features(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B h w D"]:
@@ -141,28 +142,47 @@ class UpstreamSepViT(ImageClassifier):
         )
 
 
-class Stage(nn.Module):
+class UpstreamStage(nn.Module):
     """Overlapping patch embedding, position encoding and blocks: `[B, H, W, C]` to `[B, H / stride, W / stride, dim]`.
 
     Args:
         channels: width of the incoming feature map.
-        dim: width of the outgoing one.
-        depth: number of blocks.
-        stride: how many incoming tokens, each way, become one.
-        mlp_dim: hidden width of the feed-forwards.
+        shape: what the stage is made for.
         norm: normalise the outgoing feature map.
-        attention: what `UpstreamSeparableAttention` takes.
+        head_dim, pointwise, dropout: see `UpstreamSeparableAttention`.
+        device, dtype: where and in what precision parameters are made.
     """
 
     def __init__(
-        self, channels: int, dim: int, *, depth: int, stride: int, mlp_dim: int, norm: bool, **attention: Any
+        self,
+        channels: int,
+        shape: StageShape,
+        *,
+        norm: bool,
+        head_dim: int,
+        pointwise: bool,
+        dropout: float,
+        **factory: Any,
     ) -> None:
         super().__init__()
-        self.window_size: int = attention["window_size"]
-        self.embedding = nn.Conv2d(channels, dim, 2 * stride - 1, stride, stride - 1)
-        self.position = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
-        self.blocks = nn.Sequential(*(Block(dim, mlp_dim=mlp_dim, **attention) for _ in range(depth)))
-        self.norm = nn.LayerNorm(dim) if norm else nn.Identity()
+        dim, self.window_size = shape.dim, shape.window_sizes[0]
+
+        def block() -> Block:
+            attention = UpstreamSeparableAttention(
+                dim,
+                heads=shape.heads,
+                head_dim=head_dim,
+                window_size=self.window_size,
+                pointwise=pointwise,
+                dropout=dropout,
+                **factory,
+            )
+            return Block(dim, attention, FeedForward(dim, shape.mlp_dim, dropout=dropout, **factory), **factory)
+
+        self.embedding = nn.Conv2d(channels, dim, 2 * shape.stride - 1, shape.stride, shape.stride - 1, **factory)
+        self.position = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **factory)
+        self.blocks = nn.Sequential(*(block() for _ in shape.window_sizes))
+        self.norm = nn.LayerNorm(dim, **factory) if norm else nn.Identity()
 
     def forward(self, feature_map: Float[Tensor, "B H W C"]) -> Float[Tensor, "B h w D"]:
         """The feature map of the next scale."""
@@ -172,17 +192,13 @@ class Stage(nn.Module):
         return from_windows(self.norm(self.blocks(windows)), self.window_size)
 
 
-class Block(nn.Module):
-    """Pre-norm transformer block on windows `[B, Y, X, n, D]`, with separable attention."""
-
-    def __init__(self, dim: int, *, mlp_dim: int, dropout: float, **attention: Any) -> None:
-        super().__init__()
-        self.attention_norm = nn.LayerNorm(dim)
-        self.attention = UpstreamSeparableAttention(dim, dropout=dropout, **attention)
-        self.feed_forward_norm = nn.LayerNorm(dim)
-        self.feed_forward = FeedForward(dim, mlp_dim, dropout=dropout)
-
-    def forward(self, windows: Float[Tensor, "B Y X n D"]) -> Float[Tensor, "B Y X n D"]:
-        """The tokens after attention and feed-forward."""
-        windows = windows + self.attention(self.attention_norm(windows))
-        return windows + self.feed_forward(self.feed_forward_norm(windows))
+PRESETS: dict[str, dict[str, Any]] = {
+    "sepvit_mini": {
+        "image_size": 32, "num_classes": 10, "channels": 3, "patch_stride": 2, "window_size": 4,
+        "dims": (32, 64, 128), "depths": (1, 1, 1), "heads": (1, 2, 4), "mlp_ratio": 2.0,
+    },
+    "sepvit_upstream_lite": {
+        "image_size": 224, "num_classes": 1000, "channels": 3,
+        "dims": (32, 64, 128, 256), "depths": (1, 2, 6, 2), "heads": (1, 2, 4, 8),
+    },
+}  # fmt: skip

@@ -1,4 +1,4 @@
-"""The network of the SepViT paper."""
+"""SepViT, the network of the paper: stochastic depth, blocks, stages, and the pyramid of them."""
 
 from collections.abc import Sequence
 from math import ceil
@@ -7,17 +7,155 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from narrows.errors import InvalidArgument
-from narrows.layers.separable_attention import NORM_EPS
+from narrows.layers.separable_attention import NORM_EPS, SeparableAttention
 from narrows.models.base import ImageClassifier, check_images
+from narrows.models.blocks import FeedForward
 from narrows.models.features import take_indices
-from narrows.models.sepvit.arguments import height_and_width, stage_shapes
-from narrows.models.sepvit.blocks import Stage, initialise
-from narrows.models.sepvit.padding import pool, tokens_of, without_padding
+from narrows.models.stages import StageShape, stage_shapes
+from narrows.ops.separable_attention import WindowOrder
 from narrows.validation import check_choice, check_mask, check_positive
 
 POOLS = ("avg", "max", "")
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training, a sample's branch is 0 with probability `rate` (Huang et al. 2016, 1603.09382).
+
+    The branches that are kept are divided by 1 - `rate`, so that the expectation stays.
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, branch: Float[Tensor, "B *layout"]) -> Float[Tensor, "B *layout"]:
+        """The branch, 0 for some samples."""
+        if not self.training or self.rate == 0:
+            return branch
+        kept = branch.new_full((branch.shape[0], *(1 for _ in branch.shape[1:])), 1 - self.rate).bernoulli()
+        return branch * (kept / (1 - self.rate))
+
+    def extra_repr(self) -> str:
+        """Shown by `print(model)`."""
+        return f"rate={self.rate:.3g}"
+
+
+class SepViTBlock(nn.Module):
+    """Separable attention and feed-forward, each with a residual, on tokens `[B, N, D]` in the order of their windows.
+
+    Args:
+        dim: token width.
+        heads, window_size, window_grid, pointwise: see `SeparableAttention`.
+        mlp_dim: hidden width of the feed-forward.
+        drop_path: probability with which a sample skips the attention, and the feed-forward.
+        device, dtype: where and in what precision parameters are made.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        heads: int,
+        window_size: int,
+        window_grid: tuple[int, int],
+        pointwise: bool,
+        mlp_dim: int,
+        drop_path: float,
+        **factory: Any,
+    ) -> None:
+        super().__init__()
+        self.attention = SeparableAttention(
+            dim, heads=heads, window_size=window_size, window_grid=window_grid, pointwise=pointwise, **factory
+        )
+        self.feed_forward_norm = nn.LayerNorm(dim, eps=NORM_EPS, **factory)
+        self.feed_forward = FeedForward(dim, mlp_dim, **factory)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(
+        self, tokens: Float[Tensor, "B N D"], mask: Bool[Tensor, "B N"] | None, order: WindowOrder
+    ) -> Float[Tensor, "B N D"]:
+        """The tokens after attention and feed-forward."""
+        tokens = tokens + self.drop_path(self.attention(tokens, mask, order))
+        return tokens + self.drop_path(self.feed_forward(self.feed_forward_norm(tokens)))
+
+
+class SepViTStage(nn.Module):
+    """Overlapping patch embedding, then blocks with a conditional position encoding after the first.
+
+    `[B, H, W, C]` becomes `[B, H / stride, W / stride, dim]`, rounded up. The blocks keep their tokens in an order in
+    which windows are views; only the convolutions need them in raster order.
+
+    Args:
+        channels: width of the incoming feature map.
+        shape: what the stage is made for.
+        window_grids: for each block, the grid of windows it is trained on: a single one gets no attention between
+            windows. None where that is not known.
+        per_window: whether each window of that grid has a window token of its own.
+        drop_path: for each block, the probability that a sample skips its branches.
+        device, dtype: where and in what precision parameters are made.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        shape: StageShape,
+        *,
+        window_grids: Sequence[tuple[int, int]] | None,
+        per_window: bool,
+        drop_path: Sequence[float],
+        **factory: Any,
+    ) -> None:
+        super().__init__()
+        self.window_sizes = tuple(sorted(set(shape.window_sizes)))
+        self.grad_checkpointing = False
+        self.embedding = nn.Conv2d(channels, shape.dim, 2 * shape.stride - 1, shape.stride, shape.stride - 1, **factory)
+        self.embedding_norm = nn.LayerNorm(shape.dim, eps=NORM_EPS, **factory)
+        self.position = nn.Conv2d(shape.dim, shape.dim, 3, padding=1, groups=shape.dim, **factory)
+        self.blocks = nn.ModuleList(
+            SepViTBlock(
+                shape.dim,
+                heads=shape.heads,
+                mlp_dim=shape.mlp_dim,
+                window_size=size,
+                window_grid=window_grids[index] if window_grids and per_window else (1, 1),
+                pointwise=window_grids is None or window_grids[index] != (1, 1),
+                drop_path=drop_path[index],
+                **factory,
+            )
+            for index, size in enumerate(shape.window_sizes)
+        )
+
+    def forward(
+        self, feature_map: Float[Tensor, "B H W C"], mask: Bool[Tensor, "B h w"] | None = None
+    ) -> Float[Tensor, "B h w D"]:
+        """The feature map of the next scale.
+
+        Args:
+            feature_map: zero where there is padding, as convolutions find it beyond the border of an image.
+            mask: True at real tokens of what comes out, which is zero at the others; None where all are.
+        """
+        embedded = self.embedding_norm(self._convolve(self.embedding, feature_map))
+        order = WindowOrder(embedded.shape[1], embedded.shape[2], self.window_sizes)
+        token_mask = None if mask is None else order.arrange(mask.unsqueeze(-1)).squeeze(-1)
+        tokens = order.arrange(embedded)
+        for index, block in enumerate(self.blocks):
+            tokens = self._run(block, tokens, token_mask, order)
+            if index == 0:
+                raster = order.restore(without_padding(tokens, token_mask))
+                tokens = tokens + order.arrange(self._convolve(self.position, raster))
+        return order.restore(without_padding(tokens, token_mask))
+
+    def _run(self, block: nn.Module, *arguments: Any) -> Tensor:
+        if self.grad_checkpointing and self.training and not torch.compiler.is_exporting():
+            return checkpoint(block, *arguments, use_reentrant=False)
+        return block(*arguments)
+
+    @staticmethod
+    def _convolve(convolution: nn.Module, feature_map: Float[Tensor, "B H W C"]) -> Float[Tensor, "B h w D"]:
+        return convolution(feature_map.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class SepViT(ImageClassifier):
@@ -82,7 +220,10 @@ class SepViT(ImageClassifier):
             dims=dims, depths=depths, heads=heads, window_size=window_size, mlp_ratio=mlp_ratio,
             patch_stride=patch_stride,
         )  # fmt: skip
-        per_window, trained_on = window_tokens == "per_window", height_and_width(image_size)
+        for shape in shapes:
+            if shape.dim % shape.heads:
+                raise InvalidArgument("heads", expected=f"divisors of dims = {tuple(dims)}", got=heads)
+        per_window, trained_on = window_tokens == "per_window", _height_and_width(image_size)
         if per_window and trained_on is None:
             raise InvalidArgument("image_size", expected="the size that has these per-window tokens", got=None)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -98,7 +239,7 @@ class SepViT(ImageClassifier):
         blocks = sum(len(shape.window_sizes) for shape in shapes)
         rates = iter(drop_path_rate * block / max(1, blocks - 1) for block in range(blocks))
         self.stages = nn.ModuleList(
-            Stage(
+            SepViTStage(
                 incoming,
                 shape,
                 window_grids=None if trained_on is None else shape.window_grids(trained_on),
@@ -113,6 +254,11 @@ class SepViT(ImageClassifier):
         self.global_pool, self.num_classes = global_pool, num_classes
         self.head: nn.Module = nn.Identity()
         self.reset_classifier(num_classes, global_pool)
+        self.apply(initialise)
+
+    def reset_parameters(self) -> None:
+        """Draw every parameter anew, from the distribution that the constructor draws it from."""
+        super().reset_parameters()
         self.apply(initialise)
 
     def forward(self, images: Float[Tensor, "B C H W"], mask: Bool[Tensor, "B H W"] | None = None) -> Tensor:
@@ -211,7 +357,7 @@ class SepViT(ImageClassifier):
         self._hub_mixin_config.update(num_classes=num_classes, global_pool=pooling)  # pyright: ignore
         self.head = nn.Identity()
         if num_classes:
-            like = self.stages[-1].embedding.weight  # pyright: ignore[reportAttributeAccessIssue]
+            like = next(parameter for parameter in self.parameters() if parameter.is_floating_point())
             self.head = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
             initialise(self.head)
 
@@ -263,3 +409,63 @@ class SepViT(ImageClassifier):
                 got="a mask",
                 hint='Use window_tokens="shared".',
             )
+
+
+def initialise(module: nn.Module) -> None:
+    """The paper's initialisation: truncated normal of 0.02, convolutions by their fan-out, biases zero."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+    elif isinstance(module, nn.Conv2d):
+        fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels // module.groups
+        nn.init.normal_(module.weight, std=(2 / fan_out) ** 0.5)
+    if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
+        nn.init.zeros_(module.bias)
+
+
+def without_padding(
+    tokens: Float[Tensor, "B *layout D"], mask: Bool[Tensor, "B *layout"] | None
+) -> Float[Tensor, "B *layout D"]:
+    """The tokens, zero where `mask` is False."""
+    return tokens if mask is None else tokens.masked_fill(~mask.unsqueeze(-1), 0)
+
+
+def tokens_of(mask: Bool[Tensor, "B H W"] | None, reduction: int) -> Bool[Tensor, "B h w"] | None:
+    """Which tokens of a grid are real: those whose convolutions are centred on a real pixel."""
+    return None if mask is None else mask[:, ::reduction, ::reduction]
+
+
+def pool(features: Float[Tensor, "B h w D"], mask: Bool[Tensor, "B h w"] | None, pooling: str) -> Tensor:
+    """The "avg" or "max" over the real tokens of a map, `[B, D]`, or for "" the map; zeros where no token is real."""
+    if not pooling:
+        return features
+    if mask is None:
+        return features.mean((1, 2)) if pooling == "avg" else features.amax((1, 2))
+    count = mask.sum((1, 2)).unsqueeze(-1)
+    if pooling == "avg":
+        return without_padding(features, mask).sum((1, 2)) / count.clamp_min(1)
+    highest = features.masked_fill(~mask.unsqueeze(-1), -torch.inf).amax((1, 2))
+    return highest.masked_fill(count == 0, 0)
+
+
+def _height_and_width(size: int | Sequence[int] | None) -> tuple[int, int] | None:
+    """`image_size` as (height, width), or None."""
+    if size is None:
+        return None
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    if len(sides) != 2:
+        raise InvalidArgument("image_size", expected="a side, (height, width) or None", got=size)
+    for side in sides:
+        check_positive(image_size=side)
+    return sides
+
+
+_PAPER: dict[str, Any] = {
+    "image_size": 224, "num_classes": 1000, "channels": 3, "window_size": (7, (7, 14), (7, 14), 7),
+}  # fmt: skip
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "sepvit_lite": {**_PAPER, "dims": (32, 64, 128, 256), "depths": (1, 2, 6, 2), "heads": (1, 2, 4, 8)},
+    "sepvit_tiny": {**_PAPER, "dims": (96, 192, 384, 768), "depths": (1, 2, 6, 2), "heads": (3, 6, 12, 24)},
+    "sepvit_small": {**_PAPER, "dims": (96, 192, 384, 768), "depths": (1, 2, 14, 2), "heads": (3, 6, 12, 24)},
+    "sepvit_base": {**_PAPER, "dims": (128, 256, 512, 1024), "depths": (1, 2, 14, 2), "heads": (4, 8, 16, 32)},
+}

@@ -1,13 +1,24 @@
-"""SepViT as `timm.create_model` builds its own models. Imported by `narrows.models.timm_hook` alone: it needs timm."""
+"""SepViT in timm's registry: after `import narrows.timm`, `timm.create_model("sepvit_tiny")` builds it.
+
+The networks are built as timm builds its own: `pretrained_cfg`, `features_only`, `in_chans` and so on are there.
+
+Raises:
+    MissingExtra: without timm.
+"""
 
 from typing import Any
 
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, is_model, register_model
 from torch import nn
 
-from narrows.models.registry import create_model
-from narrows.models.sepvit.presets import PRESETS
+from narrows.errors import MissingExtra
+from narrows.models import create_model
+from narrows.models.sepvit import PRESETS
+
+try:
+    from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    from timm.models import build_model_with_cfg, generate_default_cfgs, is_model, register_model
+except ImportError as error:
+    raise MissingExtra("timm", extra="timm", purpose="register models in it") from error
 
 # There are no published weights: no address in any of these.
 default_cfgs = generate_default_cfgs(
@@ -30,13 +41,6 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def register() -> None:
-    """Make `timm.create_model` know the names in `PRESETS`; a name that timm has already stays timm's."""
-    for name in PRESETS:
-        if not is_model(name):
-            register_model(_entrypoint(name))
-
-
 def _entrypoint(name: str) -> Any:
     def build(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         features = {"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}
@@ -52,3 +56,8 @@ def _construct(name: str, **kwargs: Any) -> nn.Module:
     model = create_model(name, **kwargs)
     model.in_chans = model.channels  # what timm calls it
     return model
+
+
+for _name in PRESETS:
+    if not is_model(_name):  # a name that timm has already stays timm's
+        register_model(_entrypoint(_name))

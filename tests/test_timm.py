@@ -11,9 +11,9 @@ timm = pytest.importorskip("timm")
 from timm.models._features import FeatureGetterNet  # noqa: E402
 from timm.optim import param_groups_layer_decay  # noqa: E402
 
-import narrows  # noqa: E402
+import narrows.timm  # noqa: E402
 from narrows.models import SepViT, create_model  # noqa: E402
-from tests.models.sepvit.small import images  # noqa: E402
+from tests.models.small_sepvit import images  # noqa: E402
 from tests.support import assert_close  # noqa: E402
 
 NAMES = ["sepvit_base", "sepvit_lite", "sepvit_small", "sepvit_tiny"]
@@ -25,22 +25,29 @@ def lite(**kwargs: object) -> torch.nn.Module:
     return timm.create_model("sepvit_lite", **LITE, **kwargs).eval()
 
 
-@pytest.mark.parametrize(
-    "imports",
-    [
-        "import timm, narrows",
-        "import narrows, importlib.util; importlib.util.find_spec('timm'); import timm",
-    ],
-)
-def test_models_are_registered_in_any_order_of_imports(imports: str) -> None:
-    script = (
-        f"{imports}; import sys, timm; print(timm.list_models('sepvit*')); "
-        "assert not any('narrows' in type(finder).__module__ for finder in sys.meta_path)"
-    )
+def run(script: str) -> str:
     finished = subprocess.run(
         [sys.executable, "-W", "error::UserWarning", "-c", script], capture_output=True, text=True
     )
-    assert finished.stdout.strip() == str(NAMES), finished.stderr
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    "imports", ["import timm, narrows.timm", "import narrows.timm, timm", "import narrows.timm as n; reload(n)"]
+)
+def test_models_are_registered_in_any_order_of_imports_and_twice(imports: str) -> None:
+    script = f"from importlib import reload; {imports}; import timm; print(timm.list_models('sepvit*'))"
+    assert run(script) == str(NAMES)
+
+
+def test_narrows_alone_loads_no_timm_registers_nothing_and_patches_nothing() -> None:
+    loaded = run(
+        "import sys; finders = list(sys.meta_path); import narrows; assert sys.meta_path == finders; "
+        "narrows.create_model('sepvit_tiny', device='meta'); print('timm' in sys.modules); "
+        "import timm; print(timm.list_models('sepvit*'))"
+    )
+    assert loaded.split("\n") == ["False", "[]"]
 
 
 def test_names_and_entries_of_the_registry() -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 from narrows.errors import InvalidArgument
 from narrows.models import SepViT, create_model
 from narrows.ops.separable_attention import WindowOrder
-from tests.models.sepvit.small import images, random_small, small
+from tests.models.small_sepvit import images, random_small, small
 from tests.support import assert_close, gradients
 
 SIZES = [(16, 16), (23, 31), (7, 40), (32, 13), (3, 3)]

@@ -1,6 +1,8 @@
-"""What the transformers of narrows are made of: stems, position embedding, attention, feed-forward, block."""
+"""What the transformers of narrows are made of: stems, position embedding, attention, feed-forward, block.
 
-from collections.abc import Iterable
+Everything takes `device` and `dtype` of its parameters, here called `factory`.
+"""
+
 from itertools import pairwise
 from typing import Any
 
@@ -10,26 +12,27 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from narrows.errors import InvalidArgument
-from narrows.models.base import ImageClassifier, check_images
+from narrows.models.base import check_images, reset_children
+from narrows.ops.attention import attention
 from narrows.validation import check_choice, check_positive
 
 
 class PatchStem(nn.Sequential):
     """Patches to tokens: one strided convolution, `[B, C, H, W] -> [B, dim, H / patch, W / patch]`."""
 
-    def __init__(self, channels: int, dim: int, patch_size: int) -> None:
-        super().__init__(nn.Conv2d(channels, dim, patch_size, patch_size))
+    def __init__(self, channels: int, dim: int, patch_size: int, **factory: Any) -> None:
+        super().__init__(nn.Conv2d(channels, dim, patch_size, patch_size, **factory))
 
 
 class NormedPatchStem(nn.Module):
     """Patches to tokens through LayerNorm, Linear, LayerNorm: the same map as `PatchStem` between two norms."""
 
-    def __init__(self, channels: int, dim: int, patch_size: int) -> None:
+    def __init__(self, channels: int, dim: int, patch_size: int, **factory: Any) -> None:
         super().__init__()
         self.patch_size = patch_size
-        self.patch_norm = nn.LayerNorm(channels * patch_size**2)
-        self.linear = nn.Linear(channels * patch_size**2, dim)
-        self.token_norm = nn.LayerNorm(dim)
+        self.patch_norm = nn.LayerNorm(channels * patch_size**2, **factory)
+        self.linear = nn.Linear(channels * patch_size**2, dim, **factory)
+        self.token_norm = nn.LayerNorm(dim, **factory)
 
     def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B dim h w"]:
         """Tokens on their grid."""
@@ -43,15 +46,16 @@ class ConvStem(nn.Sequential):
     Small images on small data do not train without it. `patch_size` is a power of two.
     """
 
-    def __init__(self, channels: int, dim: int, patch_size: int) -> None:
+    def __init__(self, channels: int, dim: int, patch_size: int, **factory: Any) -> None:
         steps = patch_size.bit_length() - 1
         if patch_size != 2**steps or steps < 1:
             raise InvalidArgument("patch_size", expected="a power of two for the convolutional stem", got=patch_size)
         widths = [channels, *(max(8, dim // 2 ** (steps - 1 - step)) for step in range(steps))]
         layers: list[nn.Module] = []
         for incoming, outgoing in pairwise(widths):
-            layers += [nn.Conv2d(incoming, outgoing, 3, 2, 1), nn.GroupNorm(1, outgoing), nn.GELU()]
-        super().__init__(*layers, nn.Conv2d(dim, dim, 1))
+            convolution = nn.Conv2d(incoming, outgoing, 3, 2, 1, **factory)
+            layers += [convolution, nn.GroupNorm(1, outgoing, **factory), nn.GELU()]
+        super().__init__(*layers, nn.Conv2d(dim, dim, 1, **factory))
 
 
 STEMS: dict[str, type[PatchStem] | type[NormedPatchStem] | type[ConvStem]] = {
@@ -74,6 +78,7 @@ class TokenEmbedding(nn.Module):
         stem: "patch" (one strided convolution), "normed_patch" (between two norms) or "conv" (overlapping 3x3
             convolutions).
         class_token: put a learned token before the grid.
+        device, dtype: where and in what precision parameters are made.
     """
 
     def __init__(
@@ -85,15 +90,27 @@ class TokenEmbedding(nn.Module):
         channels: int = 3,
         stem: str = "patch",
         class_token: bool = False,
+        **factory: Any,
     ) -> None:
         super().__init__()
         check_positive(dim=dim, image_size=image_size, patch_size=patch_size, channels=channels)
         check_choice("stem", stem, tuple(STEMS))
         self.channels, self.patch_size = channels, patch_size
         self.side = self._grid(image_size, image_size)[0]
-        self.stem = STEMS[stem](channels, dim, patch_size)
-        self.class_token = nn.Parameter(torch.randn(1, 1, dim) * 0.02) if class_token else None
-        self.positions = nn.Parameter(torch.randn(1, int(class_token) + self.side**2, dim) * 0.02)
+        self.stem = STEMS[stem](channels, dim, patch_size, **factory)
+        self.class_token = nn.Parameter(torch.empty(1, 1, dim, **factory)) if class_token else None
+        self.positions = nn.Parameter(torch.empty(1, int(class_token) + self.side**2, dim, **factory))
+        self._reset_learned_tokens()
+
+    def reset_parameters(self) -> None:
+        """Draw the stem, the class token and the positions anew."""
+        reset_children(self)
+        self._reset_learned_tokens()
+
+    def _reset_learned_tokens(self) -> None:
+        if self.class_token is not None:
+            nn.init.normal_(self.class_token, std=0.02)
+        nn.init.normal_(self.positions, std=0.02)
 
     @property
     def prefix(self) -> int:
@@ -134,7 +151,14 @@ class SelfAttention(nn.Module):
     """Multi-head self-attention on `[B, N, dim]`, fused; `mask [B, N]` says which tokens are real."""
 
     def __init__(
-        self, dim: int, *, heads: int, head_dim: int | None = None, qkv_bias: bool = True, dropout: float = 0.0
+        self,
+        dim: int,
+        *,
+        heads: int,
+        head_dim: int | None = None,
+        qkv_bias: bool = True,
+        dropout: float = 0.0,
+        **factory: Any,
     ) -> None:
         super().__init__()
         check_positive(dim=dim, heads=heads)
@@ -142,21 +166,19 @@ class SelfAttention(nn.Module):
             raise InvalidArgument("heads", expected=f"a divisor of dim = {dim}", got=heads)
         inner = heads * (head_dim or dim // heads)
         self.heads, self.dropout = heads, dropout
-        self.qkv = nn.Linear(dim, 3 * inner, bias=qkv_bias)
-        self.out = nn.Linear(inner, dim)
-        self.apply(initialise_linear)
+        self.qkv = nn.Linear(dim, 3 * inner, bias=qkv_bias, **factory)
+        self.out = nn.Linear(inner, dim, **factory)
 
     def forward(self, tokens: Float[Tensor, "B N D"], mask: Tensor | None = None) -> Float[Tensor, "B N D"]:
         """Attended tokens."""
         query, key, value = (t.transpose(1, 2) for t in self.qkv(tokens).unflatten(-1, (3, self.heads, -1)).unbind(2))
-        attention_mask = None if mask is None else mask[:, None, None, :]
         dropout = self.dropout if self.training else 0.0
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, dropout_p=dropout)
+        attended = attention(query, key, value, None if mask is None else mask[:, None, None, :], dropout=dropout)
         return F.dropout(self.out(attended.transpose(1, 2).flatten(2)), dropout)
 
 
 class FeedForward(nn.Sequential):
-    """Linear, GELU, Linear; `factory` is the device and dtype of the parameters."""
+    """Linear, GELU, Linear."""
 
     def __init__(self, dim: int, hidden_dim: int, *, dropout: float = 0.0, **factory: Any) -> None:
         super().__init__(
@@ -166,28 +188,36 @@ class FeedForward(nn.Sequential):
             nn.Linear(hidden_dim, dim, **factory),
             nn.Dropout(dropout),
         )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw both linear layers anew."""
         self.apply(initialise_linear)
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block on `[B, N, dim]`; its second half may be any module on tokens (an expert layer)."""
+    """Pre-norm transformer block: `x + attention(norm(x))`, then `x + feed_forward(norm(x))`.
 
-    def __init__(
-        self,
-        dim: int,
-        *,
-        heads: int,
-        mlp_dim: int,
-        dropout: float = 0.0,
-        feed_forward: nn.Module | None = None,
-    ) -> None:
+    Args:
+        dim: token width.
+        attention, feed_forward: any modules on tokens; linear layers of the attention are drawn by `initialise_linear`.
+        device, dtype: where and in what precision parameters are made.
+    """
+
+    def __init__(self, dim: int, attention: nn.Module, feed_forward: nn.Module, **factory: Any) -> None:
         super().__init__()
-        self.attention_norm = nn.LayerNorm(dim)
-        self.attention = SelfAttention(dim, heads=heads)
-        self.feed_forward_norm = nn.LayerNorm(dim)
-        self.feed_forward = feed_forward or FeedForward(dim, mlp_dim, dropout=dropout)
+        self.attention_norm = nn.LayerNorm(dim, **factory)
+        self.attention = attention
+        self.feed_forward_norm = nn.LayerNorm(dim, **factory)
+        self.feed_forward = feed_forward
+        self.attention.apply(initialise_linear)
 
-    def forward(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew."""
+        reset_children(self)
+        self.attention.apply(initialise_linear)
+
+    def forward(self, tokens: Float[Tensor, "B *layout D"]) -> Float[Tensor, "B *layout D"]:
         """The tokens after attention and feed-forward."""
         tokens = tokens + self.attention(self.attention_norm(tokens))
         return tokens + self.feed_forward(self.feed_forward_norm(tokens))
@@ -203,63 +233,3 @@ def initialise_linear(module: nn.Module) -> None:
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-
-
-POOLS = ("avg", "max", "token")
-
-
-class TransformerClassifier(ImageClassifier):
-    """Embedding, blocks one after another, norm, pooling over the tokens that are left, linear head.
-
-    A block is any module from tokens `[B, N, D]` to tokens `[B, N', D]`: a bottleneck is a block that returns fewer.
-    A subclass builds its blocks from its own constructor arguments, which are what gets saved with the weights.
-
-    Args:
-        embedding: images to tokens.
-        blocks: modules from tokens to tokens.
-        dim: token width.
-        num_classes: width of the logits.
-        global_pool: what the head reads: the mean of all tokens ("avg"), in each channel the greatest ("max"), or the
-            class token ("token").
-    """
-
-    def __init__(
-        self,
-        embedding: TokenEmbedding,
-        blocks: Iterable[nn.Module],
-        *,
-        dim: int,
-        num_classes: int,
-        global_pool: str = "avg",
-    ) -> None:
-        super().__init__()
-        check_positive(num_classes=num_classes)
-        check_choice("global_pool", global_pool, POOLS)
-        self.global_pool = global_pool
-        self.embedding = embedding
-        self.blocks = nn.Sequential(*blocks)
-        self.norm = nn.LayerNorm(dim)
-        self.head = nn.Linear(dim, num_classes)
-        initialise_linear(self.head)
-
-    def forward_features(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D"]:
-        """What is pooled of the tokens that are left after the last block, normalised: `[B, dim]`."""
-        return self.pool(self.norm(self.blocks(self.embedding(images))))
-
-    def pool(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B D"]:
-        """What the head reads of normalised tokens."""
-        if self.global_pool == "token":
-            return tokens[:, 0]
-        return tokens.amax(1) if self.global_pool == "max" else tokens.mean(1)
-
-    def forward_head(self, features: Float[Tensor, "B D"]) -> Float[Tensor, "B classes"]:
-        """Logits `[B, num_classes]`."""
-        return self.head(features)
-
-    def token_grid(self, images: Float[Tensor, "B C H W"]) -> tuple[int, int]:
-        """`(height, width)` of the patch grid."""
-        return self.embedding.grid(images)
-
-    def no_weight_decay(self) -> set[str]:
-        """Positions and the class token are not decayed."""
-        return {"embedding.positions", "embedding.class_token"}
