@@ -47,6 +47,7 @@ def upstream_names(module: nn.Module, converted: nn.Module) -> dict[str, str]:
 @pytest.mark.parametrize("num_slots", [None, 4])
 @pytest.mark.parametrize("name", UPSTREAM)
 def test_same_outputs_and_gradients(name: str, num_slots: int | None, impl: str) -> None:
+    torch.manual_seed(1)  # With 0 a hidden unit stands so near the kink of its ReLU that rounding decides the gradient.
     module = UPSTREAM[name]()
     for parameter in module.parameters():  # no two alike, LayerNorms away from 1 and 0
         parameter.data += 0.1 * torch.randn_like(parameter)

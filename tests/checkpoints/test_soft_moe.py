@@ -5,7 +5,7 @@ import soft_moe_pytorch as upstream
 import torch
 from torch import Tensor, nn
 
-from narrows.checkpoints.upstream.soft_moe import CONVERTERS
+from narrows.checkpoints import from_upstream
 from narrows.errors import InvalidArgument
 from narrows.layers.soft_moe import DynamicSlotsSoftMoE, SoftMoE
 from tests.support import assert_close, gradients
@@ -14,9 +14,9 @@ IMPLS = ("reference", "shared", "chunked")
 
 
 def convert(module: nn.Module) -> SoftMoE | DynamicSlotsSoftMoE:
-    converted = CONVERTERS[f"{type(module).__module__}.{type(module).__qualname__}"](module)
+    converted = from_upstream(module)
     assert isinstance(converted, SoftMoE | DynamicSlotsSoftMoE)
-    return converted.train(module.training)
+    return converted
 
 
 def randomized(module: nn.Module) -> nn.Module:

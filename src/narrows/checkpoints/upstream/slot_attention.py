@@ -1,44 +1,30 @@
 """Modules of the PyPI package `slot-attention`."""
 
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from narrows.checkpoints.upstream.conversion import Conversion, Rearranged, alias
 from narrows.layers.slot_attention import SlotAttention
 from narrows.layers.two_way_slot_attention import TwoWaySlotAttention
 
-_INITIAL_SLOTS = {"slots_mu": "initial_slots.mean", "slots_logsigma": "initial_slots.log_scale"}
+_INITIAL_SLOTS = {
+    "initial_slots.mean": Rearranged(("slots_mu",), torch.flatten),
+    "initial_slots.log_scale": Rearranged(("slots_logsigma",), torch.flatten),
+}
 _ONE_WAY = {
-    **_INITIAL_SLOTS,
-    "norm_input.": "norm_tokens.",
-    "norm_pre_ff.": "mlp.norm.",
-    "mlp.0.": "mlp.expand.",
-    "mlp.2.": "mlp.contract.",
-    "combine_heads.": "to_out.",
-}
-_EXCHANGE = {
-    "attn.fn.norm_input.": "norm_readers.",
-    "attn.fn.norm_context.": "norm_read.",
-    "attn.fn.": "",
-    "attn.gru.": "gru.",
-    "ff.fn.norm.": "mlp.norm.",
-    "ff.fn.net.0.": "mlp.expand.",
-    "ff.fn.net.2.": "mlp.contract.",
-    "ff.gru.": "mlp_gru.",
-}
-_TWO_WAY = {
-    **_INITIAL_SLOTS,
-    "norm_inputs.": "norm_tokens.",
-    **{f"slots_to_inputs_{theirs}": f"slots_read.{ours}" for theirs, ours in _EXCHANGE.items() if "attn" in theirs},
-    **{f"slots_{theirs}": f"slots_read.{ours}" for theirs, ours in _EXCHANGE.items() if "ff" in theirs},
-    **{f"inputs_to_slots_{theirs}": f"tokens_read.{ours}" for theirs, ours in _EXCHANGE.items() if "attn" in theirs},
-    **{f"inputs_{theirs}": f"tokens_read.{ours}" for theirs, ours in _EXCHANGE.items() if "ff" in theirs},
+    "": "",
+    "norm_tokens": "norm_input",
+    **{name: name for name in ("norm_slots", "to_q", "to_k", "to_v", "gru", "mlp")},
+    "mlp.norm": "norm_pre_ff",
+    "mlp.expand": "mlp.0",
+    "mlp.contract": "mlp.2",
 }
 
 
-def slot_attention(module: Any) -> SlotAttention:
+def slot_attention(module: Any) -> Conversion:
     """`SlotAttention`: biases on queries, keys and values."""
     converted = SlotAttention(
         module.dim,
@@ -48,57 +34,105 @@ def slot_attention(module: Any) -> SlotAttention:
         mlp_dim=module.mlp[0].out_features,
         eps=module.eps,
     )
-    return _load(converted, module, _ONE_WAY)
+    return _conversion(converted, _ONE_WAY, scale=module.dim**-0.5)
 
 
-def multi_head_slot_attention(module: Any) -> SlotAttention:
+def multi_head_slot_attention(module: Any) -> Conversion:
     """`MultiHeadSlotAttention`: the softmax per head, a linear map after the heads."""
-    head_dim = round(module.scale**-2)
+    inner = module.to_q.out_features
+    heads = max(1, round(inner * module.scale**2))
     converted = SlotAttention(
         module.dim,
         num_slots=module.num_slots,
         num_iterations=module.iters,
-        heads=module.to_q.out_features // head_dim,
-        head_dim=head_dim,
+        heads=heads,
+        head_dim=inner // heads,
         qkv_bias=True,
         mlp_dim=module.mlp[0].out_features,
         eps=module.eps,
     )
-    return _load(converted, module, _ONE_WAY)
+    return _conversion(converted, {**_ONE_WAY, "to_out": "combine_heads"}, scale=(inner // heads) ** -0.5)
 
 
-def slot_attention_experimental(module: Any) -> TwoWaySlotAttention:
+def _conversion(converted: SlotAttention, modules: Mapping[str, str], *, scale: float) -> Conversion:
+    return Conversion(
+        converted,
+        SlotAttentionAsUpstream,
+        modules,
+        _INITIAL_SLOTS,
+        without_module={"mlp.1": nn.ReLU},
+        settings={"scale": scale},
+    )
+
+
+def slot_attention_experimental(module: Any) -> Conversion:
     """`SlotAttentionExperimental`: what tokens read is normalised over the tokens."""
+    dim = module.norm_inputs.normalized_shape[0]
+    reads = {"slots_read": ("slots_to_inputs_attn", "slots_ff"), "tokens_read": ("inputs_to_slots_attn", "inputs_ff")}
+    eps = module.slots_to_inputs_attn.fn.eps
     converted = TwoWaySlotAttention(
-        module.norm_inputs.normalized_shape[0],
+        dim,
         num_slots=module.num_slots,
         num_iterations=module.iters,
         qkv_bias=True,
         mlp_dim=module.slots_ff.fn.net[0].out_features,
         token_normalization="tokens",
-        eps=module.slots_to_inputs_attn.fn.eps,
+        eps=eps,
     )
-    return _load(converted, module, _TWO_WAY)
+    modules: dict[str, str] = {"": "", "norm_tokens": "norm_inputs"}
+    without_module: dict[str, type[nn.Module]] = {}
+    settings: dict[str, float] = {}
+    for ours, (attention, feed_forward) in reads.items():
+        modules |= {
+            ours: f"{attention}.fn",
+            f"{ours}.norm_readers": f"{attention}.fn.norm_input",
+            f"{ours}.norm_read": f"{attention}.fn.norm_context",
+            **{f"{ours}.{name}": f"{attention}.fn.{name}" for name in ("to_q", "to_k", "to_v")},
+            f"{ours}.gru": f"{attention}.gru",
+            f"{ours}.mlp": f"{feed_forward}.fn",
+            f"{ours}.mlp.norm": f"{feed_forward}.fn.norm",
+            f"{ours}.mlp.expand": f"{feed_forward}.fn.net.0",
+            f"{ours}.mlp.contract": f"{feed_forward}.fn.net.2",
+            f"{ours}.mlp_gru": f"{feed_forward}.gru",
+        }
+        without_module[f"{feed_forward}.fn.net.1"] = nn.ReLU
+        settings |= {f"{attention}.fn.eps": eps, f"{attention}.fn.scale": dim**-0.5}
+    return Conversion(
+        converted,
+        TwoWaySlotAttentionAsUpstream,
+        modules,
+        _INITIAL_SLOTS,
+        without_module=without_module,
+        settings=settings,
+    )
 
 
-def _load(converted: Any, module: nn.Module, prefixes: Mapping[str, str]) -> Any:
-    """`converted` with the parameters of `module`, renamed by the first of `prefixes` that fits."""
+class SlotAttentionAsUpstream(SlotAttention):
+    """`SlotAttention` that takes what upstream's takes and answers with the slots alone."""
 
-    def renamed(name: str) -> str:
-        return next(
-            (ours + name.removeprefix(theirs) for theirs, ours in prefixes.items() if name.startswith(theirs)), name
-        )
+    dim = alias("gru.hidden_size")
+    num_slots = alias("initial_slots.num_slots")
+    iters = alias("num_iterations")
 
-    own = converted.state_dict()
-    theirs: dict[str, Tensor] = {renamed(name): value for name, value in module.state_dict().items()}
-    converted.load_state_dict({name: value.reshape(own[name].shape) for name, value in theirs.items()})
-    return converted
+    def forward(self, inputs: Tensor, num_slots: int | None = None) -> Tensor:  # pyright: ignore
+        """Slots `[B, K, D]`."""
+        return super().forward(inputs, num_slots=num_slots).slots
 
 
-CONVERTERS: Mapping[str, Callable[[Any], nn.Module]] = MappingProxyType(
-    {
-        "slot_attention.slot_attention.SlotAttention": slot_attention,
-        "slot_attention.multi_head_slot_attention.MultiHeadSlotAttention": multi_head_slot_attention,
-        "slot_attention.slot_attention_experimental.SlotAttentionExperimental": slot_attention_experimental,
-    }
-)
+class TwoWaySlotAttentionAsUpstream(TwoWaySlotAttention):
+    """`TwoWaySlotAttention` that takes what upstream's takes and answers with slots and tokens."""
+
+    num_slots = alias("initial_slots.num_slots")
+    iters = alias("num_iterations")
+
+    def forward(self, inputs: Tensor, num_slots: int | None = None) -> tuple[Tensor, Tensor]:  # pyright: ignore
+        """Slots `[B, K, D]` and tokens `[B, N, D]`."""
+        output = super().forward(inputs, num_slots=num_slots)
+        return output.slots, output.tokens
+
+
+CONVERTERS: Mapping[str, Callable[[Any], Conversion]] = {
+    "slot_attention.slot_attention.SlotAttention": slot_attention,
+    "slot_attention.multi_head_slot_attention.MultiHeadSlotAttention": multi_head_slot_attention,
+    "slot_attention.slot_attention_experimental.SlotAttentionExperimental": slot_attention_experimental,
+}

@@ -1,47 +1,18 @@
-"""Modules of `soft-moe-pytorch` (0.1.9): SoftMoE and DynamicSlotsSoftMoE."""
+"""Modules of `soft-moe-pytorch`: SoftMoE and DynamicSlotsSoftMoE."""
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from narrows.checkpoints.upstream.conversion import Conversion, Rearranged
 from narrows.errors import InvalidArgument
-from narrows.layers.experts import StackedExperts
-from narrows.layers.soft_moe import DynamicSlotsSoftMoE, GainNormalization, SoftMoE
+from narrows.layers.soft_moe import DynamicSlotsSoftMoE, SoftMoE
 
 
-def _expert_options(experts: nn.ModuleList) -> dict[str, Any]:
-    _, activation, dropout, linear_out = experts[0]  # type: ignore[misc]
-    gated = not isinstance(activation, nn.GELU)
-    dim, hidden = linear_out.out_features, linear_out.in_features
-    # A hidden width is rounded down from a multiple of dim; half a channel more survives that rounding.
-    mult = (hidden + 0.5) / dim * (1.5 if gated else 1)
-    return {
-        "num_experts": len(experts),
-        "experts": "geglu" if gated else "gelu",
-        "expert_mult": mult,
-        "dropout": dropout.p,
-    }
-
-
-@torch.no_grad()
-def _copy_experts(source: nn.ModuleList, target: nn.Module) -> None:
-    assert isinstance(target, StackedExperts)
-    for index, (linear_in, _, _, linear_out) in enumerate(source):  # type: ignore[misc]
-        target.weight_in[index] = linear_in.weight
-        target.bias_in[index] = linear_in.bias
-        target.weight_out[index] = linear_out.weight
-        target.bias_out[index] = linear_out.bias
-
-
-@torch.no_grad()
-def _copy_gains(token_norm: Any, slot_norm: Any, target: nn.Module) -> None:
-    assert isinstance(target, GainNormalization)
-    target.token_gain.copy_(token_norm.gamma)
-    target.slot_gain.copy_(slot_norm.gamma)
-
-
-def _soft_moe(module: Any) -> nn.Module:
+def soft_moe(module: Any) -> Conversion:
+    """`SoftMoE`, whose experts are on one machine."""
     if module.experts.is_distributed:
         raise InvalidArgument(
             "module",
@@ -57,31 +28,96 @@ def _soft_moe(module: Any) -> nn.Module:
             got="0 slots, whose output is all zeros",
             hint="Its seq_len is below num_experts; there is nothing to convert.",
         )
-    experts = module.experts.experts
-    converted = SoftMoE(
+    ours = SoftMoE(
         dim,
         slots_per_expert=slots_per_expert,
         normalization="layer" if hasattr(module.norm, "beta") else "rms",
-        **_expert_options(experts),
+        **_expert_options(module.experts.experts),
     )
-    _copy_experts(experts, converted.experts)
-    _copy_gains(module.norm, module.slot_norm, converted.normalization)
-    with torch.no_grad():
-        converted.slots.copy_(module.slot_embeds)
-    return converted
+    parameters = {"slots": "slot_embeds", **_gains("slot_norm")}
+    return _conversion(ours, SoftMoEAsUpstream, module.experts.experts, "experts.experts", {"": ""}, parameters)
 
 
-def _dynamic_slots_soft_moe(module: Any) -> nn.Module:
-    projection, _, slot_norm = module.to_slot_embeds
-    converted = DynamicSlotsSoftMoE(projection.in_features, normalization="rms", **_expert_options(module.experts))
-    _copy_experts(module.experts, converted.experts)
-    _copy_gains(module.norm, slot_norm, converted.normalization)
-    with torch.no_grad():
-        converted.to_slots.weight.copy_(projection.weight)
-    return converted
+def dynamic_slots_soft_moe(module: Any) -> Conversion:
+    """`DynamicSlotsSoftMoE`."""
+    ours = DynamicSlotsSoftMoE(
+        module.to_slot_embeds[0].in_features, normalization="rms", **_expert_options(module.experts)
+    )
+    modules = {"": "", "to_slots": "to_slot_embeds.0"}
+    return _conversion(
+        ours, DynamicSlotsSoftMoEAsUpstream, module.experts, "experts", modules, _gains("to_slot_embeds.2")
+    )
 
 
-CONVERTERS = {
-    "soft_moe_pytorch.soft_moe.SoftMoE": _soft_moe,
-    "soft_moe_pytorch.soft_moe_with_dynamic_slots.DynamicSlotsSoftMoE": _dynamic_slots_soft_moe,
+def _gains(slot_norm: str) -> dict[str, str]:
+    return {"normalization.token_gain": "norm.gamma", "normalization.slot_gain": f"{slot_norm}.gamma"}
+
+
+def _is_gated(experts: Any) -> bool:
+    return type(experts[0][1]).__name__ == "GEGLU"
+
+
+def _expert_options(experts: Any) -> dict[str, Any]:
+    dim, hidden = experts[0][3].out_features, experts[0][3].in_features
+    # A hidden width is rounded down from a multiple of dim; half a channel more survives that rounding.
+    mult = (hidden + 0.5) / dim * (1.5 if _is_gated(experts) else 1)
+    return {"num_experts": len(experts), "experts": "geglu" if _is_gated(experts) else "gelu", "expert_mult": mult}
+
+
+def _conversion(
+    ours: nn.Module,
+    as_upstream: type[nn.Module],
+    experts: Any,
+    name: str,
+    modules: Mapping[str, str],
+    parameters: Mapping[str, str],
+) -> Conversion:
+    """Expert e of upstream, `Linear, activation, Dropout, Linear`, becomes row e of the stacked experts."""
+    each = [f"{name}.{index}" for index in range(len(experts))]
+    stacked = {
+        f"experts.{kind}_{side}": Rearranged(tuple(f"{expert}.{place}.{kind}" for expert in each), _stack)
+        for side, place in (("in", 0), ("out", 3))
+        for kind in ("weight", "bias")
+    }
+    return Conversion(
+        ours,
+        as_upstream,
+        {**modules, "experts": name},
+        {**parameters, **stacked},
+        without_module={} if _is_gated(experts) else {f"{expert}.1": nn.GELU for expert in each},
+        dropouts={"experts": tuple(f"{expert}.2" for expert in each)},
+    )
+
+
+def _stack(*tensors: Tensor) -> Tensor:
+    return torch.stack(tensors)
+
+
+class DynamicSlotsSoftMoEAsUpstream(DynamicSlotsSoftMoE):
+    """`DynamicSlotsSoftMoE` that takes the mask of an image as `[B, H * W]`, as upstream's does."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:  # pyright: ignore
+        """The shape of `x`: `[B, N, D]` or `[B, D, H, W]`."""
+        return super().forward(x, mask.view(-1, *x.shape[2:]) if mask is not None and x.ndim == 4 else mask)
+
+
+class SoftMoEAsUpstream(SoftMoE):
+    """`SoftMoE` that also takes single tokens `[B, D]` and the mask of an image as `[B, H * W]`, as upstream's does."""
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, x: Tensor, mask: Tensor | None = None, add_noise: bool = False, noise_mult: float = 1.0
+    ) -> Tensor:
+        """The shape of `x`: `[B, D]`, `[B, N, D]` or `[B, D, H, W]`."""
+        if add_noise:
+            raise InvalidArgument(
+                "add_noise", expected="False", got=add_noise, hint="The soft mixtures of narrows are deterministic."
+            )
+        if x.ndim == 2:
+            return super().forward(x[:, None], mask)[:, 0]
+        return super().forward(x, mask.view(-1, *x.shape[2:]) if mask is not None and x.ndim == 4 else mask)
+
+
+CONVERTERS: Mapping[str, Callable[[Any], Conversion]] = {
+    "soft_moe_pytorch.soft_moe.SoftMoE": soft_moe,
+    "soft_moe_pytorch.soft_moe_with_dynamic_slots.DynamicSlotsSoftMoE": dynamic_slots_soft_moe,
 }
