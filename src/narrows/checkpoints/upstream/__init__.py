@@ -26,7 +26,7 @@ CONVERTERS: Mapping[str, Callable[[Any], Conversion]] = {
 
 
 def from_upstream(module: nn.Module) -> nn.Module:
-    """The narrows module with the weights, outputs and gradients of a live upstream module, or a model with such inside.
+    """The same module, or the same model, with narrows' layers in place of those of an upstream package.
 
     Understood are the PyPI packages `slot-attention` (SlotAttention, MultiHeadSlotAttention,
     SlotAttentionExperimental), `soft-moe-pytorch` (SoftMoE, DynamicSlotsSoftMoE), `vit-pytorch` (`sep_vit.SepViT`,
@@ -88,8 +88,8 @@ def _find(module: nn.Module, path: str, layers: dict[nn.Module, str], others: se
                 path,
                 expected=f"a {kind.__name__} of {kind.__module__} itself",
                 got=f"a {class_name(module)}, a subclass, which may compute something else",
-                hint=f"Where it adds nothing to the output, build a {kind.__name__}, give it the subclass's state dict, "
-                "and convert that; else derive the subclass from the narrows class.",
+                hint=f"Where its output is that of a {kind.__name__}, load its state dict into one and convert that; "
+                "otherwise derive it from the narrows class.",
             )
     others.add(module)
     for name, child in module.named_children():

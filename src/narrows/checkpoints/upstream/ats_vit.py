@@ -123,7 +123,7 @@ class ATSViTAsUpstream(ATSViT):
     """`ATSViT` that can answer with the positions of the tokens it kept, as upstream's does."""
 
     def forward(self, img: Tensor, return_sampled_token_ids: bool = False) -> Any:  # pyright: ignore
-        """Logits `[B, classes]`; with them, if asked, the patches kept, `[B, K]` from 0, and -1 where there are fewer."""
+        """Logits `[B, classes]`; with them, if asked, the patches kept, `[B, K]` from 0, -1 where there are fewer."""
         if not return_sampled_token_ids:
             return super().forward(img)
         tokens, ids, mask = self.forward_tokens(img)

@@ -38,8 +38,8 @@ class Conversion(NamedTuple):
         modules: names of submodules of ours, to names of upstream's. Two of the same class of torch: upstream's is
             copied as it is, with eps, share of dropout, missing biases. Otherwise the mode is taken, and a norm's eps.
         parameters: names of the other parameters of ours, to where they come from: upstream's name, or `Rearranged`.
-        without_module: names of upstream's submodules for which ours has code and no submodule, to the class they must
-            be of.
+        without_module: names of upstream's submodules that are no submodules in ours (activations that are called as
+            functions, experts that are stacked), to the class they must be of.
         dropouts: names of submodules of ours that have a number `dropout`, to names of upstream's `nn.Dropout`s.
         settings: names of attributes of upstream's, to the one value of theirs that ours computes with.
     """
@@ -100,60 +100,99 @@ def carry_over(
     Raises:
         InvalidArgument: a part of another class or shape than upstream makes it, or that upstream does not have.
     """
-    ours = conversion.ours
-    taken: set[str] = set()
+    taken = _fill_modules(theirs, conversion, path, memo)
+    for name, source in conversion.parameters.items():
+        owner, leaf = conversion.ours.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+        value, names = _value(theirs, source, path, memo, uses)
+        _check_shape(joined(path, names[0]), value, getattr(owner, leaf))
+        setattr(owner, leaf, value)
+        taken |= set(names)
+    _set_dropouts(theirs, conversion, path)
     for name, expected in conversion.settings.items():
         if (got := attrgetter(name)(theirs)) != expected:
-            raise InvalidArgument(joined(path, name), expected=f"{expected}, as upstream has it", got=got)
-    for name, own in list(ours.named_modules()):
+            raise InvalidArgument(joined(path, name), expected=f"upstream's own {expected}", got=got)
+    _check_nothing_left(theirs, conversion, taken, path)
+    return conversion.ours
+
+
+def _fill_modules(theirs: nn.Module, conversion: Conversion, path: str, memo: dict[int, Any]) -> set[str]:
+    """Give every submodule of ours its mode, copy those of the same class, and return the parameters copied."""
+    taken: set[str] = set()
+    for name, own in list(conversion.ours.named_modules()):
         if name not in conversion.modules:
-            own.training = ours.get_submodule(name.rpartition(".")[0]).training
+            own.training = conversion.ours.get_submodule(name.rpartition(".")[0]).training
             continue
         their_name = conversion.modules[name]
-        their = _part(theirs, their_name, path)
+        their, leaves = _part(theirs, their_name, path), dict(own.named_parameters(recurse=False))
         own.training = their.training
         if not _is_plain(own):
             continue
         if type(own) is type(their):
-            _check_shapes(own, their, joined(path, their_name))
-            ours.set_submodule(name, copy.deepcopy(their, memo))
-            taken |= {joined(their_name, parameter) for parameter, _ in their.named_parameters()}
-        elif any(joined(name, parameter) not in conversion.parameters for parameter, _ in own.named_parameters()):
+            for leaf, parameter in their.named_parameters(remove_duplicate=False):
+                _check_shape(joined(path, their_name, leaf), parameter, leaves.get(leaf))
+                taken.add(joined(their_name, leaf))
+            conversion.ours.set_submodule(name, copy.deepcopy(their, memo))
+        elif not leaves or any(joined(name, leaf) not in conversion.parameters for leaf in leaves):
             raise InvalidArgument(
                 joined(path, their_name), expected=f"an nn.{type(own).__name__}", got=f"a {class_name(their)}"
             )
-        elif hasattr(own, "eps"):
-            own.eps = their.eps  # pyright: ignore[reportAttributeAccessIssue]
+        elif isinstance(own, nn.LayerNorm):
+            own.eps = their.eps
+    return taken
 
-    for name, source in conversion.parameters.items():
-        owner, leaf = ours.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
-        names = (source,) if isinstance(source, str) else source.names
-        tensors = [_parameter(theirs, each, path) for each in names]
-        taken |= set(names)
-        if isinstance(source, str):
-            value = copy.deepcopy(tensors[0], memo)
-        else:
-            value = _rearranged(source, tensors, joined(path, names[0]), uses)
-        expected = getattr(owner, leaf)
-        if value is not None and value.shape != expected.shape:
-            raise InvalidArgument(
-                joined(path, names[0]), expected=f"shape {tuple(expected.shape)} in narrows", got=tuple(value.shape)
-            )
-        setattr(owner, leaf, value)
 
+def _value(
+    theirs: nn.Module, source: str | Rearranged, path: str, memo: dict[int, Any], uses: Counter[int]
+) -> tuple[nn.Parameter | None, tuple[str, ...]]:
+    """A parameter of ours, None where upstream's is, and the names of what it was made of."""
+    names = (source,) if isinstance(source, str) else source.names
+    tensors = [getattr(_part(theirs, name.rpartition(".")[0], path), name.rpartition(".")[2]) for name in names]
+    if isinstance(source, str) or tensors.count(None) == len(tensors):
+        return copy.deepcopy(tensors[0], memo), names
+    first, kinds = tensors[0], {_kind(tensor) for tensor in tensors}
+    if len(kinds) > 1:
+        raise InvalidArgument(
+            joined(path, names[0]),
+            expected=f"a parameter like the {len(tensors) - 1} others that are stacked with it in narrows",
+            got=f"differences: {', '.join(sorted(kinds))}",
+            hint="Freeze, move or cast all of them, or none.",
+        )
+    if source.trained and any(uses[id(tensor)] > 1 for tensor in tensors):
+        raise InvalidArgument(
+            joined(path, names[0]),
+            expected="a parameter with one place: in narrows its numbers lie differently",
+            got="one that is tied to others",
+            hint="Untie them, with a copy of the parameter, before the conversion.",
+        )
+    value = source.layout(*(tensor.detach() for tensor in tensors)).clone()
+    return nn.Parameter(value, requires_grad=first.requires_grad and source.trained), names
+
+
+def _set_dropouts(theirs: nn.Module, conversion: Conversion, path: str) -> None:
     for name, their_names in conversion.dropouts.items():
-        own, first = ours.get_submodule(name), _part(theirs, their_names[0], path)
+        own, first = conversion.ours.get_submodule(name), _part(theirs, their_names[0], path)
         for each in their_names:
             dropout = _part(theirs, each, path)
-            if type(dropout) is not nn.Dropout or (dropout.p, dropout.training) != (first.p, first.training):
+            if repr(dropout) != repr(first) or (first.p > 0 and dropout.training != first.training):
                 raise InvalidArgument(
                     joined(path, each),
-                    expected=f"{first} {_mode(first)}, as {their_names[0]}: narrows has one rate and mode for both",
-                    got=f"{dropout} {_mode(dropout)}",
+                    expected=f"{first} with training={first.training}, as {their_names[0]}, which in narrows is one",
+                    got=f"{dropout} with training={dropout.training}",
                 )
-        own.dropout, own.training = first.p, first.training
-    _check_nothing_left(theirs, conversion, taken, path)
-    return ours
+        own.dropout = first.p
+        if first.p > 0:
+            own.training = first.training
+
+
+def _kind(tensor: nn.Parameter | None) -> str:
+    if tensor is None:
+        return "none"
+    return f"shape {tuple(tensor.shape)} {tensor.dtype} on {tensor.device} with requires_grad={tensor.requires_grad}"
+
+
+def _check_shape(path: str, theirs: Tensor | None, ours: Tensor | None) -> None:
+    if theirs is not None and ours is not None and theirs.shape != ours.shape:
+        raise InvalidArgument(path, expected=f"shape {tuple(ours.shape)}", got=f"shape {tuple(theirs.shape)}")
 
 
 def joined(*names: str) -> str:
@@ -180,60 +219,14 @@ def _part(theirs: nn.Module, name: str, path: str) -> Any:
         raise InvalidArgument(joined(path, name), expected="a submodule, as upstream has there", got="none") from None
 
 
-def _parameter(theirs: nn.Module, name: str, path: str) -> nn.Parameter | None:
-    owner, _, leaf = name.rpartition(".")
-    return getattr(_part(theirs, owner, path), leaf)
-
-
-def _check_shapes(own: nn.Module, their: nn.Module, path: str) -> None:
-    shapes = {name: parameter.shape for name, parameter in own.named_parameters()}
-    for name, parameter in their.named_parameters():
-        if name in shapes and parameter.shape != shapes[name]:
-            raise InvalidArgument(
-                joined(path, name), expected=f"shape {tuple(shapes[name])}", got=tuple(parameter.shape)
-            )
-
-
-def _rearranged(
-    source: Rearranged, tensors: list[nn.Parameter | None], path: str, uses: Counter[int]
-) -> nn.Parameter | None:
-    given = [tensor for tensor in tensors if tensor is not None]
-    if not given:
-        return None
-    first = given[0]
-    kinds = {(tensor.dtype, tensor.device, tensor.requires_grad) for tensor in given}
-    if len(given) < len(tensors) or len(kinds) > 1:
-        raise InvalidArgument(
-            path,
-            expected=f"the same as the {len(tensors) - 1} others that become one parameter in narrows",
-            got=f"several of dtype, device, requires_grad: {sorted(map(str, kinds))}",
-            hint="Freeze, move or cast all of them, or none.",
-        )
-    if source.trained and any(uses[id(tensor)] > 1 for tensor in given):
-        raise InvalidArgument(
-            path,
-            expected="a parameter with one place: in narrows its numbers lie differently",
-            got="one that is tied to others",
-            hint="Untie them, with a copy of the parameter, before the conversion.",
-        )
-    value = source.layout(*(tensor.detach() for tensor in given)).clone()
-    return nn.Parameter(value, requires_grad=first.requires_grad and source.trained)
-
-
-def _mode(module: nn.Module) -> str:
-    return "in training" if module.training else "in evaluation"
-
-
 def _check_nothing_left(theirs: nn.Module, conversion: Conversion, taken: set[str], path: str) -> None:
+    known = {*conversion.modules.values(), *(each for names in conversion.dropouts.values() for each in names)}
     for name, part in theirs.named_modules():
         expected = conversion.without_module.get(name)
-        dropouts = {each for names in conversion.dropouts.values() for each in names}
-        known = name in dropouts or name in conversion.modules.values()
-        changed = getattr(part, "approximate", "none") != "none"
-        if _is_plain(part) and not known and (type(part) is not expected or changed):
+        changed = type(part) is not expected or getattr(part, "approximate", "none") != "none"
+        if name not in known and _is_plain(part) and changed:
             wanted = "nothing, as upstream has there" if expected is None else f"an nn.{expected.__name__}()"
-            if not any(joined(name, parameter) in taken for parameter, _ in part.named_parameters()):
-                raise InvalidArgument(joined(path, name), expected=wanted, got=repr(part))
-    left = [name for name, _ in theirs.named_parameters(remove_duplicate=False) if name not in taken]
-    if left:
-        raise InvalidArgument(joined(path, left[0]), expected="no parameter: upstream has none there", got="one")
+            raise InvalidArgument(joined(path, name), expected=wanted, got=repr(part))
+    for name, _ in theirs.named_parameters(remove_duplicate=False):
+        if name not in taken:
+            raise InvalidArgument(joined(path, name), expected="no parameter: upstream has none there", got="one")

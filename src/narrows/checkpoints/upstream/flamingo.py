@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from narrows.checkpoints.upstream.conversion import Conversion, Rearranged, joined
+from narrows.checkpoints.upstream.conversion import Conversion, Rearranged
 from narrows.errors import InvalidArgument
 from narrows.layers.gated_cross_attention import GatedCrossAttentionBlock, MaskedCrossAttention
 from narrows.layers.perceiver_resampler import PerceiverResampler

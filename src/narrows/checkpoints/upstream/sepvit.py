@@ -33,7 +33,10 @@ def sepvit(module: Any) -> Conversion:
         mlp_ratio=[layer.out_channels / layer.in_channels for layer in hidden],
     )
     modules = {"": "", "stages": "layers", "norm": "mlp_head.1", "head": "mlp_head.2"}
-    conversion = Conversion(ours, UpstreamSepViTAsUpstream, modules, {}, {}, {}, {})
+    parameters: dict[str, str | Rearranged] = {}
+    dropouts: dict[str, tuple[str, ...]] = {}
+    without_module: dict[str, type[nn.Module]] = {}
+    settings: dict[str, float] = {}
     for index, stage in enumerate(module.layers):
         here, there = f"stages.{index}", f"layers.{index}"
         modules |= {
@@ -44,74 +47,77 @@ def sepvit(module: Any) -> Conversion:
             f"{here}.norm": f"{there}.2.norm",
         }
         if not isinstance(stage[2].norm, nn.Identity):
-            conversion.parameters |= _norm(f"{here}.norm", f"{there}.2.norm")
-        for number, (attention, _) in enumerate(stage[2].layers):
-            _block(conversion, f"{here}.blocks.{number}", f"{there}.2.layers.{number}", attention, attentions[index])
-    return conversion
+            parameters |= _norm(f"{here}.norm", f"{there}.2.norm")
+        first = attentions[index]
+        for number in range(len(stage[2].layers)):
+            block, attention = f"{here}.blocks.{number}", f"{there}.2.layers.{number}.0"
+            modules |= _modules(block, attention, f"{there}.2.layers.{number}.1.net")
+            parameters |= _parameters(block, attention, f"{there}.2.layers.{number}.1.net", heads=first.heads)
+            dropouts[f"{block}.attention"] = tuple(f"{attention}.{name}" for name in _DROPOUTS)
+            without_module |= {f"{attention}.{name}": kind for name, kind in _WITHOUT_MODULE.items()}
+            head_dim = first.window_tokens_to_qk[0].normalized_shape[0]
+            of_its_stage = {"heads": first.heads, "window_size": first.window_size, "scale": head_dim**-0.5}
+            settings |= {f"{attention}.{name}": value for name, value in of_its_stage.items()}
+    return Conversion(ours, UpstreamSepViTAsUpstream, modules, parameters, without_module, dropouts, settings)
 
 
-def _block(conversion: Conversion, here: str, there: str, attention: Any, first: Any) -> None:
-    """Add what becomes what in one block; its attention is built like the first of its stage."""
-    attend, feed_forward = f"{there}.0", f"{there}.1.net"
-    query_key = f"{attend}.window_tokens_to_qk"
-    conversion.modules |= {
-        here: there,
-        f"{here}.attention": attend,
-        f"{here}.attention_norm": f"{attend}.norm",
-        f"{here}.attention.qkv": f"{attend}.to_qkv",
-        f"{here}.attention.window_norm": f"{query_key}.0",
-        f"{here}.attention.window_query_key": f"{query_key}.3",
-        f"{here}.attention.out": f"{attend}.to_out.0",
-        f"{here}.feed_forward_norm": f"{feed_forward}.0",
-        f"{here}.feed_forward": feed_forward,
-        **{f"{here}.feed_forward.{index}": f"{feed_forward}.{index + 1}" for index in range(5)},
+_DROPOUTS = ("attend.1", "window_attend.1", "to_out.1")
+_WITHOUT_MODULE = {"attend.0": nn.Softmax, "window_attend.0": nn.Softmax, "window_tokens_to_qk.1": nn.GELU}
+
+
+def _modules(block: str, attention: str, feed_forward: str) -> dict[str, str]:
+    """The submodules of a block of ours, from the names of upstream's two parts of one."""
+    return {
+        block: attention.rpartition(".")[0],
+        f"{block}.attention_norm": f"{attention}.norm",
+        f"{block}.attention": attention,
+        f"{block}.attention.qkv": f"{attention}.to_qkv",
+        f"{block}.attention.window_norm": f"{attention}.window_tokens_to_qk.0",
+        f"{block}.attention.window_query_key": f"{attention}.window_tokens_to_qk.3",
+        f"{block}.attention.out": f"{attention}.to_out.0",
+        f"{block}.feed_forward_norm": f"{feed_forward}.0",
+        f"{block}.feed_forward": feed_forward,
+        **{f"{block}.feed_forward.{index}": f"{feed_forward}.{index + 1}" for index in range(5)},
     }
-    in_order = partial(_query_then_key, heads=attention.heads)
-    conversion.parameters |= {
-        **_norm(f"{here}.attention_norm", f"{attend}.norm"),
-        f"{here}.attention.window_token": f"{attend}.window_tokens",
-        f"{here}.attention.qkv.weight": Rearranged((f"{attend}.to_qkv.weight",), partial(torch.flatten, start_dim=1)),
-        f"{here}.attention.window_query_key.weight": Rearranged((f"{query_key}.3.weight",), in_order),
-        f"{here}.attention.window_query_key.bias": Rearranged((f"{query_key}.3.bias",), in_order),
-        **_pointwise(f"{here}.attention.out", f"{attend}.to_out.0"),
-        **_norm(f"{here}.feed_forward_norm", f"{feed_forward}.0"),
-        **_pointwise(f"{here}.feed_forward.0", f"{feed_forward}.1"),
-        **_pointwise(f"{here}.feed_forward.3", f"{feed_forward}.4"),
+
+
+def _parameters(block: str, attention: str, feed_forward: str, *, heads: int) -> dict[str, str | Rearranged]:
+    """Its parameters: convolutions of 1 x 1 become linear maps."""
+    query_key = f"{attention}.window_tokens_to_qk.3"
+    in_order = partial(_query_then_key, heads=heads)
+    return {
+        f"{block}.attention.window_token": f"{attention}.window_tokens",
+        f"{block}.attention.qkv.weight": Rearranged((f"{attention}.to_qkv.weight",), _matrix),
+        f"{block}.attention.window_query_key.weight": Rearranged((f"{query_key}.weight",), in_order),
+        f"{block}.attention.window_query_key.bias": Rearranged((f"{query_key}.bias",), in_order),
+        **_pointwise(f"{block}.attention.out", f"{attention}.to_out.0"),
+        **_pointwise(f"{block}.feed_forward.0", f"{feed_forward}.1"),
+        **_pointwise(f"{block}.feed_forward.3", f"{feed_forward}.4"),
+        **_norm(f"{block}.attention_norm", f"{attention}.norm"),
+        **_norm(f"{block}.feed_forward_norm", f"{feed_forward}.0"),
     }
-    conversion.without_module |= {
-        f"{attend}.attend.0": nn.Softmax,
-        f"{attend}.window_attend.0": nn.Softmax,
-        f"{query_key}.1": nn.GELU,
-    }
-    conversion.dropouts |= {
-        f"{here}.attention": (f"{attend}.attend.1", f"{attend}.window_attend.1", f"{attend}.to_out.1")
-    }
-    head_dim = first.window_tokens_to_qk[0].normalized_shape[0]
-    conversion.settings |= {
-        f"{attend}.heads": first.heads,
-        f"{attend}.window_size": first.window_size,
-        f"{attend}.scale": head_dim**-0.5,
-    }
+
+
+def _matrix(weight: Tensor) -> Tensor:
+    """Weight of a convolution of 1 or 1 x 1."""
+    return weight.flatten(1)
 
 
 def _query_then_key(rows: Tensor, *, heads: int) -> Tensor:
     """From heads, (query, key), width of a head to (query, key), heads, width of a head."""
-    return rows.flatten(1).unflatten(0, (heads, 2, -1)).transpose(0, 1).flatten(0, 2)
+    in_order = rows.unflatten(0, (heads, 2, -1)).transpose(0, 1).flatten(0, 2)
+    return in_order if rows.ndim == 1 else in_order.flatten(1)
 
 
-def _pointwise(ours: str, theirs: str) -> dict[str, Any]:
-    """A convolution of 1 x 1 as a linear map."""
-    return {
-        f"{ours}.weight": Rearranged((f"{theirs}.weight",), partial(torch.flatten, start_dim=1)),
-        f"{ours}.bias": f"{theirs}.bias",
-    }
+def _pointwise(ours: str, theirs: str) -> dict[str, str | Rearranged]:
+    return {f"{ours}.weight": Rearranged((f"{theirs}.weight",), _matrix), f"{ours}.bias": f"{theirs}.bias"}
 
 
-def _norm(ours: str, theirs: str) -> dict[str, Any]:
-    return {
-        f"{ours}.weight": Rearranged((f"{theirs}.g",), torch.flatten),
-        f"{ours}.bias": Rearranged((f"{theirs}.b",), torch.flatten),
-    }
+def _norm(ours: str, theirs: str) -> dict[str, str | Rearranged]:
+    return {f"{ours}.{our}": Rearranged((f"{theirs}.{their}",), torch.flatten) for our, their in _NORM.items()}
+
+
+_NORM = {"weight": "g", "bias": "b"}
 
 
 class UpstreamSepViTAsUpstream(UpstreamSepViT):

@@ -79,12 +79,15 @@ def _conversion(
         for side, place in (("in", 0), ("out", 3))
         for kind in ("weight", "bias")
     }
+    inside: dict[int, type[nn.Module]] = {0: nn.Linear, 3: nn.Linear}
+    if not _is_gated(experts):
+        inside[1] = nn.GELU
     return Conversion(
         ours,
         as_upstream,
-        {**modules, "experts": name},
+        {**modules, "normalization": "norm", "experts": name},
         {**parameters, **stacked},
-        without_module={} if _is_gated(experts) else {f"{expert}.1": nn.GELU for expert in each},
+        without_module={f"{expert}.{place}": kind for expert in each for place, kind in inside.items()},
         dropouts={"experts": tuple(f"{expert}.2" for expert in each)},
     )
 
