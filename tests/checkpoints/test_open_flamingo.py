@@ -3,15 +3,13 @@
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from narrows.adapters.flamingo import Flamingo, audit
-from narrows.checkpoints import from_upstream, read_open_flamingo
+from narrows.checkpoints import read_open_flamingo
 from narrows.checkpoints.open_flamingo import block_of, resampler_of
 from narrows.errors import InvalidArgument
-from narrows.layers.gated_cross_attention import GatedCrossAttentionBlock
-from narrows.layers.perceiver_resampler import PerceiverResampler
 from narrows.ops.media_attention import AllPrevious, LastMedium
 from tests.checkpoints.record_open_flamingo import LANGUAGE_MODEL, MEDIA_TOKEN, RECORDED
 from tests.support import assert_close
@@ -103,43 +101,6 @@ def test_every_form_of_a_checkpoint_is_read(recorded, form, tmp_path):
     for ours, theirs in zip(read, known, strict=True):
         for name, value in ours.state_dict().items():
             assert torch.equal(value, theirs.state_dict()[name])
-
-
-def test_live_modules_convert(recorded):
-    """Stand-ins that carry the names of their classes: `from_upstream` asks for the class and reads heads from it."""
-    kinds = {"open_flamingo.resampler": PerceiverResampler, "open_flamingo.block": GatedCrossAttentionBlock}
-    for name, kind in kinds.items():
-        state = under(recorded, f"{name}/")
-        state.pop("output")
-        converted = from_upstream(_live(state, kind))
-        assert isinstance(converted, kind)
-        attention = converted.attn if isinstance(converted, GatedCrossAttentionBlock) else converted.layers[0].attn
-        assert attention.heads == 2
-
-
-def _live(state: dict[str, Tensor], kind: type[nn.Module]) -> nn.Module:
-    """A module of the recorded weights whose class is named as OpenFlamingo names its own."""
-
-    def hold(module: nn.Module, name: str, value: Tensor) -> None:
-        first, _, rest = name.partition(".")
-        if not rest:
-            module.register_parameter(first, nn.Parameter(value))
-            return
-        if not hasattr(module, first):
-            module.add_module(first, nn.Module())
-        hold(module.get_submodule(first), rest, value)
-
-    theirs = type(kind.__name__, (nn.Module,), {"__module__": "open_flamingo.src.helpers"})()
-    for name, value in state.items():
-        hold(theirs, name, value)
-    if kind is GatedCrossAttentionBlock:
-        attention = theirs.attn
-        attention.only_attend_immediate_media = True
-    else:
-        theirs.layers = nn.ModuleList(nn.ModuleList(layer.children()) for layer in theirs.layers.children())
-        attention = theirs.layers[0][0]
-    attention.heads, attention.to_q.out_features = 2, len(attention.to_q.weight)
-    return theirs
 
 
 @pytest.mark.parametrize(

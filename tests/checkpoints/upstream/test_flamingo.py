@@ -1,15 +1,20 @@
-"""The same numbers as `flamingo_pytorch` wherever upstream is right, from the same weights."""
+"""The same numbers as `flamingo_pytorch`, OpenFlamingo and Otter wherever they are right, from the same weights."""
+
+from typing import Any
 
 import pytest
 import torch
 from flamingo_pytorch import GatedCrossAttentionBlock as UpstreamBlock
 from flamingo_pytorch import PerceiverResampler as UpstreamResampler
 from flamingo_pytorch.flamingo_pytorch import MaskedCrossAttention as UpstreamAttention
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from narrows.checkpoints import from_upstream
+from narrows.errors import InvalidArgument
 from narrows.layers.gated_cross_attention import GatedCrossAttentionBlock
 from narrows.layers.perceiver_resampler import PerceiverResampler
+from tests.checkpoints.record_open_flamingo import LOCATIONS, RECORDED
 from tests.support import assert_close, gradients
 
 # Upstream's names of the resampler's parameters, from ours.
@@ -110,3 +115,111 @@ def test_dtype_mode_and_independence_carry_over() -> None:
     assert {p.dtype for p in ours.parameters()} == {torch.bfloat16}
     nn.init.zeros_(ours.attn.to_q.weight)
     assert (theirs.attn.to_q.weight != 0).any()
+
+
+def _named(package: str, name: str, **parts: Any) -> nn.Module:
+    """A module of these parts whose class is named as the package names its own."""
+    module = type(name, (nn.Module,), {"__module__": package})()
+    for part, value in parts.items():
+        setattr(module, part, value)
+    return module
+
+
+def _feed_forward(dim: int, hidden: int, kind: type[nn.Sequential] | type[nn.ModuleList]) -> nn.Module:
+    layers = nn.LayerNorm(dim), nn.Linear(dim, hidden, bias=False), nn.GELU(), nn.Linear(hidden, dim, bias=False)
+    return kind(*layers) if kind is nn.Sequential else kind(layers)
+
+
+def _attention(package: str, dim: int, media_dim: int, **norms: nn.LayerNorm) -> nn.Module:
+    return _named(
+        package,
+        "Attention",
+        heads=2,
+        scale=4**-0.5,
+        **norms,
+        to_q=nn.Linear(dim, 8, bias=False),
+        to_kv=nn.Linear(media_dim, 16, bias=False),
+        to_out=nn.Linear(8, dim, bias=False),
+    )
+
+
+def stand_in(recorded: dict[str, Tensor], name: str, *, immediate: bool = True) -> nn.Module:
+    """A module built and named as OpenFlamingo or Otter builds it, with recorded weights; it cannot run."""
+    otter = name.startswith("otter")
+    package = "otter_ai.models.otter.modeling_otter" if otter else "open_flamingo.src.helpers"
+    prefix, feed_forward = ("Otter", "feed_forward") if otter else ("", "ff")
+    state = {key.removeprefix(f"{name}/"): value for key, value in recorded.items() if key.startswith(f"{name}/")}
+    del state["output"]
+    if "resampler" in name:
+        layers = []
+        for _ in range(2):
+            block = _attention(package, 6, 6, norm_media=nn.LayerNorm(6), norm_latents=nn.LayerNorm(6))
+            if otter:
+                block.feed_forward = _feed_forward(6, 12, nn.ModuleList)
+            layers.append(block if otter else nn.ModuleList([block, _feed_forward(6, 12, nn.Sequential)]))
+        embeddings = {key: state.get(key) for key in ("latents", "frame_embs", "media_time_embs")}
+        parameters = {key: None if value is None else nn.Parameter(value) for key, value in embeddings.items()}
+        parts = {"layers": nn.ModuleList(layers), "norm": nn.LayerNorm(6)}
+        module = _named(package, f"{prefix}PerceiverResampler", **parameters, **parts)
+    else:
+        attention = _attention(package, 8, 6, norm=nn.LayerNorm(8))
+        attention.only_attend_immediate_media = immediate
+        gates = {gate: nn.Parameter(torch.zeros(1)) for gate in ("attn_gate", "ff_gate")}
+        parts = {feed_forward: _feed_forward(8, 32, nn.ModuleList if otter else nn.Sequential)}
+        module = _named(package, f"{prefix}GatedCrossAttentionBlock", attn=attention, **gates, **parts)
+    module.load_state_dict(state)
+    return module
+
+
+@pytest.fixture(scope="module")
+def recorded() -> dict[str, Tensor]:
+    return load_file(RECORDED)
+
+
+@pytest.mark.parametrize("package", ["open_flamingo", "otter"])
+@pytest.mark.parametrize("embeddings", ["", ".frames", ".media"], ids=["neither", "frames", "media"])
+def test_resamplers_of_open_flamingo_and_otter(recorded: dict[str, Tensor], package: str, embeddings: str) -> None:
+    name = f"{package}.resampler{embeddings}"
+    for converted in (
+        from_upstream(stand_in(recorded, name)),
+        from_upstream(nn.Sequential(stand_in(recorded, name)))[0],
+    ):
+        assert_close(converted(recorded["clips"]), recorded[f"{name}/output"])
+        # They have no embedding where neither is asked for: ours is zero, and stays so in training.
+        assert converted.time_embeddings.requires_grad == bool(embeddings)
+
+
+@pytest.mark.parametrize("name", ["open_flamingo.block", "otter.block", "open_flamingo.block.previous"])
+def test_gated_blocks_of_open_flamingo_and_otter(recorded: dict[str, Tensor], name: str) -> None:
+    module = stand_in(recorded, name, immediate="previous" not in name)
+    inputs = recorded["text"], recorded["latents"], recorded["locations"]
+    # All previous media: text before the first reads a mean of all media there, future ones included.
+    rows = slice(1, 2) if "previous" in name else slice(None)
+    for converted in (from_upstream(module), from_upstream(nn.Sequential(module))[0]):
+        assert_close(converted(*inputs)[rows], recorded[f"{name}/output"][rows])
+
+
+def test_both_kinds_of_embeddings_are_refused(recorded: dict[str, Tensor]) -> None:
+    module = stand_in(recorded, "otter.resampler.media")
+    module.frame_embs = nn.Parameter(torch.zeros(2, 6))
+    with pytest.raises(InvalidArgument, match="module: expected frame_embs or media_time_embs or neither, got both"):
+        from_upstream(module)
+
+
+def test_cached_media_are_seen_by_text_that_follows_them(recorded: dict[str, Tensor]) -> None:
+    """As OpenFlamingo decodes: the locations of the whole text, and only the tokens after it."""
+    for immediate, name in [(True, "open_flamingo.block"), (False, "open_flamingo.block.previous")]:
+        block = from_upstream(nn.Sequential(stand_in(recorded, name, immediate=immediate)))[0]
+        text, latents = recorded["text"], recorded["latents"]
+        whole = block(text, latents, media_locations=LOCATIONS)
+        later = block(text[:, 8:], latents, media_locations=LOCATIONS[:, :8], use_cached_media=True)
+        assert_close(later, whole[:, 8:])
+
+
+def test_text_that_reads_the_next_medium_reads_as_if_all_were_reversed(recorded: dict[str, Tensor]) -> None:
+    """Otter's `attend_previous=False`."""
+    block = from_upstream(nn.Sequential(stand_in(recorded, "otter.block")))[0]
+    text, latents = recorded["text"], recorded["latents"]
+    reversed_output = block(text.flip(1), latents.flip(1), media_locations=LOCATIONS.flip(1))
+    output = block(text, latents, media_locations=LOCATIONS, attend_previous=False)
+    assert_close(output, reversed_output.flip(1))
