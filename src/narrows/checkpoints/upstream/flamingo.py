@@ -54,7 +54,7 @@ def perceiver_resampler(module: Any) -> Conversion:
         heads=first_attention.heads,
         head_dim=_head_dim(first_attention),
         mlp_ratio=first_hidden.out_features / dim,
-        num_time_embeddings=1 if frames is None and media is None else len(frames if media is None else media),
+        num_time_embeddings=next((len(learned) for learned in (media, frames) if learned is not None), 1),
         time_axis="frames" if media is None else "media",
     )
     return Conversion(
