@@ -18,7 +18,7 @@ from narrows.layers.slot_attention import SlotAttention
 from narrows.layers.soft_moe import DynamicSlotsSoftMoE, SoftMoE
 from narrows.layers.two_way_slot_attention import TwoWaySlotAttention
 from narrows.models import UpstreamSepViT
-from narrows.models.ats_vit import ATSViT
+from narrows.models.vit import ATSViT
 
 
 class Case(NamedTuple):

@@ -390,7 +390,7 @@ def test_a_module_without_anything_of_upstream_is_named() -> None:
         from_upstream(nn.Linear(2, 2))
     with pytest.raises(InvalidType, match=r"got a narrows.layers.slot_attention.SlotAttention, without"):
         from_upstream(from_upstream(CASES["SlotAttention"].build()))
-    with pytest.raises(InvalidType, match=r"^module: expected an nn.Module, got dict"):
+    with pytest.raises(TypeError, match="module"):  # under the shape checks they are the first to say so
         from_upstream({})
 
 
