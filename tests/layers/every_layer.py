@@ -14,8 +14,6 @@ PENDING = (
     "TwoWay",
     "SoftMoE",
     "DynamicSlotsSoftMoE",
-    "MaskedCross",
-    "GatedCross",
     "separable",
     "upstream_separable",
     "SampledAttention",

@@ -210,6 +210,26 @@ def test_an_open_block_is_the_figure_of_the_paper() -> None:
     assert_close(block(text, media, places(2, 4)), y + block.ff_gate.tanh() * (hidden @ block.ff[3].weight.T), 1e-12)
 
 
+@pytest.mark.parametrize("feed_forward_without_media", [True, False])
+def test_the_attention_of_a_block_is_called_with_the_media_themselves(feed_forward_without_media: bool) -> None:
+    """What wraps it, a hook or FSDP for instance, has everything inside one call: the projection of the media too."""
+    block, (text, media) = gated(feed_forward_without_media=feed_forward_without_media), draw()
+    mask, calls = torch.tensor([[True, False, True]]), []
+    block.attn.register_forward_pre_hook(lambda module, args: calls.append(("attn", args[1])))
+    block.attn.to_kv.register_forward_pre_hook(lambda module, args: calls.append(("to_kv", args[0])))
+    block(text, media, places(2, 4, 5), mask)
+    assert [name for name, _ in calls] == ["attn", "to_kv"]
+    assert calls[0][1] is media
+
+
+def test_resetting_closes_the_gates() -> None:
+    block, (text, media) = gated(), draw()
+    before = block.attn.to_q.weight.clone()
+    block.reset_parameters()
+    assert torch.equal(block(text, media), text)
+    assert (block.attn.to_q.weight != before).any()
+
+
 @every_policy
 def test_media_projected_once_are_read_as_if_projected_each_time(attend: Attend) -> None:
     block, (text, media) = gated(attend=attend), draw()

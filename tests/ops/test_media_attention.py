@@ -281,6 +281,38 @@ def test_auto_takes_segments_where_a_token_sees_less_than_half_of_the_media() ->
         assert torch.equal(chosen, media_attention(*inputs, seen(time, policy), impl=impl))
 
 
+@pytest.mark.filterwarnings("ignore:torch.searchsorted.*non-contiguous", "ignore:`torch.jit.script` is deprecated")
+@every_run
+def test_all_inputs_can_be_vectorised_and_differentiated_twice(impl: str, policy: str) -> None:
+    """As `torch.func` does it, where text is so long that it is read a part at a time."""
+    drawn = [draw(batch=1, text=600, media=5) for _ in range(2)]
+    inputs = [torch.stack([x.detach(), 2 * x.detach()]) for x in drawn[0]]
+    time = (torch.arange(600) // torch.tensor([100, 150])[:, None]).unsqueeze(1)
+    mask = torch.rand(2, 1, 5, 4) > 0.3
+
+    def run(query: Tensor, key: Tensor, value: Tensor, time: Tensor, mask: Tensor) -> Tensor:
+        return media_attention(query, key, value, seen(time, policy), mask=mask, impl=impl)
+
+    samples = list(zip(*inputs, time, mask, strict=True))
+    expected = torch.stack([run(*sample) for sample in samples])
+    assert_close(torch.func.vmap(run)(*inputs, time, mask), expected, 1e-12)
+
+    query, key, value, *rest = samples[0]
+    gradient = torch.func.grad(lambda key: run(query, key, value, *rest).square().sum())
+    tangent, step = torch.randn_like(key), 1e-5
+    _, product = torch.func.jvp(gradient, (key,), (tangent,))
+    difference = (gradient(key + step * tangent) - gradient(key - step * tangent)) / (2 * step)
+    assert_close(product, difference, 1e-5)
+
+
+@every_run
+def test_an_empty_batch(impl: str, policy: str) -> None:
+    inputs, visible = draw(batch=0), seen(TIME[:0], policy)
+    output = media_attention(*inputs, visible, mask=MASK[:0], impl=impl)
+    assert output.shape == (0, 9, 2, 5)
+    assert [gradient.shape for gradient in gradients(output, *inputs)] == [x.shape for x in inputs]
+
+
 @every_run
 def test_no_media_and_no_text(impl: str, policy: str) -> None:
     query, key, value = draw()

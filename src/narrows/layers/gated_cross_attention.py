@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from narrows.errors import InvalidArgument, InvalidType
+from narrows.layers.initialisation import reset_submodules
 from narrows.layers.perceiver_resampler import feed_forward
 from narrows.ops.media_attention import Attend, LastMedium, VisibleMedia, media_attention, media_attention_weights
 from narrows.routing import Routing
@@ -91,6 +92,10 @@ class MaskedCrossAttention(nn.Module):
         self.to_kv = nn.Linear(media_dim, 2 * inner, bias=False, device=device, dtype=dtype)
         self.to_out = nn.Linear(inner, dim, bias=False, device=device, dtype=dtype)
 
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew."""
+        reset_submodules(self)
+
     def forward(
         self,
         text: Float[Tensor, "B T D"],
@@ -115,8 +120,7 @@ class MaskedCrossAttention(nn.Module):
             visible: the media that each token sees, in place of `media_locations`: for a text that is not whole
                 (decoding), documents packed into one row, or a rule of your own.
         """
-        media, visible = self.resolve(text, media, media_locations, media_mask, visible)
-        query = self.to_q(self.norm(text)).unflatten(-1, (self.heads, -1))
+        query, media, visible = self._project(text, media, media_locations, media_mask, visible)
         read = media_attention(query, media.key, media.value, visible, mask=media.mask, impl=self.impl)
         return self.to_out(read.flatten(2))
 
@@ -125,11 +129,8 @@ class MaskedCrossAttention(nn.Module):
     ) -> MediaKeysValues:
         """The keys and values of media, which `forward` takes in their place."""
         check_tokens("media", media, dim=self.media_dim, layout="[B, M, N, D]")
+        media_mask = _of_latents(media_mask, media)
         if media_mask is not None:
-            if media_mask.ndim == 2:
-                check_mask("media_mask", media_mask, media.shape[:2], layout="[B, M]")
-                media_mask = media_mask[..., None].expand(media.shape[:3])
-            check_mask("media_mask", media_mask, media.shape[:3], layout="[B, M, N]")
             # Before the projection: its weight's gradient would take in 0 * NaN otherwise.
             media = media.masked_fill(~media_mask[..., None], 0.0)
         key, value = self.to_kv(media).unflatten(-1, (2, self.heads, -1)).unbind(3)
@@ -148,33 +149,42 @@ class MaskedCrossAttention(nn.Module):
 
         A column sums to 1, or to 0 where the token sees no medium. Takes what `forward` takes.
         """
-        media, visible = self.resolve(text, media, media_locations, media_mask, visible)
-        query = self.to_q(self.norm(text)).unflatten(-1, (self.heads, -1))
+        query, media, visible = self._project(text, media, media_locations, media_mask, visible)
         weights = media_attention_weights(query, media.key, visible, mask=media.mask)
         return Routing(weights.sum(-1).transpose(2, 3), "media")
 
-    def resolve(
+    def seen(
         self,
         text: Float[Tensor, "B T D"],
-        media: Float[Tensor, "B M N C"] | MediaKeysValues,
         media_locations: Bool[Tensor, "B T"] | None,
-        media_mask: Bool[Tensor, "B M *N"] | None,
-        visible: VisibleMedia | None,
-    ) -> tuple[MediaKeysValues, VisibleMedia | None]:
-        """The arguments of `forward` in the one form it works with: projected media, and what the text sees of them."""
+        visible: VisibleMedia | None = None,
+    ) -> VisibleMedia | None:
+        """The media that each text token sees, from whichever of the two `forward` was given; None: all see all."""
         check_tokens("text", text, dim=self.dim, layout="[B, T, D]")
+        if media_locations is None:
+            return visible
+        check_mask("media_locations", media_locations, text.shape[:2], layout="[B, T]")
+        if visible is not None:
+            raise InvalidArgument("visible", expected="None with media_locations", got="both")
+        return self.attend.visible(media_locations)
+
+    def _project(
+        self,
+        text: Tensor,
+        media: Tensor | MediaKeysValues,
+        media_locations: Tensor | None,
+        media_mask: Tensor | None,
+        visible: VisibleMedia | None,
+    ) -> tuple[Tensor, MediaKeysValues, VisibleMedia | None]:
+        """Queries of the text, keys and values of the media, and what the text sees of them."""
+        visible = self.seen(text, media_locations, visible)
         if not isinstance(media, MediaKeysValues):
             media = self.keys_values(media, media_mask)
         elif media_mask is not None:
             raise InvalidArgument("media_mask", expected="None with keys and values, which have theirs", got="a mask")
         if media.key.shape[0] != text.shape[0]:
             raise InvalidArgument("media", expected=f"the batch of text, {text.shape[0]}", got=tuple(media.key.shape))
-        if media_locations is None:
-            return media, visible
-        check_mask("media_locations", media_locations, text.shape[:2], layout="[B, T]")
-        if visible is not None:
-            raise InvalidArgument("visible", expected="None with media_locations", got="both")
-        return media, self.attend.visible(media_locations)
+        return self.to_q(self.norm(text)).unflatten(-1, (self.heads, -1)), media, visible
 
 
 class GatedCrossAttentionBlock(nn.Module):
@@ -237,6 +247,12 @@ class GatedCrossAttentionBlock(nn.Module):
         self.ff = feed_forward(dim, mlp_ratio=mlp_ratio, activation=activation, device=device, dtype=dtype)
         self.ff_gate = nn.Parameter(torch.zeros(1, device=device, dtype=dtype))
 
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew, and close the gates."""
+        reset_submodules(self)
+        nn.init.zeros_(self.attn_gate)
+        nn.init.zeros_(self.ff_gate)
+
     def forward(
         self,
         text: Float[Tensor, "B T D"],
@@ -247,11 +263,11 @@ class GatedCrossAttentionBlock(nn.Module):
         visible: VisibleMedia | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Text that has read its media. Takes what `MaskedCrossAttention.forward` takes."""
-        media, visible = self.attn.resolve(text, media, media_locations, media_mask, visible)
-        text = text + self.attn_gate.tanh() * self.attn(text, media, visible=visible)
+        visible = self.attn.seen(text, media_locations, visible)
+        text = text + self.attn_gate.tanh() * self.attn(text, media, media_mask=media_mask, visible=visible)
         added = self.ff_gate.tanh() * self.ff(text)
         if not self.feed_forward_without_media:
-            added = torch.where(_reads(media, visible)[..., None], added, 0.0)
+            added = torch.where(_reads(media, media_mask, visible)[..., None], added, 0.0)
         return text + added
 
     def keys_values(
@@ -273,9 +289,25 @@ class GatedCrossAttentionBlock(nn.Module):
         return self.attn.routing(text, media, media_locations, media_mask, visible=visible)
 
 
-def _reads(media: MediaKeysValues, visible: VisibleMedia | None) -> Bool[Tensor, "B _"]:
+def _reads(
+    media: Tensor | MediaKeysValues, media_mask: Tensor | None, visible: VisibleMedia | None
+) -> Bool[Tensor, "B _"]:
     """Which text tokens see a latent at all, `[B, T]`; where all see all, `[B, 1]`."""
+    if isinstance(media, MediaKeysValues):
+        media, _, media_mask = media
+    mask = _of_latents(media_mask, media)
     if visible is not None:
-        return visible.any(media.key.shape[1], media.mask)
-    latents = media.key.new_ones(media.key.shape[:3], dtype=torch.bool) if media.mask is None else media.mask
-    return latents.flatten(1).any(-1, keepdim=True)
+        return visible.any(media.shape[1], mask)
+    mask = media.new_ones(media.shape[:3], dtype=torch.bool) if mask is None else mask
+    return mask.flatten(1).any(-1, keepdim=True)
+
+
+def _of_latents(media_mask: Tensor | None, media: Tensor) -> Tensor | None:
+    """A mask `[B, M]` of media, or `[B, M, N]` of their latents, as the latter."""
+    if media_mask is None:
+        return None
+    if media_mask.ndim == 2:
+        check_mask("media_mask", media_mask, media.shape[:2], layout="[B, M]")
+        media_mask = media_mask[..., None].expand(media.shape[:3])
+    check_mask("media_mask", media_mask, media.shape[:3], layout="[B, M, N]")
+    return media_mask

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from narrows.errors import InvalidArgument, InvalidType
 from narrows.ops.dispatch import Implementation, resolve
+from narrows.ops.media_attention.common import VisibleMedia
 from narrows.ops.media_attention.fused import fused
 from narrows.ops.media_attention.reference import attention_weights, reference
 from narrows.ops.media_attention.segmented import segmented
-from narrows.ops.media_attention.visible import VisibleMedia
 from narrows.validation import check_mask, check_tokens
 
 IMPLEMENTATIONS: Mapping[str, Implementation] = {

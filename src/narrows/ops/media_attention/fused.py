@@ -1,16 +1,17 @@
 """Text attending to media through fused attention, some rows of text at a time: any policy.
 
-The mask is made for the rows at hand, and made again in the backward pass: no T x (M N) of it is ever kept.
+The mask is made for the rows at hand, and again in the backward pass: no T x (M N) of it is ever kept.
 """
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
-from narrows.ops.media_attention.common import made_again, visible_latents
-from narrows.ops.media_attention.visible import VisibleMedia
+from narrows.ops.attention import attention
+from narrows.ops.media_attention.common import VisibleMedia, checkpointed, visible_latents
 
+# Rows of text that share a mask. A mask of 512 x M N bytes is in memory at a time: no more than the keys and values of
+# as many latents, and yet so many rows that a product of them keeps a device busy.
 ROWS = 512
 
 
@@ -23,12 +24,12 @@ def fused(
 ) -> Float[Tensor, "B T H E"]:
     """The reference through `scaled_dot_product_attention`, which keeps no scores."""
     length = query.shape[1]
-    # torch.export cannot count the pieces of a length it leaves open.
+    # torch.export cannot count the parts of a length it leaves open.
     if visible is None or not isinstance(length, int) or length <= ROWS:
         return _attend(query, key, value, visible, mask)
     starts = range(0, length, ROWS)
-    pieces = [(query[:, start : start + ROWS], key, value, visible.rows(start, start + ROWS), mask) for start in starts]
-    return torch.cat([made_again(_attend, *piece) for piece in pieces], 1)
+    parts = [(query[:, start : start + ROWS], key, value, visible.rows(start, start + ROWS), mask) for start in starts]
+    return torch.cat([checkpointed(_attend, *part) for part in parts], 1)
 
 
 def _attend(
@@ -41,9 +42,9 @@ def _attend(
     query = query.transpose(1, 2)
     keys, values = (latents.flatten(1, 2).transpose(1, 2) for latents in (key, value))
     if visible is None and mask is None:
-        return scaled_dot_product_attention(query, keys, values).transpose(1, 2)
+        return attention(query, keys, values).transpose(1, 2)
     seen = visible_latents(key, visible, mask).flatten(2)
     something = seen.any(-1, keepdim=True)
     # A row without any visible latent attends to all, finite, and is emptied after it.
-    read = scaled_dot_product_attention(query, keys, values, attn_mask=(seen | ~something)[:, None])
+    read = attention(query, keys, values, (seen | ~something)[:, None])
     return torch.where(something[..., None], read.transpose(1, 2), 0.0)

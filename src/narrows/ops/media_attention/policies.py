@@ -7,7 +7,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
-from narrows.ops.media_attention.visible import VisibleMedia
+from narrows.ops.media_attention.common import VisibleMedia
 from narrows.validation import check_positive
 
 

@@ -3,8 +3,7 @@
 from jaxtyping import Bool, Float
 from torch import Tensor, einsum
 
-from narrows.ops.media_attention.common import visible_latents
-from narrows.ops.media_attention.visible import VisibleMedia
+from narrows.ops.media_attention.common import VisibleMedia, visible_latents
 from narrows.precision import at_least_float32, autocast_off
 
 

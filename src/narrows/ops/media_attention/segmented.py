@@ -1,4 +1,4 @@
-r"""Text attending to the few media it sees: the T x M grid, of which at most W columns a row count, is never laid out.
+r"""Text attending to the few media it sees, at most W of M: T x M scores, most of them masked, are never computed.
 
 The text is sorted by the last medium it sees and cut into blocks of c rows, every block within one medium:
 
@@ -10,23 +10,23 @@ Each block then attends to the W N latents of its medium and the W - 1 before it
 by l rows takes ceil(l / c) blocks, so that G = floor((T + M (c - 1)) / c) blocks suffice whatever the segments are: the
 shapes follow from T, N, M and W alone, nothing is read back from the device, and one graph serves every layout.
 
-A block taller than its segment gathers rows that nobody reads, up to M c of them; a flatter one gathers the latents of
+A block taller than its segment is filled up with padding, up to M c rows in all; a flatter one gathers the latents of
 its medium once more, W N T / c in all, keys and values. Their sum is least at c = sqrt(2 W N T / M). With that, and no
 more than ceil(T / M), rows are gathered at most twice, hence O(T N W) operations and O(T + M N W) memory where the
 dense form has O(T M N) of both.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import pad
 
 from narrows.errors import ImplementationUnavailable
-from narrows.ops.media_attention.common import made_again
-from narrows.ops.media_attention.visible import VisibleMedia
+from narrows.ops.attention import attention
+from narrows.ops.media_attention.common import VisibleMedia, checkpointed
 
 
 class _Blocks(NamedTuple):
@@ -50,7 +50,7 @@ def segmented(
     visible: VisibleMedia | None,
     mask: Bool[Tensor, "B M N"] | None,
 ) -> Float[Tensor, "B T H E"]:
-    """The reference where each row sees few media, and meets the latents of few others."""
+    """The reference for text that sees few media, and is scored against the latents of few others."""
     if visible is None or visible.most is None:
         raise ImplementationUnavailable(
             "media_attention: impl='segmented' cannot run here: it needs a bound on how many media a text token sees, "
@@ -62,15 +62,14 @@ def segmented(
     medium = (visible.last.long() - 1).clamp(0, num_media - 1)
     width = min(visible.most, num_media)
     blocks = _cut(torch.where(seen, medium, num_media), num_media, width * key.shape[2])
-    # Padded rows and gathered latents are cheap to make again and, kept for backward, would outweigh all the rest.
-    read = made_again(_attend, query, key, value, mask, blocks, visible.first, width)
-    return torch.where(seen[..., None, None], read, 0.0)
+    # Padded rows and gathered latents are cheap to compute again and, kept for backward, would outweigh all the rest.
+    return checkpointed(_attend, query, key, value, mask, blocks, visible.first, width)
 
 
 def _cut(medium: Int[Tensor, "B T"], num_media: int, num_latents: int) -> _Blocks:
     """Cut rows into blocks that read `num_latents`; `medium` is `num_media` where a row sees nothing."""
     batch, length = medium.shape
-    # torch.export cannot reason about T / M where it leaves either open: a block as tall as a usual medium serves then.
+    # torch.export cannot reason about T / M where it leaves either open. Any height is right; 64 suits usual segments.
     rows = 64
     if all(isinstance(size, int) for size in (length, num_media, num_latents)):
         rows = max(1, min(-(-length // num_media), int(math.sqrt(2 * num_latents * length / num_media))))
@@ -90,7 +89,7 @@ def _cut(medium: Int[Tensor, "B T"], num_media: int, num_latents: int) -> _Block
     slot = torch.empty_like(slot).scatter(1, order, slot)
 
     block = torch.arange(num_blocks, device=medium.device).expand(batch, num_blocks).contiguous()
-    # Blocks to spare read the last medium; no row of theirs is ever looked at.
+    # Spare blocks read the last medium; all of their rows are padding.
     block_medium = torch.searchsorted(last_blocks, block, right=True).clamp(max=num_media - 1)
     return _Blocks(slot.flatten(), block_medium, rows)
 
@@ -125,34 +124,14 @@ def _attend(
         latents = of_blocks(mask)[:, None]
         visible = latents if visible is None else visible & latents
     if visible is not None:
-        # A place that sees nothing holds no row that is looked at, and must only stay finite.
+        # A place that sees nothing holds padding: it reads all, so as to stay finite.
         visible = (visible | ~visible.any(-1, keepdim=True))[:, None]
-    places = query.new_zeros(num_blocks * rows + 1, *query.shape[2:]).index_copy(0, slot, query.flatten(0, 1))
+    num_places, length = num_blocks * rows, slot.numel()
+    places = query.new_zeros(num_places + 1, *query.shape[2:]).index_copy(0, slot, query.flatten(0, 1))
     queries = places[:-1].unflatten(0, (num_blocks, rows)).transpose(1, 2)
     keys, values = (of_blocks(latents).transpose(1, 2) for latents in (key, value))
-    read = scaled_dot_product_attention(queries, keys, values, attn_mask=visible).transpose(1, 2).flatten(0, 1)
-    taken = _Taken.apply(read, slot)
-    assert isinstance(taken, Tensor)
-    return taken.view_as(query)
-
-
-class _Taken(torch.autograd.Function):
-    """The row of each slot, anything where the slot is beyond the last row.
-
-    No two read the same row, so that the gradient is a copy, where that of `index_select` is a sum on a single thread.
-    """
-
-    @staticmethod
-    def forward(rows: Tensor, slot: Tensor) -> Tensor:
-        return rows.index_select(0, slot.clamp(max=rows.shape[0] - 1))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:  # noqa: ARG004
-        rows, slot = inputs
-        ctx.num_rows = rows.shape[0]
-        ctx.save_for_backward(slot)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        (grad,), (slot,) = grad_outputs, ctx.saved_tensors
-        return grad.new_zeros(ctx.num_rows + 1, *grad.shape[1:]).index_copy(0, slot, grad)[:-1], None
+    read = attention(queries, keys, values, visible).transpose(1, 2).flatten(0, 1)
+    # Back to the rows of text, and one row more for what padding reads. Every row is written once at most: the gradient
+    # is a copy, where that of `read.index_select(0, slot)` would be a sum. Rows that see nothing stay 0.
+    row = slot.new_full((num_places + 1,), length).index_copy(0, slot, torch.arange(length, device=slot.device))[:-1]
+    return read.new_zeros(length + 1, *query.shape[2:]).index_copy(0, row, read)[:-1].view_as(query)
