@@ -5,7 +5,7 @@ import re
 from torch import Tensor
 
 from narrows.adapters.token_reduction import TargetLatency, TargetMACs
-from narrows.adapters.token_reduction.budget import Budget
+from narrows.adapters.token_reduction.targets import Budget
 from narrows.errors import InvalidArgument
 
 _TARGET = re.compile(r"(\d+(?:\.\d+)?)(ms|[MGT])(?:MACs?)?")

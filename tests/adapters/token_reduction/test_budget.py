@@ -4,12 +4,12 @@ from itertools import pairwise
 
 import pytest
 
-from narrows.adapters.token_reduction.budget import Budget, count_of, schedule_of
+from narrows.adapters.token_reduction.budget import FixedBudget, count_of, schedule_of
 from narrows.adapters.token_reduction.methods import METHODS
 from narrows.errors import InvalidArgument
 
 
-def counts(budget: Budget, method: str, *, depth: int = 12, num_tokens: int = 196) -> list[int | None]:
+def counts(budget: FixedBudget, method: str, *, depth: int = 12, num_tokens: int = 196) -> list[int | None]:
     """What the schedule asks of each block."""
     schedule = schedule_of(budget, METHODS[method](), depth=depth, num_tokens=num_tokens)  # pyright: ignore
     return [None if entry is None else count_of(entry, num_tokens) for entry in schedule]

@@ -30,7 +30,7 @@ def signals(
     return Signals(
         rows=(rows[:, :, 0], rows if keys is None else keys, rows if values is None else values),
         layout=Padded(batch, width, mask),
-        reading=lambda: attention,
+        attention_received=lambda: attention,
         prefix=prefix,
         positions=width - prefix if positions is None else positions,
         row_sizes=sizes,

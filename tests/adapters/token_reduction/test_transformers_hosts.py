@@ -188,7 +188,7 @@ def test_a_layer_of_another_class_is_named_and_the_model_left_alone() -> None:
     model.layers[2] = Odd()
     arguments = inputs(model, 2)
     untouched = run(model, arguments)
-    with pytest.raises(InvalidType, match=r"layer 2: expected ViTLayer.*, got .*Odd, which is not understood"):
+    with pytest.raises(InvalidType, match=r"layer 2: expected ViTLayer.*, got .*Odd, which is not supported"):
         reduce_tokens(model, budget=0.5)
     assert all(map(torch.equal, run(model, arguments), untouched))
     assert all("forward" not in vars(layer) for layer in model.layers)

@@ -1,8 +1,8 @@
-"""The forward that takes a block's place."""
+"""The forward that takes a block's place, and what it shares with the other reduced blocks of the model."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -10,46 +10,78 @@ from torch import Tensor, nn
 
 from narrows.adapters.token_reduction.budget import Entry, count_of
 from narrows.adapters.token_reduction.hosts.base import BlockCall, HostBlock, HostModel
-from narrows.adapters.token_reduction.methods import Merging, Pruning, Signals, read_by_all, read_by_logits, read_by_one
-from narrows.adapters.token_reduction.tokens import Carried, Packed, attend, hand_on, hand_out, pick, received
+from narrows.adapters.token_reduction.methods import (
+    Merging,
+    Pruning,
+    ReductionMethod,
+    Signals,
+    attention_of_logits,
+    attention_of_query,
+    mean_attention,
+)
+from narrows.adapters.token_reduction.tokens import (
+    Packed,
+    TokenState,
+    attach_kept_mask,
+    attach_state,
+    attend,
+    gather_rows,
+    state_of,
+)
 from narrows.errors import InvalidArgument, NarrowsError
 from narrows.ops.token_sampling import TokenSample
 
-if TYPE_CHECKING:
-    from narrows.adapters.token_reduction.reduction import Reduction
+
+@dataclass
+class Plan:
+    """What the reduced blocks of a model share.
+
+    Args:
+        host: the model.
+        method: chooses or merges tokens.
+        execution: "auto", "static" or "ragged".
+        generator: source of randomness for methods that draw while training.
+        record: told by every block that reduces, by its number, which tokens go on; not while a graph is traced.
+    """
+
+    host: HostModel
+    method: ReductionMethod
+    execution: str
+    generator: torch.Generator | None
+    record: Callable[[int, TokenState], None]
 
 
 @dataclass(frozen=True)
 class Step:
-    """One block at work.
+    """One call of one block: attention and updates of tokens that know their positions in the image.
 
     Args:
         model: the host.
         block: its block.
         call: what the block was called with.
-        carried: the tokens that came in.
+        state: the tokens that came in.
     """
 
     model: HostModel
     block: HostBlock
     call: BlockCall
-    carried: Carried
+    state: TokenState
 
     @property
     def positions(self) -> int:
         """How many tokens the image had after the prefix before any were dropped."""
         return self.call.grid.shape[1] - self.model.prefix
 
-    def turned(self, heads: Float[Tensor, "R n H d"], carried: Carried) -> Float[Tensor, "R n H d"]:
-        """Queries or keys of these tokens, rotated by the positions they have in the image."""
+    def apply_rotary(self, heads: Float[Tensor, "R n H d"], state: TokenState) -> Float[Tensor, "R n H d"]:
+        """Rotary position embedding of queries or keys, by the positions that their tokens have in the image."""
         rotary = self.call.rotary
         if rotary is None:
             return heads
         images, positions = rotary.shape[:2]
-        rows = carried.ids.where(carried.ids >= 0, positions - 1)
+        rows = state.ids.where(state.ids >= 0, positions - 1)
         if images > 1:
-            rows = rows + carried.layout.spread(torch.arange(images, device=rows.device) * positions)
-        return self.block.rotate(heads, pick(rotary, rows))
+            rows = rows + state.layout.per_row(torch.arange(images, device=rows.device) * positions)
+        return self.block.rotate(heads, gather_rows(rotary, rows))
 
     def attention_update(
         self,
@@ -57,62 +89,60 @@ class Step:
         key: Float[Tensor, "R n H d"],
         value: Float[Tensor, "R n H d"],
         normed: Float[Tensor, "S m D"],
-        asking: Carried,
+        queries: TokenState,
     ) -> Float[Tensor, "S m D"]:
-        """What the tokens that ask get from those that came in; `normed` are those that ask."""
+        """What attention to the tokens that came in adds to the tokens `queries`, whose attention input is `normed`."""
         attended = attend(
             query,
             key,
             value,
-            asking.layout,
-            self.carried.layout,
+            queries.layout,
+            self.state.layout,
             scale=self.block.scale,
-            bias=self._bias(asking),
+            bias=self._bias(queries),
             dropout=self.block.dropout,
         )
         return self.block.attention_update(attended.flatten(2), normed)
 
-    def reading(self, normed: Tensor, query: Tensor | None, key: Tensor) -> Callable[[], Float[Tensor, "B G n"]]:
-        """Asks whoever reads the image, when it is called: class token, query that pools, or all queries.
+    def attention_received(self, normed: Tensor, query: Tensor | None, key: Tensor) -> Float[Tensor, "B G n"]:
+        """Attention weights that each token receives: from the class token, else from the pooling query, else the mean.
 
         Args:
-            normed: what attention reads.
-            query: rotated, if there is one already.
+            normed: the input of attention.
+            query: rotated; None: to be projected from `normed`, as far as it is needed.
             key: rotated.
         """
+        layout, scale, bias = self.state.layout, self.block.scale, self._bias(self.state)
+        if self.model.class_token:
+            first = layout.flat(self.state.ids.new_zeros(layout.batch, 1))
+            class_query = self.block.query(gather_rows(normed, first)) if query is None else gather_rows(query, first)
+            return attention_of_query(
+                class_query, key, layout, scale=scale, bias=None if bias is None else bias[:, :, 0]
+            )
+        logits = self.model.pooling_logits(self.state.tokens)
+        if logits is not None:
+            return attention_of_logits(logits, layout, bias=bias)
+        queries = self.apply_rotary(self.block.query(normed), self.state) if query is None else query
+        return mean_attention(queries, key, layout, scale=scale, bias=bias)
 
-        def read() -> Tensor:
-            layout, scale, bias = self.carried.layout, self.block.scale, self._bias(self.carried)
-            if self.model.class_token:
-                first = layout.flat(self.carried.ids.new_zeros(layout.batch, 1))
-                asking = self.block.query(pick(normed, first)) if query is None else pick(query, first)
-                return read_by_one(asking, key, layout, scale=scale, bias=None if bias is None else bias[:, :, 0])
-            logits = self.model.pooling_logits(self.carried.tokens)
-            if logits is not None:
-                return read_by_logits(logits, layout, bias=bias)
-            asking = self.turned(self.block.query(normed), self.carried) if query is None else query
-            return read_by_all(asking, key, layout, scale=scale, bias=bias)
-
-        return read
-
-    def added(self, carried: Carried, update: Float[Tensor, "R n D"], drop_path: nn.Module) -> Carried:
-        """The tokens plus an update that stochastic depth leaves out for some images."""
-        if isinstance(carried.layout, Packed) and not isinstance(drop_path, nn.Identity):
-            factors = drop_path(update.new_ones(carried.layout.batch, 1, 1))
-            update = update * carried.layout.spread(factors[:, 0])
+    def added(self, state: TokenState, update: Float[Tensor, "R n D"], drop_path: nn.Module) -> TokenState:
+        """The tokens plus an update, which stochastic depth leaves out for some images."""
+        if isinstance(state.layout, Packed) and not isinstance(drop_path, nn.Identity):
+            factors = drop_path(update.new_ones(state.layout.batch, 1, 1))
+            update = update * state.layout.per_row(factors[:, 0])
         else:
             update = drop_path(update)
-        return carried.with_tokens(carried.tokens + update)
+        return state.with_tokens(state.tokens + update)
 
-    def _bias(self, asking: Carried) -> Tensor | None:
-        """What is added to the logits: sizes of joint tokens, or the host's mask for these queries and keys."""
-        read = self.carried
-        if read.sizes is not None:  # a token is read as often as the tokens it stands for
-            return read.sizes.log().to(read.tokens.dtype)[:, None, None]
+    def _bias(self, queries: TokenState) -> Tensor | None:
+        """What is added to the logits: log sizes of merged tokens, or the host's mask for these queries and keys."""
+        keys = self.state
+        if keys.sizes is not None:  # proportional attention: a token counts as often as the tokens merged into it
+            return keys.sizes.log().to(keys.tokens.dtype)[:, None, None]
         if self.call.bias is None:
             return None
-        by_query = torch.take_along_dim(self.call.bias, asking.ids[:, None, :, None], 2)
-        return torch.take_along_dim(by_query, read.ids[:, None, None, :], 3)
+        by_query = torch.take_along_dim(self.call.bias, queries.ids[:, None, :, None], 2)
+        return torch.take_along_dim(by_query, keys.ids[:, None, None, :], 3)
 
 
 class ReducedBlock:
@@ -122,17 +152,15 @@ class ReducedBlock:
 
     Args:
         host: the block, taken apart.
-        reduction: what it is part of: model, method, execution, record.
+        plan: what it shares with the other blocks.
         entry: how many tokens, or what share of the grid's, go on; None for all that come.
         index: of the block.
         first: no block before it is reduced.
         last: no block after it is.
     """
 
-    def __init__(
-        self, host: HostBlock, reduction: "Reduction", entry: Entry, *, index: int, first: bool, last: bool
-    ) -> None:
-        self.host, self.reduction, self.entry = host, reduction, entry
+    def __init__(self, host: HostBlock, plan: Plan, entry: Entry, *, index: int, first: bool, last: bool) -> None:
+        self.host, self.plan, self.entry = host, plan, entry
         self.index, self.first, self.last = index, first, last
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -141,65 +169,66 @@ class ReducedBlock:
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         call = self.host.arguments(*args, **kwargs)
-        carried = Carried.all_of(call.grid) if self.first else received(call.grid)
-        if carried is None:
+        state = TokenState.all_of(call.grid) if self.first else state_of(call.grid)
+        if state is None:
             raise NarrowsError(
                 f"block {self.index} of the reduced model was not given what the reduced block before it returned: "
                 "something replaced the tokens between the two (a hook, a wrapper around single blocks, reentrant "
                 "gradient checkpointing, a call of one block alone). Take it away, or remove() the reduction."
             )
-        step = Step(self.reduction.host, self.host, call, carried)
+        step = Step(self.plan.host, self.host, call, state)
         attended = self._attention(step)
         update = self.host.feed_forward_update(attended.tokens)
-        carried = step.added(attended, update, self.host.drop_paths()[1])
-        self.reduction.record(self, carried)
-        return self.host.result(hand_out(carried) if self.last else hand_on(carried))
+        state = step.added(attended, update, self.host.drop_paths()[1])
+        if self.entry is not None and not tracing():
+            self.plan.record(self.index, state)
+        return self.host.result(attach_kept_mask(state) if self.last else attach_state(state))
 
-    def _attention(self, step: Step) -> Carried:
+    def _attention(self, step: Step) -> TokenState:
         """The tokens that go on, after attention."""
-        method, prefix = self.reduction.method, self.reduction.host.prefix
+        method, prefix = self.plan.method, self.plan.host.prefix
         if self.entry is None:
             return self._all(step)[0]
         count = count_of(self.entry, step.positions)
         sampled_anyway = method.adaptive and count == step.positions
-        if step.carried.layout.width - prefix <= count and not sampled_anyway:
+        if step.state.layout.width - prefix <= count and not sampled_anyway:
             return self._all(step)[0]
         if isinstance(method, Pruning):
             return self._pruned(step, method, count)
         assert isinstance(method, Merging)
         return self._merged(step, method, count)
 
-    def _all(self, step: Step) -> tuple[Carried, Signals]:
-        """All tokens after attention to one another, and what a method may know of them."""
-        carried = step.carried
-        normed = self.host.normed(carried.tokens)
+    def _all(self, step: Step) -> tuple[TokenState, Signals]:
+        """All tokens after attention to one another, and what a method may look at."""
+        state = step.state
+        normed = self.host.normed(state.tokens)
         query, key, value = self.host.query_key_value(normed)
-        turned, asking = step.turned(key, carried), step.turned(query, carried)
-        update = step.attention_update(asking, turned, value, normed, carried)
-        signals = self._signals(step, key, value, normed, asking, turned)
-        return step.added(carried, update, self.host.drop_paths()[0]), signals
+        rotated_key, rotated_query = step.apply_rotary(key, state), step.apply_rotary(query, state)
+        update = step.attention_update(rotated_query, rotated_key, value, normed, state)
+        signals = self._signals(step, key, value, normed, rotated_query, rotated_key)
+        return step.added(state, update, self.host.drop_paths()[0]), signals
 
-    def _pruned(self, step: Step, method: Pruning, count: int) -> Carried:
+    def _pruned(self, step: Step, method: Pruning, count: int) -> TokenState:
         """Tokens chosen by their keys and values; only their queries are projected, and attend to all."""
-        carried = step.carried
-        normed = self.host.normed(carried.tokens)
+        state = step.state
+        normed = self.host.normed(state.tokens)
         key, value = self.host.key_value(normed)
-        turned = step.turned(key, carried)
+        rotated_key = step.apply_rotary(key, state)
         with torch.no_grad():
-            sample = method.choose(self._signals(step, key, value, normed, None, turned), count)
-        sample = _with_prefix(sample, self.reduction.host.prefix)
-        kept, rows = carried.kept(sample, adaptive=method.adaptive, pack=self._packs(step), last=step.call.grid)
-        normed = pick(normed, rows)
-        query = step.turned(self.host.query(normed), kept)
-        update = step.attention_update(query, turned, value, normed, kept)
+            sample = method.choose(self._signals(step, key, value, normed, None, rotated_key), count)
+        sample = _with_prefix(sample, self.plan.host.prefix)
+        kept, rows = state.kept(sample, adaptive=method.adaptive, pack=self._packs(step), last=step.call.grid)
+        normed = gather_rows(normed, rows)
+        query = step.apply_rotary(self.host.query(normed), kept)
+        update = step.attention_update(query, rotated_key, value, normed, kept)
         return step.added(kept, update, self.host.drop_paths()[0])
 
-    def _merged(self, step: Step, method: Merging, count: int) -> Carried:
-        """All tokens attend; what comes out is joined by one product with a matrix of shares."""
+    def _merged(self, step: Step, method: Merging, count: int) -> TokenState:
+        """All tokens attend; what comes out is merged by one product with a matrix of shares."""
         if step.call.bias is not None:
             raise InvalidArgument(
                 "attn_mask",
-                expected=f"none: a mask says nothing of the joint tokens that {method.name} makes",
+                expected=f"none: a mask does not say what the tokens merged by {method.name} may attend to",
                 got=f"shape {tuple(step.call.bias.shape)}",
                 hint="Reduce by a method that keeps tokens as they are: 'ats' or 'topk'.",
             )
@@ -218,38 +247,38 @@ class ReducedBlock:
         return attended.merged(shares @ attended.tokens, ids, sizes, merge.into)
 
     def _signals(
-        self, step: Step, key: Tensor, value: Tensor, normed: Tensor, asking: Tensor | None, turned: Tensor
+        self, step: Step, key: Tensor, value: Tensor, normed: Tensor, query: Tensor | None, rotated_key: Tensor
     ) -> Signals:
         return Signals(
-            rows=(step.carried.tokens, key, value),
-            layout=step.carried.layout,
-            reading=step.reading(normed, asking, turned),
-            prefix=self.reduction.host.prefix,
+            rows=(step.state.tokens, key, value),
+            layout=step.state.layout,
+            attention_received=lambda: step.attention_received(normed, query, rotated_key),
+            prefix=self.plan.host.prefix,
             positions=step.positions,
-            row_sizes=step.carried.sizes,
+            row_sizes=step.state.sizes,
             training=self.host.module.training,
-            generator=self.reduction.generator,
+            generator=self.plan.generator,
         )
 
     def _packs(self, step: Step) -> bool:
-        """Whether slots without a token are packed away."""
-        layout, masked, execution = step.carried.layout, step.call.bias is not None, self.reduction.execution
+        """Whether rows without a token are left out, not masked."""
+        layout, bias, execution = step.state.layout, step.call.bias, self.plan.execution
         if isinstance(layout, Packed):
             return True
-        if execution == "ragged" and masked:
+        if execution == "ragged" and bias is not None:
             raise InvalidArgument(
                 "attn_mask",
                 expected="none with execution='ragged'",
-                got=f"shape {tuple(step.call.bias.shape)}",  # pyright: ignore[reportOptionalMemberAccess]
+                got=f"shape {tuple(bias.shape)}",
                 hint="Use execution='auto' or 'static'.",
             )
         if execution == "auto":
-            return not masked and layout.mask is None and not tracing()
+            return bias is None and layout.mask is None and not tracing()
         return execution == "ragged"
 
 
 def tracing() -> bool:
-    """Whether a compiler or an exporter is looking: shapes must not depend on values then."""
+    """Whether a compiler or an exporter traces: shapes must not depend on values then."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
 
 

@@ -1,50 +1,19 @@
 """How many tokens each block carries on."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Mapping, Sequence
 
 from narrows.adapters.token_reduction.methods import ReductionMethod
 from narrows.errors import InvalidArgument, InvalidType
 
-if TYPE_CHECKING:
-    from narrows.adapters.token_reduction.reduction import Reduction
-
 # A count of tokens after the prefix, a share of those that the image had, or None for all that come.
 Entry = int | float | None
 Schedule = tuple[Entry, ...]
-
-
-@runtime_checkable
-class Target(Protocol):
-    """A budget that has to be worked out: so much time, so many multiply-accumulates."""
-
-    def solve(self, attempt: "Attempt") -> "Solution":
-        """The budget that meets the target.
-
-        Args:
-            attempt: reduces the model by a budget and returns the handle; each is removed before the next.
-        """
-        ...
-
-
-Budget = int | float | Sequence[Entry] | Mapping[int, Entry] | Target
-Attempt = Callable[[Budget], "Reduction"]
-
-
-class Solution(NamedTuple):
-    """What a target came down to.
-
-    Args:
-        budget: that meets it.
-        note: what was asked and what was reached, for the handle's `str()`.
-    """
-
-    budget: int | float | Sequence[Entry] | Mapping[int, Entry]
-    note: str
+# One entry for the whole model, one for each block, or entries by number of the block.
+FixedBudget = int | float | Sequence[Entry] | Mapping[int, Entry]
 
 
 def schedule_of(
-    budget: int | float | Sequence[Entry] | Mapping[int, Entry],
+    budget: FixedBudget,
     method: ReductionMethod,
     *,
     depth: int,

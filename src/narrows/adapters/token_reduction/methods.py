@@ -19,24 +19,25 @@ from narrows.precision import at_least_float32, autocast_off
 
 @dataclass(frozen=True)
 class Signals:
-    """One block's tokens, one line of n for each image; everything is worked out when it is asked for.
+    """What a method may look at in one block, padded to n tokens for each image; computed on access.
 
-    A method is asked without gradients: a choice has none, the tokens that were chosen have.
+    Methods run without gradients: which tokens are chosen has none, the tokens that were chosen have.
 
     Args:
-        rows: tokens, keys and values `[R, n, ...]` as they lie in memory. Keys are not rotated: they compare contents.
-        layout: how they lie.
-        reading: gives `[B, H or 1, n]`, see `attention`.
+        rows: tokens, keys and values `[R, n, ...]` in the block's layout. Keys have no rotary positions: they compare
+            contents.
+        layout: padded or packed.
+        attention_received: computes `attention`.
         prefix: P, how many tokens stand before the grid; they are always kept.
         positions: how many tokens the image had after the prefix before any were dropped.
-        row_sizes: how many tokens of the image each row stands for; None if one each.
+        row_sizes: how many tokens of the image were merged into each row; None if one each.
         training: whether the model trains; only then may a choice be random.
         generator: source of randomness; None takes torch's global one.
     """
 
     rows: tuple[Tensor, Tensor, Tensor]
     layout: Layout
-    reading: Callable[[], Float[Tensor, "B G n"]]
+    attention_received: Callable[[], Float[Tensor, "B G n"]]
     prefix: int
     positions: int
     row_sizes: Float[Tensor, "R n"] | None = None
@@ -45,23 +46,23 @@ class Signals:
 
     @property
     def tokens(self) -> Float[Tensor, "B n D"]:
-        """The tokens as they come into the block."""
-        return self.layout.lines(self.rows[0])
+        """The input of the block."""
+        return self.layout.to_padded(self.rows[0])
 
     @property
     def keys(self) -> Float[Tensor, "B n H d"]:
-        """What attention compares queries with, before rotary positions."""
-        return self.layout.lines(self.rows[1])
+        """Keys of attention, without rotary positions."""
+        return self.layout.to_padded(self.rows[1])
 
     @property
     def values(self) -> Float[Tensor, "B n H d"]:
-        """What attention reads."""
-        return self.layout.lines(self.rows[2])
+        """Values of attention."""
+        return self.layout.to_padded(self.rows[2])
 
     @property
     def sizes(self) -> Float[Tensor, "B n"] | None:
-        """How many tokens of the image each token stands for; None if one each."""
-        return None if self.row_sizes is None else self.layout.lines(self.row_sizes)
+        """How many tokens of the image were merged into each token; None if one each."""
+        return None if self.row_sizes is None else self.layout.to_padded(self.row_sizes)
 
     @property
     def mask(self) -> Bool[Tensor, "B n"] | None:
@@ -75,30 +76,31 @@ class Signals:
 
     @property
     def attention(self) -> Float[Tensor, "B G n"]:
-        """The attention each token gets from whoever reads the image, float32 or better; 0 where there is no token.
+        """The attention that each token receives, float32 or better; 0 at padding.
 
-        By head: the class token's row, or, where the head reads no class token, the mean over the rows of all queries.
-        Where a query or a maximum pools, its row (`HostModel.pooling_logits`), the mean over its heads, or channels.
+        For each head: from the class token, or, where the classifier reads no class token, the mean over all queries.
+        Under attention pooling or max pooling: from the pooling query (`HostModel.pooling_logits`), the mean over heads
+        or channels.
         """
-        return self.reading()
+        return self.attention_received()
 
     @property
     def significance(self) -> Float[Tensor, "B m"]:
-        """Attention times the norm of the value, summed over heads, of the tokens after the prefix; rows sum to 1."""
+        """Attention received times the norm of the value, summed over heads, normalised over the grid."""
         with autocast_off(self.rows[2]):
             norms = torch.linalg.vector_norm(at_least_float32(self.rows[2]), dim=-1)
-        norms = self.layout.lines(norms).transpose(1, 2)
+        norms = self.layout.to_padded(norms).transpose(1, 2)
         attention = self.attention.expand_as(norms)
         return significance(attention[..., self.prefix :], norms[..., self.prefix :], self.grid_mask)
 
 
 class Merge(NamedTuple):
-    """Tokens that go on in common.
+    """Which tokens are merged into which.
 
     Args:
-        into: `[B, n]`, the new slot that takes each token in; -1 for one that is dropped.
-        share: `[B, n]`, the weight of each token in the slot that takes it in.
-        ids: `[B, K]`, the slot (of the n) whose position each new slot keeps; -1 for one that stands nowhere.
+        into: `[B, n]`, the new token (of the K) that each token is merged into; -1 for one that is dropped.
+        share: `[B, n]`, the weight of each token in the weighted sum that becomes the new token.
+        ids: `[B, K]`, the token (of the n) whose position each new token keeps; -1 for one without a position.
     """
 
     into: Int[Tensor, "B n"]
@@ -125,14 +127,14 @@ class ReductionMethod:
 
 
 class Pruning(ReductionMethod, ABC):
-    """Chooses tokens before their queries are projected: what is dropped costs a key and a value, and no more."""
+    """Base class of methods that choose tokens. Dropped tokens still give a key and a value, and cost no more."""
 
     @abstractmethod
     def choose(self, signals: Signals, count: int) -> TokenSample:
-        """At most `count` of the tokens after the prefix.
+        """Choose at most `count` of the tokens after the prefix.
 
         Args:
-            signals: what the block knows.
+            signals: of the block.
             count: K, how many may go on; fewer only if the method is `adaptive`, and then at least one.
 
         Returns:
@@ -141,26 +143,26 @@ class Pruning(ReductionMethod, ABC):
 
 
 class Merging(ReductionMethod, ABC):
-    """Joins tokens after attention: all of them attend, fewer go through the feed-forward."""
+    """Base class of methods that merge tokens, after attention: all attend, fewer go through the feed-forward."""
 
-    # Whether attention counts a merged token as often as the tokens it stands for (Bolya et al. 2023, section 3).
+    # Whether attention counts a merged token as often as the tokens in it (Bolya et al. 2023, section 3).
     proportional: bool = False
 
     @abstractmethod
     def merge(self, signals: Signals, count: int) -> Merge:
-        """`count` tokens, and where the method adds one a fused token, out of those after the prefix.
+        """Merge the tokens after the prefix to `count` tokens, or one more where the method adds a fused token.
 
         Args:
-            signals: what the block knows; nothing is masked.
+            signals: of the block; nothing is masked.
             count: how many tokens go on.
 
         Returns:
-            Slots and shares of all n tokens, the prefix first and untouched.
+            Where each of the n tokens goes; those of the prefix stay first and unmerged.
         """
 
 
 class TopK(Pruning):
-    """The `count` tokens with the greatest attention of whoever reads the image, the mean over heads.
+    """The `count` tokens that receive most attention, mean over heads.
 
     The choice of EViT (Liang et al. 2022, arXiv 2202.07800) without its fused token; a strong baseline among ten
     methods (Haurum et al. 2023, arXiv 2308.04657).
@@ -178,9 +180,9 @@ def greatest(scores: Float[Tensor, "B m"], count: int) -> TokenSample:
 
 
 class ATS(Pruning):
-    """Tokens that evenly spaced quantiles of the significance fall on (Fayyaz et al. 2022, arXiv 2111.15667).
+    """Adaptive token sampling by the inverse transform of the significance (Fayyaz et al. 2022, arXiv 2111.15667).
 
-    Significant tokens cover many quantiles and are kept once, so that easy images keep fewer tokens. An image that fits
+    A significant token is hit by many samples and kept once, so that easy images keep fewer tokens. An image that fits
     the budget keeps what it has; with the whole budget, the paper's own setting, every image is sampled in every block.
     """
 
@@ -195,8 +197,8 @@ class ATS(Pruning):
 class EViT(Merging):
     """The `count` most attended tokens and one fused of all others (Liang et al. 2022, arXiv 2202.07800, section 3).
 
-    The fused token stands nowhere on the grid. It is the mean of the others weighted by their attention; the paper
-    leaves the weights as they are, so that it shrinks with the attention that is left.
+    The fused token has no position on the grid. It is the mean of the others weighted by their attention; the paper
+    does not normalise the weights, so that its fused token shrinks with the attention that is left.
     """
 
     def merge(self, signals: Signals, count: int) -> Merge:
@@ -219,8 +221,8 @@ class EViT(Merging):
 class ToMe(Merging):
     """Bipartite soft matching with proportional attention (Bolya et al. 2023, arXiv 2210.09461, section 3).
 
-    Every other token looks for the one most like it among the rest, by the cosine of their keys, mean over heads; the
-    pairs most alike become one token, the mean of all that it stands for, at the place of the second.
+    Every other token is matched with the most similar of the rest, by the cosine of their keys, mean over heads. The
+    most similar pairs are merged: the mean of all tokens in them, at the position of the second.
     """
 
     proportional = True
@@ -252,7 +254,7 @@ def _similarity(keys: Float[Tensor, "B m H d"]) -> Float[Tensor, "B s t"]:
 
 
 def _shares(into: Tensor, num_slots: int, sizes: Tensor | None) -> Float[Tensor, "B n"]:
-    """What part of its slot each token is, by the number of tokens it stands for."""
+    """The weight of each token in the mean of those it is merged with, by the number of tokens already in it."""
     sizes = torch.ones(into.shape, device=into.device) if sizes is None else sizes
     total = sizes.new_zeros(into.shape[0], num_slots).scatter_add(1, into, sizes)
     return sizes / total.gather(1, into)
@@ -289,7 +291,7 @@ METHODS: Mapping[str, type[ReductionMethod]] = MappingProxyType(
 )
 
 
-def read_by_one(
+def attention_of_query(
     query: Float[Tensor, "B 1 H d"],
     key: Float[Tensor, "R r H d"],
     layout: Layout,
@@ -297,25 +299,25 @@ def read_by_one(
     scale: float,
     bias: Shaped[Tensor, "Bb Hb n"] | None = None,
 ) -> Float[Tensor, "B H n"]:
-    """The row of the attention matrix of one query of each image; `bias` as in `attend`."""
+    """The attention weights of one query for each image; `bias` as in `attend`."""
     with autocast_off(key):
-        # A sum of products reads the keys once, where a batched product would first copy them.
-        query = layout.spread(at_least_float32(query[:, 0]))
-        logits = layout.lines((at_least_float32(key) * query).sum(-1)).transpose(1, 2) * scale
+        # A sum of products reads the keys once; a batched matrix product would copy them first.
+        query = layout.per_row(at_least_float32(query[:, 0]))
+        logits = layout.to_padded((at_least_float32(key) * query).sum(-1)).transpose(1, 2) * scale
         return _weights(logits, layout, bias)
 
 
-def read_by_logits(
+def attention_of_logits(
     logits: Float[Tensor, "R r H"], layout: Layout, *, bias: Shaped[Tensor, "Bb Hb q m"] | None = None
 ) -> Float[Tensor, "B 1 n"]:
-    """The row of the attention matrix that these logits give, the mean over heads; nothing of what no token reads."""
+    """The attention weights that these logits give, mean over heads; 0 at tokens that no query may attend to."""
     with autocast_off(logits):
-        lines = layout.lines(at_least_float32(logits)).transpose(1, 2)
+        padded = layout.to_padded(at_least_float32(logits)).transpose(1, 2)
         readable = None if bias is None else bias.amax((1, 2))[:, None]
-        return _weights(lines, layout, readable).mean(1, keepdim=True)
+        return _weights(padded, layout, readable).mean(1, keepdim=True)
 
 
-def read_by_all(
+def mean_attention(
     query: Float[Tensor, "R r H d"],
     key: Float[Tensor, "R r H d"],
     layout: Layout,
@@ -323,22 +325,22 @@ def read_by_all(
     scale: float,
     bias: Shaped[Tensor, "Bb Hb q m"] | None = None,
 ) -> Float[Tensor, "B H n"]:
-    """The mean over the rows of the attention matrix of all queries, one head after another to save memory."""
+    """The mean of the attention weights over all queries, one head after another to save memory."""
     mask = layout.mask
     with autocast_off(key):
-        queries, keys = at_least_float32(layout.lines(query)), at_least_float32(layout.lines(key))
-        asking = None if mask is None else (mask / mask.sum(1, keepdim=True)).to(queries.dtype)[..., None]
+        queries, keys = at_least_float32(layout.to_padded(query)), at_least_float32(layout.to_padded(key))
+        query_weights = None if mask is None else (mask / mask.sum(1, keepdim=True)).to(queries.dtype)[..., None]
         heads = []
         for head in range(queries.shape[2]):
             logits = queries[:, :, head] @ keys[:, :, head].transpose(1, 2) * scale
             of_head = None if bias is None else bias[:, head % bias.shape[1]]
             weights = _weights(logits, layout, of_head)
-            heads.append(weights.mean(1) if asking is None else (weights * asking).sum(1))
+            heads.append(weights.mean(1) if query_weights is None else (weights * query_weights).sum(1))
     return torch.stack(heads, 1)
 
 
 def _weights(logits: Tensor, layout: Layout, bias: Tensor | None) -> Tensor:
-    """Softmax of `[B, x, n]` over the tokens of each image."""
+    """Softmax of logits `[B, m, n]` over the tokens of each image."""
     if bias is not None:
         logits = logits.masked_fill(~bias, -torch.inf) if bias.dtype == torch.bool else logits + bias
     if layout.mask is None:

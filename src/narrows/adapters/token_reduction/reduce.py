@@ -1,14 +1,15 @@
-"""`reduce_tokens`: token reduction put into a model that somebody already has."""
+"""`reduce_tokens`: token reduction for a pretrained vision transformer."""
 
 import torch
 from torch import nn
 
 from narrows.adapters.token_reduction import self_test
 from narrows.adapters.token_reduction.block import ReducedBlock
-from narrows.adapters.token_reduction.budget import Budget, Target, schedule_of
+from narrows.adapters.token_reduction.budget import FixedBudget, schedule_of
 from narrows.adapters.token_reduction.hosts import HostModel, recognise
 from narrows.adapters.token_reduction.methods import METHODS, Merging, Pruning, ReductionMethod
 from narrows.adapters.token_reduction.reduction import Reduction
+from narrows.adapters.token_reduction.targets import Budget, Target
 from narrows.errors import InvalidArgument, InvalidType
 from narrows.validation import check_choice
 
@@ -41,7 +42,7 @@ def reduce_tokens(
     Raises:
         InvalidArgument: an unknown method or execution, a budget that cannot be met, a model that is already reduced or
             in a state that cannot be handled.
-        InvalidType: a model, or a block in it, that is not understood; the message names its class.
+        InvalidType: a model, or a block in it, of a class that is not supported; the message names it.
         NarrowsError: the self-test failed.
 
     On any error the model is left as it was.
@@ -52,8 +53,8 @@ def reduce_tokens(
     outer = host.module if isinstance(model, HostModel) else model
     _check_state(outer, host)
 
-    def attempt(entries: Budget) -> Reduction:
-        schedule = schedule_of(entries, chosen, depth=host.depth, num_tokens=host.num_tokens)  # pyright: ignore
+    def attempt(entries: FixedBudget) -> Reduction:
+        schedule = schedule_of(entries, chosen, depth=host.depth, num_tokens=host.num_tokens)
         reduction = Reduction(outer, host, chosen, schedule, execution=execution, generator=generator)
         reduction.error = self_test.check(reduction)
         reduction.attach()

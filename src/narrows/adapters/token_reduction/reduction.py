@@ -1,4 +1,4 @@
-"""The handle of a reduced model: what it keeps, and how it is undone."""
+"""The handle of a reduced model: which tokens it kept, and how the reduction is undone."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from narrows.adapters.token_reduction.block import ReducedBlock, tracing
+from narrows.adapters.token_reduction.block import Plan, ReducedBlock, tracing
 from narrows.adapters.token_reduction.budget import Schedule, count_of
 from narrows.adapters.token_reduction.hosts.base import HostModel
 from narrows.adapters.token_reduction.methods import ReductionMethod
-from narrows.adapters.token_reduction.tokens import Carried, pass_on
+from narrows.adapters.token_reduction.tokens import TokenState, copy_kept_mask
 from narrows.routing import Routing
 
 
@@ -41,19 +41,21 @@ class Reduction:
         generator: torch.Generator | None = None,
     ) -> None:
         self.model, self.host, self.method, self.schedule = model, host, method, schedule
-        self.execution, self.generator = execution, generator
+        self.plan = Plan(host, method, execution, generator, self._record)
         self.error: float | None = None  # of the self-test
         self.target: str | None = None  # what was asked of a target and what was reached
         first = next(index for index, entry in enumerate(schedule) if entry is not None)
         last = host.depth - 1
         self.blocks = tuple(
             ReducedBlock(
-                host.block(index), self, schedule[index], index=index, first=index == first, last=index == last
+                host.block(index), self.plan, schedule[index], index=index, first=index == first, last=index == last
             )
             for index in range(first, host.depth)
         )
         self._names = {module: name for name, module in model.named_modules()}
-        self._last_call: dict[int, tuple[Tensor, int]] = {}  # for each block: who holds each position, of how many
+        self._last_call: dict[
+            int, tuple[Tensor, int]
+        ] = {}  # for each block: the slot that holds each position, and how many slots there are
         self._image_size: tuple[int, int] | None = None
 
     @staticmethod
@@ -71,12 +73,12 @@ class Reduction:
         """Put the reduced blocks in the place of the host's."""
         for block in self.blocks:
             block.host.module.forward = block.forward
-        self._hooks = [self.host.embedding.register_forward_pre_hook(self._see_images, with_kwargs=True)]
+        self._hooks = [self.host.embedding.register_forward_pre_hook(self._note_image_size, with_kwargs=True)]
         self._readout = self.host.readout
         for module, name, function in self._readout:
             setattr(module, name, function)
         if self._readout:
-            self._hooks += [module.register_forward_hook(pass_on) for module in self.host.between]
+            self._hooks += [module.register_forward_hook(copy_kept_mask) for module in self.host.between]
         self.model.__dict__["without_padding"] = self.without_padding
 
     def remove(self) -> None:
@@ -98,8 +100,8 @@ class Reduction:
         self.remove()
 
     @contextmanager
-    def attached_for_a_while(self) -> Iterator[None]:
-        """Reduced inside, as before outside."""
+    def attached_temporarily(self) -> Iterator[None]:
+        """The model runs reduced within the context only."""
         self.attach()
         try:
             yield
@@ -115,13 +117,12 @@ class Reduction:
         """
         return tuple(self._routing_of(block) for block in self.blocks if block.index in self._last_call)
 
-    def record(self, block: ReducedBlock, carried: Carried) -> None:
-        """Remember which positions this block carries on."""
-        if block.entry is not None and not tracing():
-            # Rows are counted over the batch; slots from the first of each image on.
-            start = carried.layout.flat(carried.holder.new_zeros(carried.holder.shape[0], 1))
-            slots = (carried.holder - start).where(carried.holder >= 0, -1)
-            self._last_call[block.index] = slots, carried.layout.width
+    def _record(self, index: int, state: TokenState) -> None:
+        """Remember which positions the block at `index` carries on."""
+        # Rows are counted over the batch; slots from the first of each image on.
+        start = state.layout.flat(state.holder.new_zeros(state.holder.shape[0], 1))
+        slots = (state.holder - start).where(state.holder >= 0, -1)
+        self._last_call[index] = slots, state.layout.width
 
     def forget(self) -> None:
         """Drop the record of the last call."""
@@ -129,7 +130,7 @@ class Reduction:
         self._image_size = None
 
     def without_padding(self, *inputs: Any, **keywords: Any) -> Iterator[Callable[[], object]]:
-        """For each image a call that runs it alone, without a row that holds no token (`narrows.measure` counts it)."""
+        """For each image a call that runs it alone, without padding: what `narrows.measure` counts."""
         tensors = [value for value in (*inputs, *keywords.values()) if isinstance(value, Tensor) and value.ndim]
         batch = len(tensors[0])
 
@@ -141,15 +142,15 @@ class Reduction:
             yield partial(self._packed, arguments, {name: of(image, value) for name, value in keywords.items()})
 
     def _packed(self, inputs: list[Any], keywords: dict[str, Any]) -> object:
-        """One image alone: its rows without a token are cut off whatever the execution."""
-        execution, self.execution = self.execution, "ragged"
+        """One image alone, without rows that hold no token, whatever the execution."""
+        execution, self.plan.execution = self.plan.execution, "ragged"
         try:
             return self.model(*inputs, **keywords)
         finally:
-            self.execution = execution
+            self.plan.execution = execution
 
-    def _see_images(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The size of the images decides the grid that their tokens stand on."""
+    def _note_image_size(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Remember the size of the images, which gives the grid of their tokens."""
         if not tracing():
             images = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
             self._image_size = images.shape[-2], images.shape[-1]
@@ -183,7 +184,7 @@ class Reduction:
                 f"kept        {'at most ' if self.method.adaptive else ''}{kept}",
                 f"blocks      {self.blocks[0].index} to {last} of 0 to {last} run reduced",
                 *target,
-                f"execution   {self.execution}",
+                f"execution   {self.plan.execution}",
                 f"self-test   all tokens kept: differs from the untouched model by {self.error:.1e}",
             )
         )

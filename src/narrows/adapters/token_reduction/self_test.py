@@ -1,4 +1,4 @@
-"""The proof that a model was taken apart rightly: with every token kept it must be the untouched model."""
+"""A check that the adapter computes what the model computes: with every token kept, outputs must not change."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,12 +16,12 @@ from narrows.measure import evaluating
 from narrows.ops.token_sampling import TokenSample
 
 TOLERANCE = 1e-5
-# What half precision is allowed instead, and the rounding of large tokens in float32: so many units in the last place.
+# In units in the last place: the tolerance in half precision, and for the rounding of large tokens in float32.
 ROUNDINGS = 8
 
 
 class KeepAll(Pruning):
-    """Goes the way of a method that chooses, and chooses everything."""
+    """A pruning method that keeps every token."""
 
     adaptive = True
 
@@ -33,13 +33,13 @@ class KeepAll(Pruning):
 
 
 class JoinNone(Merging):
-    """Goes the way of a method that merges, and leaves every token alone.
+    """A merging method that merges nothing.
 
     Args:
-        proportional: as the method it stands in for.
+        proportional: as of the method that is used later.
     """
 
-    adaptive = True  # so that it is asked although everything fits
+    adaptive = True  # so that it runs although every token fits the budget
 
     def __init__(self, proportional: bool) -> None:
         self.proportional = proportional
@@ -58,9 +58,9 @@ class _Call(NamedTuple):
 
 
 def check(reduction: Reduction) -> float:
-    """Run a reduction that is not attached yet with everything kept, and then as it is, on random images.
+    """Run a reduction that is not attached yet with every token kept, and then as it is, on random images.
 
-    Every block is asked alone, from the tokens of the untouched model, and all of them one after another.
+    Every block is compared alone, on the tokens of the untouched model, and then all of them one after another.
 
     Returns:
         By how much the last tokens differ, relative to the greatest of them.
@@ -71,7 +71,7 @@ def check(reduction: Reduction) -> float:
     host, method = reduction.host, reduction.method
     keep_all = JoinNone(method.proportional) if isinstance(method, Merging) else KeepAll()
     schedule = tuple(1.0 if index >= reduction.blocks[0].index else None for index in range(host.depth))
-    rehearsal = Reduction(reduction.model, host, keep_all, schedule, execution=reduction.execution)
+    rehearsal = Reduction(reduction.model, host, keep_all, schedule, execution=reduction.plan.execution)
     inputs = host.example(2)
     with evaluating(host.module), torch.no_grad(), _exact_products():
         untouched = _calls(reduction, inputs)
@@ -79,11 +79,11 @@ def check(reduction: Reduction) -> float:
             _check_block(host.block(index), rehearsal, index, call)
         last = host.block(host.depth - 1)
         expected = last.tokens(untouched[host.depth - 1].output)
-        with rehearsal.attached_for_a_while():
+        with rehearsal.attached_temporarily():
             error = _difference(last.tokens(_calls(rehearsal, inputs)[host.depth - 1].output), expected)
         allowed = max(TOLERANCE, ROUNDINGS * torch.finfo(expected.dtype).eps) * len(untouched)
         _require(error <= allowed, f"the last of {len(untouched)} blocks", error, allowed)
-        with reduction.attached_for_a_while():
+        with reduction.attached_temporarily():
             host.module(**inputs)
         reduction.forget()
     return error
@@ -111,12 +111,12 @@ def _calls(reduction: Reduction, inputs: dict[str, Tensor]) -> dict[int, _Call]:
 
 
 def _check_block(host: HostBlock, rehearsal: Reduction, index: int, call: _Call) -> None:
-    """One block alone, reducing and not: its update, which layer scale may have made small beside the tokens."""
+    """Compare one block's update, with and without reduction; layer scale may make it small against the tokens."""
     before, after = host.arguments(*call.args, **call.kwargs).grid, host.tokens(call.output)
     rounding = ROUNDINGS * torch.finfo(after.dtype).eps
     allowed = max(TOLERANCE, rounding) * (after - before).abs().max().item() + rounding * after.abs().max().item()
     for entry in (1.0, None):
-        alone = ReducedBlock(host, rehearsal, entry, index=index, first=True, last=True)
+        alone = ReducedBlock(host, rehearsal.plan, entry, index=index, first=True, last=True)
         error = (host.tokens(alone.forward(*call.args, **call.kwargs)) - after).abs().max().item()
         _require(error <= allowed, f"block {index} ({type(host.module).__name__})", error, allowed)
 
@@ -129,13 +129,13 @@ def _require(holds: bool, where: str, error: float, allowed: float) -> None:
     if not holds:
         raise NarrowsError(
             f"self-test: with every token kept, {where} differs from the untouched model by {error:.1e}, more than "
-            f"{allowed:.1e}: something in it is not understood. The model is left as it was."
+            f"{allowed:.1e}: the block holds something that narrows does not know. The model is left as it was."
         )
 
 
 @contextmanager
 def _exact_products() -> Iterator[None]:
-    """Float32 products in float32: TensorFloat32 rounds the product with a slice otherwise than the whole one."""
+    """No TensorFloat32, which may round the product with a slice of a weight otherwise than with the whole."""
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

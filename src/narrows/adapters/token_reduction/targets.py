@@ -1,21 +1,53 @@
-"""Budgets that have to be worked out: so many multiply-accumulates, so much time."""
+"""Budgets given as a cost that the reduced model must not exceed: multiply-accumulates or time."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from narrows.adapters.token_reduction.budget import Attempt, Solution
+from narrows.adapters.token_reduction.budget import FixedBudget
 from narrows.adapters.token_reduction.reduction import Reduction
 from narrows.errors import InvalidArgument, InvalidType
 from narrows.measure import compare_speed, evaluating, macs_per_sample
 from narrows.measure.cost import scaled
 
 
-class CostTarget(ABC):
-    """Base class: a cost that the reduced model is to stay below, met with as many tokens as it allows.
+class Solution(NamedTuple):
+    """The budget that meets a target.
 
-    Cost falls with the number of tokens, so that bisection finds the greatest count that meets the goal; it holds from
-    block `depth // 4` on, as a single number does as a budget.
+    Args:
+        budget: tokens to keep.
+        note: what was asked and what was reached, for the handle's `str()`.
+    """
+
+    budget: FixedBudget
+    note: str
+
+
+Attempt = Callable[[FixedBudget], Reduction]
+
+
+@runtime_checkable
+class Target(Protocol):
+    """A budget that is found by trying: so much time, so many multiply-accumulates."""
+
+    def solve(self, attempt: Attempt) -> Solution:
+        """The budget that meets the target.
+
+        Args:
+            attempt: reduces the model by a budget and returns the handle; each is removed before the next.
+        """
+        ...
+
+
+Budget = FixedBudget | Target
+
+
+class CostTarget(ABC):
+    """Base class of targets: the greatest number of tokens whose cost does not exceed a goal, found by bisection.
+
+    Cost grows with the number of tokens. The number holds from block `depth // 4` on, like a budget of one number.
 
     Args:
         goal: the most that it may cost.
@@ -23,7 +55,7 @@ class CostTarget(ABC):
             keep as many tokens of every image; `ats` keeps fewer of easy images and needs real ones.
     """
 
-    batch: int  # random images that are calibrated on
+    batch: int  # number of random images to calibrate on
 
     def __init__(self, goal: int | float, images: Tensor | None = None) -> None:
         name = type(self).__name__
@@ -41,7 +73,7 @@ class CostTarget(ABC):
 
     @abstractmethod
     def text(self, cost: int | float) -> str:
-        """A cost in words."""
+        """A cost with its unit."""
 
     def solve(self, attempt: Attempt) -> Solution:
         """The greatest number of tokens that meets the goal.
@@ -105,7 +137,7 @@ class TargetMACs(CostTarget):
         return macs_per_sample(reduction.model, images, batch=len(images))
 
     def text(self, cost: int | float) -> str:
-        """In mega, giga or tera."""
+        """MMACs, GMACs or TMACs."""
         return f"{scaled(cost)}MACs"
 
 

@@ -1,4 +1,4 @@
-"""Other people's vision transformers, recognised and taken apart."""
+"""Vision transformers of other libraries, recognised by class and split into the steps of their blocks."""
 
 from collections.abc import Mapping
 from importlib import import_module
@@ -19,10 +19,10 @@ _HOSTS: Mapping[str, str] = MappingProxyType(
 
 
 def recognise(model: nn.Module) -> HostModel:
-    """The one vision transformer in `model`, which may be a wrapper around it.
+    """The vision transformer in `model`, which may wrap it.
 
     Raises:
-        InvalidType: there is none that is understood.
+        InvalidType: there is none of a supported class.
         InvalidArgument: there are several.
     """
     found: list[HostModel] = []
@@ -38,7 +38,7 @@ def recognise(model: nn.Module) -> HostModel:
             expected="a vision transformer of timm (VisionTransformer and Eva families), of transformers (ViT, DeiT, "
             "DINOv2, DINOv3, CLIP, SigLIP) or of narrows, or a module that holds one",
             got=f"{type(model).__module__}.{type(model).__qualname__}",
-            hint="Another model can be taught: pass a `HostModel` of it (narrows.adapters.token_reduction.hosts).",
+            hint="To support another model, pass a `HostModel` of it (narrows.adapters.token_reduction.hosts).",
         )
     if len(found) > 1:
         raise InvalidArgument(

@@ -1,4 +1,4 @@
-"""What a reduction needs to know of other people's models."""
+"""The interface through which a reduction runs the blocks of another library's model step by step."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
@@ -12,12 +12,12 @@ from narrows.errors import InvalidType
 
 
 class BlockCall(NamedTuple):
-    """The arguments that a block was called with, sorted.
+    """The arguments that a block was called with, in one form for all libraries.
 
     Args:
         grid: `[B, N, D]`, the tokens.
-        rotary: `[B or 1, N + 1, H or 1, R]`: what rotates query and key at each position, prefix included; the last
-            row is for a token that stands nowhere and rotates by nothing. None without rotary positions.
+        rotary: `[B or 1, N + 1, H or 1, R]`: rotary embeddings of query and key at each position, prefix included; the
+            last row, for a fused token without a position, does not rotate. None without rotary positions.
         bias: `[B or 1, H or 1, N, N]`, boolean or added to the logits; None without an attention mask.
     """
 
@@ -27,7 +27,7 @@ class BlockCall(NamedTuple):
 
 
 class QueryKeyValue(NamedTuple):
-    """Query, key and value `[R, n, H, d]`, normalised where the host does, not rotated yet."""
+    """Query, key and value `[R, n, H, d]`, after the norms of query and key, before rotary positions."""
 
     query: Float[Tensor, "R n H d"]
     key: Float[Tensor, "R n H d"]
@@ -35,14 +35,14 @@ class QueryKeyValue(NamedTuple):
 
 
 class HostBlock(ABC):
-    """One transformer block of a model, taken apart: whatever is in it, in these pieces it must be whole again.
+    """One transformer block as separate steps, which composed with attention compute what its own `forward` does.
 
-    Pieces call the block's own modules, so that hooks, adapters (LoRA) and quantised layers go on working. Rows are
-    `[R, n, ...]`, one line for each image or all images in one: nothing in a piece may depend on which.
+    Steps call the block's own modules, so that hooks, adapters (LoRA) and quantised layers keep working. Rows are
+    `[R, n, ...]`, padded (R images) or packed (R = 1): a step treats every row for itself.
 
     Args:
         module: the block.
-        scale: what logits of attention are multiplied by.
+        scale: of the attention logits.
     """
 
     def __init__(self, module: nn.Module, *, scale: float) -> None:
@@ -50,16 +50,16 @@ class HostBlock(ABC):
 
     @property
     def dropout(self) -> float:
-        """Probability at which attention weights are dropped, 0 in evaluation."""
+        """Dropout probability of attention weights, 0 in evaluation."""
         return 0.0
 
     def call(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """`forward` in the place of the block's own; a host whose blocks checkpoint themselves does so here."""
+        """Run `forward` in place of the block's own; blocks that use activation checkpointing wrap it here."""
         return forward(*args, **kwargs)
 
     @abstractmethod
     def arguments(self, *args: Any, **kwargs: Any) -> BlockCall:
-        """What the block was called with; raises for an argument that a reduction cannot honour."""
+        """The call's arguments; raises for one that a reduction cannot honour."""
 
     def result(self, grid: Float[Tensor, "B N D"]) -> Any:
         """What the block returns."""
@@ -71,36 +71,36 @@ class HostBlock(ABC):
 
     @abstractmethod
     def normed(self, tokens: Float[Tensor, "R n D"]) -> Float[Tensor, "R n D"]:
-        """What attention reads."""
+        """The input of attention: the normalised tokens."""
 
     @abstractmethod
     def query(self, normed: Float[Tensor, "R m D"]) -> Float[Tensor, "R m H d"]:
-        """Queries, normalised where the host does, not rotated yet."""
+        """Queries, after the query norm if the host has one, before rotary positions."""
 
     @abstractmethod
     def key_value(self, normed: Float[Tensor, "R n D"]) -> tuple[Tensor, Tensor]:
-        """Keys and values `[R, n, H, d]`, normalised where the host does, not rotated yet."""
+        """Keys and values `[R, n, H, d]`, after the key norm if the host has one, before rotary positions."""
 
     def query_key_value(self, normed: Float[Tensor, "R n D"]) -> QueryKeyValue:
         """All three of the same rows."""
         return QueryKeyValue(self.query(normed), *self.key_value(normed))
 
     def rotate(self, heads: Float[Tensor, "R n H d"], rotary: Tensor) -> Float[Tensor, "R n H d"]:
-        """Queries or keys, turned by the rows of `rotary` of their positions, `[R, n, H or 1, R]`."""
+        """Queries or keys with the rotary embeddings of their positions, `[R, n, H or 1, R]`, applied."""
         raise NotImplementedError
 
     @abstractmethod
     def attention_update(
         self, attended: Float[Tensor, "R m HD"], normed: Float[Tensor, "R m D"]
     ) -> Float[Tensor, "R m D"]:
-        """What attention adds to the tokens: output projection, layer scale, norm, gate; stochastic depth left out."""
+        """What attention adds to the tokens: gate, output projection, norm, layer scale; without stochastic depth."""
 
     @abstractmethod
     def feed_forward_update(self, tokens: Float[Tensor, "R m D"]) -> Float[Tensor, "R m D"]:
-        """What the feed-forward adds to the tokens; stochastic depth left out."""
+        """What the feed-forward adds to the tokens, without stochastic depth."""
 
     def drop_paths(self) -> tuple[nn.Module, nn.Module]:
-        """Stochastic depth of the two updates: modules that act on each image, axis 0, for itself."""
+        """Stochastic depth of the two updates: modules that keep or drop each image (axis 0)."""
         return _KEEP, _KEEP
 
 
@@ -108,14 +108,14 @@ _KEEP = nn.Identity()
 
 
 class HostModel(ABC):
-    """A vision transformer of another library, recognised.
+    """A vision transformer of another library.
 
     Args:
         module: the model.
         blocks: its blocks, in the order they run.
         prefix: tokens before the grid: class token, distillation token, registers.
-        embedding: the module that is called with the images, first, and makes tokens of them.
-        image_size: `(height, width)` of the images it is made for.
+        embedding: the module that turns images into tokens, called with the images as its first argument.
+        image_size: `(height, width)` of the images it was trained on.
         class_token: whether the first token is a class token that the head reads.
     """
 
@@ -145,32 +145,32 @@ class HostModel(ABC):
 
     @abstractmethod
     def block(self, index: int) -> HostBlock:
-        """The block at `index`, taken apart.
+        """The block at `index`.
 
         Raises:
-            InvalidType: it is of a kind that is not understood.
+            InvalidType: it is of a class that is not supported.
         """
 
     def pooling_logits(self, tokens: Float[Tensor, "R n D"]) -> Float[Tensor, "R n H"] | None:
-        """How strongly each of these tokens would be read by what pools, were they the last; None where all are alike.
+        """Logits that pooling after the last block would give these tokens; None where it weighs all equally.
 
-        Attention pooling asks with one query for each of H heads. Pooling the greatest is attention so sharp that it
-        reads a single token, with as many heads as channels.
+        Attention pooling has one query for each of H heads. Max pooling is hard attention with one head for each
+        channel: its logits are the channels.
         """
         return None
 
     @property
     def readout(self) -> Sequence[tuple[nn.Module, str, Callable[..., Any]]]:
-        """Methods that read all tokens of the grid, and those that take their place: `(module, name, function)`.
+        """Methods that pool all tokens of the grid, with their replacements: `(module, name, function)`.
 
-        Tokens that were dropped early are strangers to what reads the last ones: a mean over them as well loses far
-        more than the mean over those that were kept (`carried.kept_in`). Empty where only special tokens are read.
+        Replacements pool kept tokens only (`kept_mask_of`): tokens dropped early were never brought to the last block,
+        and including them in the mean costs accuracy. Empty where the head reads special tokens only.
         """
         return ()
 
     @property
     def between(self) -> Sequence[nn.Module]:
-        """Modules that the tokens pass between the last block and the readout."""
+        """Modules between the last block and the pooling, through which the mask of kept tokens is passed on."""
         return ()
 
     @abstractmethod
@@ -182,11 +182,11 @@ class HostModel(ABC):
         """Random inputs the model can be called with, on its device and in its precision."""
 
 
-def not_understood(argument: str, module: nn.Module, known: str) -> InvalidType:
-    """The error for a part of a model that is nothing known."""
+def unsupported(argument: str, module: nn.Module, known: str) -> InvalidType:
+    """The error for a part of a model whose class is not supported."""
     return InvalidType(
         argument,
         expected=known,
-        got=f"{type(module).__module__}.{type(module).__qualname__}, which is not understood",
-        hint="What would be needed: a HostBlock that takes it apart (narrows.adapters.token_reduction.hosts.base).",
+        got=f"{type(module).__module__}.{type(module).__qualname__}, which is not supported",
+        hint="To support it, write a HostBlock (narrows.adapters.token_reduction.hosts.base).",
     )

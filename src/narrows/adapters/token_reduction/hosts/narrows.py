@@ -1,4 +1,4 @@
-"""The plain vision transformers of narrows, taken apart."""
+"""The plain vision transformers of narrows."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from narrows.adapters.token_reduction.hosts.base import BlockCall, HostBlock, HostModel, QueryKeyValue, not_understood
-from narrows.adapters.token_reduction.tokens import kept_in, pooled
+from narrows.adapters.token_reduction.hosts.base import BlockCall, HostBlock, HostModel, QueryKeyValue, unsupported
+from narrows.adapters.token_reduction.tokens import kept_mask_of, pool_kept
 from narrows.layers.plain import linear_part
 from narrows.models.base import ImageClassifier
 from narrows.models.blocks import Block, FeedForward, SelfAttention
@@ -24,12 +24,12 @@ def recognise(module: nn.Module) -> HostModel | None:
     if not isinstance(module, ImageClassifier):
         return None
     if not isinstance(module, TransformerClassifier):
-        raise not_understood("model", module, "a plain vision transformer, blocks one after another")
+        raise unsupported("model", module, "a plain vision transformer, blocks one after another")
     return NarrowsModel(module)
 
 
 class NarrowsModel(HostModel):
-    """A vision transformer that reads its class token, or what it pools of all tokens."""
+    """A vision transformer of narrows that classifies by its class token or by pooled tokens."""
 
     module: TransformerClassifier
 
@@ -46,28 +46,28 @@ class NarrowsModel(HostModel):
         )
 
     def block(self, index: int) -> "NarrowsBlock":
-        """The block at `index`, taken apart.
+        """The block at `index`.
 
         Raises:
-            InvalidType: it is a bottleneck itself, or holds one.
+            InvalidType: it is a token bottleneck itself, or holds one.
         """
         block = self.blocks[index]
         if type(block) is not Block:
-            raise not_understood(f"blocks.{index}", block, "a plain block, not a bottleneck of its own")
+            raise unsupported(f"blocks.{index}", block, "a plain transformer block")
         if type(block.feed_forward) is not FeedForward:
-            known = "a feed-forward that treats every token for itself"
-            raise not_understood(f"blocks.{index}.feed_forward", block.feed_forward, known)
+            known = "a plain feed-forward, not a mixture of experts"
+            raise unsupported(f"blocks.{index}.feed_forward", block.feed_forward, known)
         if type(block.attention) is not SelfAttention:
-            raise not_understood(f"blocks.{index}.attention", block.attention, "self-attention")
+            raise unsupported(f"blocks.{index}.attention", block.attention, "self-attention")
         return NarrowsBlock(block)
 
     def pooling_logits(self, tokens: Float[Tensor, "R n D"]) -> Float[Tensor, "R n D"] | None:
-        """Where the greatest is pooled, what each channel holds."""
+        """Under max pooling, the channels."""
         return self.module.norm(tokens) if self.module.global_pool == "max" else None
 
     @property
     def readout(self) -> Sequence[tuple[nn.Module, str, Callable[..., Any]]]:
-        """`pool`, unless it takes the class token."""
+        """`pool`, unless the class token is read."""
         return () if self.class_token else ((self.module, "pool", self.pool),)
 
     @property
@@ -76,11 +76,11 @@ class NarrowsModel(HostModel):
         return (self.module.norm,)
 
     def pool(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B D"]:
-        """The model's own `pool` of the tokens that were kept."""
-        kept = kept_in(tokens)
+        """The model's own `pool`, of kept tokens only."""
+        kept = kept_mask_of(tokens)
         if kept is None:
             return type(self.module).pool(self.module, tokens)
-        return pooled(tokens, kept, self.module.global_pool)
+        return pool_kept(tokens, kept, self.module.global_pool)
 
     def token_grid(self, height: int, width: int) -> tuple[int, int]:
         """`(height, width)` of the grid after the prefix for images of this height and width."""
@@ -106,15 +106,15 @@ class NarrowsBlock(HostBlock):
 
     @property
     def dropout(self) -> float:
-        """Probability at which attention weights are dropped, 0 in evaluation."""
+        """Dropout probability of attention weights, 0 in evaluation."""
         return self._attention.dropout if self.module.training else 0.0
 
     def arguments(self, tokens: Float[Tensor, "B N D"]) -> BlockCall:
-        """What the block was called with."""
+        """The call's arguments."""
         return BlockCall(tokens)
 
     def normed(self, tokens: Float[Tensor, "R n D"]) -> Float[Tensor, "R n D"]:
-        """What attention reads."""
+        """The input of attention."""
         return self.module.attention_norm(tokens)
 
     def query(self, normed: Float[Tensor, "R m D"]) -> Float[Tensor, "R m H d"]:
@@ -142,7 +142,7 @@ class NarrowsBlock(HostBlock):
         return self.module.feed_forward(self.module.feed_forward_norm(tokens))
 
     def _projected(self, normed: Tensor, first: int, last: int) -> tuple[Tensor, ...]:
-        """Query, key and value from the one of number `first` to the one before `last`."""
+        """Numbers `first` to `last - 1` of query, key and value."""
         width = self._attention.out.in_features
         rows = linear_part(self._attention.qkv, normed, first * width, last * width)
         return rows.unflatten(-1, (last - first, self._attention.heads, -1)).unbind(-3)

@@ -14,8 +14,8 @@ from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
-from narrows.adapters.token_reduction.hosts.base import BlockCall, HostBlock, HostModel, QueryKeyValue, not_understood
-from narrows.adapters.token_reduction.tokens import kept_in, pooled
+from narrows.adapters.token_reduction.hosts.base import BlockCall, HostBlock, HostModel, QueryKeyValue, unsupported
+from narrows.adapters.token_reduction.tokens import kept_mask_of, pool_kept
 from narrows.layers.plain import linear_part
 
 
@@ -40,15 +40,15 @@ class TimmModel(HostModel):
         )
 
     def block(self, index: int) -> HostBlock:
-        """The block at `index`, taken apart."""
+        """The block at `index`."""
         module = self.blocks[index]
         for kind, host in _BLOCKS.items():
             if type(module).forward is kind.forward:
                 return host(module)
-        raise not_understood(f"blocks.{index}", module, _names(_BLOCKS))
+        raise unsupported(f"blocks.{index}", module, _names(_BLOCKS))
 
     def pooling_logits(self, tokens: Float[Tensor, "R n D"]) -> Float[Tensor, "R n H"] | None:
-        """By the latent query of attention pooling, or, where the greatest is pooled, by what each channel holds."""
+        """Under attention pooling, logits of its latent query; under max pooling, the channels."""
         pool: Any = self.module.attn_pool
         if pool is None and self.module.global_pool == "max":
             return self.module.norm(tokens)
@@ -61,7 +61,7 @@ class TimmModel(HostModel):
 
     @property
     def readout(self) -> Sequence[tuple[nn.Module, str, Callable[..., Any]]]:
-        """`pool`, unless it takes the class token."""
+        """`pool`, unless the class token is read."""
         return () if self.class_token else ((self.module, "pool", self.pool),)
 
     @property
@@ -70,9 +70,9 @@ class TimmModel(HostModel):
         return (self.module.norm,)
 
     def pool(self, x: Float[Tensor, "B N D"], pool_type: str | None = None) -> Tensor:
-        """The model's own `pool` of the tokens that were kept."""
+        """The model's own `pool`, of kept tokens only."""
         module = self.module
-        kept, kind = kept_in(x), module.global_pool if pool_type is None else pool_type
+        kept, kind = kept_mask_of(x), module.global_pool if pool_type is None else pool_type
         attends: bool = isinstance(module.attn_pool, AttentionPoolLatent)
         if kept is None or (not attends and kind not in ("avg", "max", "avgmax")):
             return type(module).pool(module, x, pool_type)
@@ -80,7 +80,7 @@ class TimmModel(HostModel):
         prefix = 0 if getattr(module, "pool_include_prefix", attends and isinstance(module, Eva)) else self.prefix
         x, kept = x[:, prefix:], kept[:, prefix:]
         if not attends:
-            return pooled(x, kept, kind)
+            return pool_kept(x, kept, kind)
         bias = x.new_zeros(kept.shape).masked_fill(~kept, -torch.inf)
         pool: Any = module.attn_pool
         return pool(x, attn_mask=bias[:, None, None])
@@ -109,7 +109,7 @@ class _TimmBlock(HostBlock):
             if type(module.attn).forward is kind.forward:
                 self.projections = projections
                 return
-        raise not_understood(f"{type(module).__name__}.attn", module.attn, _names(_ATTENTIONS))
+        raise unsupported(f"{type(module).__name__}.attn", module.attn, _names(_ATTENTIONS))
 
     @property
     def dropout(self) -> float:
@@ -137,7 +137,7 @@ class _TimmBlock(HostBlock):
         return self._grouped(self.module.attn.k_norm(key)), self._grouped(value)
 
     def query_key_value(self, normed: Float[Tensor, "R n D"]) -> QueryKeyValue:
-        """All three from one projection."""
+        """All three of the same rows."""
         query, key, value = self.projections(self.module.attn, normed, 0, 3)
         key = self._grouped(self.module.attn.k_norm(key))
         return QueryKeyValue(self.module.attn.q_norm(query), key, self._grouped(value))
@@ -147,7 +147,7 @@ class _TimmBlock(HostBlock):
         return apply_rot_embed_cat(heads, rotary, half=getattr(self.module.attn, "rotate_half", False))
 
     def _grouped(self, heads: Float[Tensor, "R n G d"]) -> Float[Tensor, "R n H d"]:
-        """Each key or value once for each query head that reads it."""
+        """Grouped-query attention: each key or value repeated for the query heads of its group."""
         groups = getattr(self.module.attn, "num_kv_groups", 1)
         return heads if groups == 1 else heads.repeat_interleave(groups, 2)
 
@@ -234,16 +234,16 @@ def _scaled(update: Tensor, gamma: Any) -> Tensor:
 
 
 def _rotary(rope: Tensor, prefix: int) -> Float[Tensor, "B N H R"]:
-    """Sines and cosines of all positions, rows of the prefix and of nowhere added: sine 0, cosine 1."""
+    """Sines and cosines of all positions; for the prefix and for fused tokens, the identity: sine 0, cosine 1."""
     rows = rope[:, None] if rope.ndim == 2 else rope.movedim(-3, -2)  # [N, R]; [H, N, R] or [B, H, N, R]
     rows = rows[None] if rows.ndim == 3 else rows
-    still = torch.zeros_like(rows[:, :1])
-    still[..., rows.shape[-1] // 2 :] = 1
-    return torch.cat((still.expand(-1, prefix, -1, -1), rows, still), 1)
+    identity = torch.zeros_like(rows[:, :1])
+    identity[..., rows.shape[-1] // 2 :] = 1
+    return torch.cat((identity.expand(-1, prefix, -1, -1), rows, identity), 1)
 
 
 def _fused(attention: Any, normed: Tensor, first: int, last: int) -> list[Tensor]:
-    """Rows of `qkv`, or of three separate projections."""
+    """Query, key and value projections number `first` to `last - 1`, by a part of `qkv` or by separate layers."""
     if attention.qkv is None:
         layers = (attention.q_proj, attention.k_proj, attention.v_proj)[first:last]
         return [layer(normed).unflatten(-1, (-1, attention.head_dim)) for layer in layers]
@@ -253,7 +253,7 @@ def _fused(attention: Any, normed: Tensor, first: int, last: int) -> list[Tensor
 
 
 def _eva(attention: Any, normed: Tensor, first: int, last: int) -> list[Tensor]:
-    """As above, with biases of query and value kept apart from the projection."""
+    """The same with separate biases of query and value."""
     parts = _fused(attention, normed, first, last)
     if attention.q_bias is None:
         return parts

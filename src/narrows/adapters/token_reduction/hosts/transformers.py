@@ -1,7 +1,7 @@
-"""Vision transformers of Hugging Face transformers, taken apart.
+"""Vision transformers of Hugging Face transformers.
 
-One layer looks like another in all of them: norm, attention with separate projections, norm, feed-forward. What differs
-is how the parts are called, and what stands between them.
+Layers are alike in all of them: norm, attention with separate projections, norm, feed-forward. The names of the parts
+differ, and what stands between them.
 """
 
 import math
@@ -14,21 +14,21 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from narrows.adapters.token_reduction.hosts.base import BlockCall, HostBlock, HostModel, not_understood
-from narrows.adapters.token_reduction.tokens import kept_in
+from narrows.adapters.token_reduction.hosts.base import BlockCall, HostBlock, HostModel, unsupported
+from narrows.adapters.token_reduction.tokens import kept_mask_of
 from narrows.errors import InvalidArgument
 
 
 class Parts(NamedTuple):
-    """What a family calls the parts of its layers.
+    """Attribute names in the layers of a family.
 
     Args:
         attention: holds `q_proj`, `k_proj`, `v_proj`.
         norms: before attention and before the feed-forward.
         output: the projection that ends attention.
-        scale: what logits are multiplied by.
-        dropout: of attention weights.
-        after: what each update passes before it is added; nothing where empty.
+        scale: factor of the attention logits.
+        dropout: probability for attention weights.
+        after: modules that each of the two updates passes before it is added.
     """
 
     attention: str
@@ -59,7 +59,7 @@ class Family(NamedTuple):
 
     Args:
         layer: class of the layers.
-        parts: how the parts of a layer are called.
+        parts: attribute names in a layer.
         prefix: tokens before the grid, registers not counted.
     """
 
@@ -85,12 +85,12 @@ FAMILIES = {
 
 def recognise(module: nn.Module) -> HostModel | None:
     """The module as a host if it is the vision tower of a model of these families."""
-    family = FAMILIES.get(_known_as(getattr(module, "embeddings", None)))
+    family = FAMILIES.get(_class_name(getattr(module, "embeddings", None)))
     return None if family is None else TransformersModel(module, family)
 
 
-def _known_as(module: object) -> str:
-    """Its class as `FAMILIES` writes it."""
+def _class_name(module: object) -> str:
+    """The class of a module as a key of `FAMILIES`."""
     return f"{type(module).__module__}.{type(module).__qualname__}".removeprefix("transformers.models.")
 
 
@@ -98,7 +98,7 @@ class TransformersModel(HostModel):
     """The vision tower of a model of transformers."""
 
     def __init__(self, module: Any, family: Family) -> None:
-        # A tower has one list of modules outside its layers: the list of its layers.
+        # The first list of modules in a tower is that of its layers.
         layers = next(child for child in module.modules() if isinstance(child, nn.ModuleList))
         self._family = family
         self._tower, self._config = module, module.config
@@ -112,7 +112,7 @@ class TransformersModel(HostModel):
         )
 
     def block(self, index: int) -> "TransformersBlock":
-        """The layer at `index`, taken apart.
+        """The layer at `index`.
 
         Raises:
             InvalidType: it is not of the class that its family has.
@@ -120,11 +120,11 @@ class TransformersModel(HostModel):
         layer = self.blocks[index]
         attention = getattr(layer, self._family.parts.attention, None)
         if type(layer).__name__ != self._family.layer or not hasattr(attention, "q_proj"):
-            raise not_understood(f"layer {index}", layer, f"{self._family.layer}, as in transformers 5.23")
+            raise unsupported(f"layer {index}", layer, f"{self._family.layer}, as in transformers 5.23")
         return TransformersBlock(layer, self._family.parts)
 
     def pooling_logits(self, tokens: Float[Tensor, "R n D"]) -> Float[Tensor, "R n H"] | None:
-        """What the probe of an attention pooling would say of these tokens were they the last."""
+        """Under attention pooling, logits of its probe."""
         attention = self._pooling
         if attention is None:
             return None
@@ -138,7 +138,7 @@ class TransformersModel(HostModel):
 
     @property
     def readout(self) -> Sequence[tuple[nn.Module, str, Callable[..., Any]]]:
-        """Attention pooling. A mean that a head takes of its own accord, inside its `forward`, is beyond reach."""
+        """Attention pooling. A mean taken inside the `forward` of a head cannot be replaced."""
         return () if self._pooling is None else ((self._pooling, "forward", self.pool),)
 
     @property
@@ -147,9 +147,9 @@ class TransformersModel(HostModel):
         return (self._tower.post_layernorm,)
 
     def pool(self, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """The attention of the head, over the tokens that were kept."""
+        """The head's attention pooling, over kept tokens only."""
         assert self._pooling is not None
-        kept = kept_in(key)
+        kept = kept_mask_of(key)
         if kept is not None:
             kwargs["key_padding_mask"] = key.new_zeros(kept.shape).masked_fill(~kept, -torch.inf)
         return nn.MultiheadAttention.forward(self._pooling, query, key, value, **kwargs)
@@ -173,7 +173,7 @@ class TransformersModel(HostModel):
         """Random inputs the tower can be called with, on its device and in its precision."""
         like = next(self.module.parameters())
         channels, (height, width) = self._config.num_channels, _pair(self._config.patch_size)
-        if hasattr(self._config, "num_patches"):  # takes patches, as many as fit, and the grid of each image
+        if hasattr(self._config, "num_patches"):  # takes patches, and the grid of each image
             num_patches = self._config.num_patches
             return {
                 "pixel_values": torch.randn(batch, num_patches, channels * height * width).to(like),
@@ -193,11 +193,11 @@ class TransformersBlock(HostBlock):
 
     @property
     def dropout(self) -> float:
-        """Probability at which attention weights are dropped, 0 in evaluation."""
+        """Dropout probability of attention weights, 0 in evaluation."""
         return getattr(self._attention, self._parts.dropout) if self.module.training else 0.0
 
     def call(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """`forward` in the place of the layer's own, checkpointed where that would be."""
+        """`forward` in place of the layer's own, under activation checkpointing where that is on."""
         if self.module.training and getattr(self.module, "gradient_checkpointing", False):
             return self._layer._gradient_checkpointing_func(partial(forward, **kwargs), *args)
         return forward(*args, **kwargs)
@@ -212,13 +212,13 @@ class TransformersBlock(HostBlock):
         """What the layer was called with.
 
         Raises:
-            InvalidArgument: attention weights are asked for, the mask is one that only another kernel reads, or an
-                argument is not known.
+            InvalidArgument: attention weights are asked for, the mask is made for another attention implementation, or
+                an argument is unknown.
         """
         if kwargs.get("output_attentions", self._attention.config.output_attentions):
             raise InvalidArgument(
                 "output_attentions",
-                expected="False for a reduced model, which never has attention between all tokens",
+                expected="False for a reduced model, which computes no attention between all tokens",
                 got=True,
                 hint="Call remove() on the reduction first.",
             )
@@ -236,19 +236,19 @@ class TransformersBlock(HostBlock):
         return BlockCall(hidden_states, rotary, attention_mask)
 
     def normed(self, tokens: Float[Tensor, "R n D"]) -> Float[Tensor, "R n D"]:
-        """What attention reads."""
+        """The input of attention."""
         return self._part(self._parts.norms[0], tokens)
 
     def query(self, normed: Float[Tensor, "R m D"]) -> Float[Tensor, "R m H d"]:
-        """Queries, not rotated yet."""
+        """Queries, before rotary positions."""
         return self._heads(self._attention.q_proj(normed))
 
     def key_value(self, normed: Float[Tensor, "R n D"]) -> tuple[Tensor, Tensor]:
-        """Keys and values `[R, n, H, d]`, not rotated yet."""
+        """Keys and values `[R, n, H, d]`, before rotary positions."""
         return self._heads(self._attention.k_proj(normed)), self._heads(self._attention.v_proj(normed))
 
     def rotate(self, heads: Float[Tensor, "R n H d"], rotary: Tensor) -> Float[Tensor, "R n H d"]:
-        """Queries or keys, turned by the rows of `rotary` of their positions: cosines beside sines."""
+        """Queries or keys with rotary embeddings applied; `rotary` holds cosines beside sines."""
         cosine, sine = rotary.chunk(2, -1)
         first, second = heads.chunk(2, -1)
         return heads * cosine + torch.cat((-second, first), -1) * sine
@@ -256,11 +256,11 @@ class TransformersBlock(HostBlock):
     def attention_update(
         self, attended: Float[Tensor, "R m HD"], normed: Float[Tensor, "R m D"]
     ) -> Float[Tensor, "R m D"]:
-        """What attention adds to the tokens; stochastic depth left out."""
+        """What attention adds to the tokens; without stochastic depth."""
         return self._after(0, getattr(self._attention, self._parts.output)(attended))
 
     def feed_forward_update(self, tokens: Float[Tensor, "R m D"]) -> Float[Tensor, "R m D"]:
-        """What the feed-forward adds to the tokens; stochastic depth left out."""
+        """What the feed-forward adds to the tokens; without stochastic depth."""
         return self._after(1, self._part("mlp", self._part(self._parts.norms[1], tokens)))
 
     def drop_paths(self) -> tuple[nn.Module, nn.Module]:
@@ -278,12 +278,12 @@ class TransformersBlock(HostBlock):
         return projected.unflatten(-1, (self._attention.config.num_attention_heads, -1))
 
 
-# Arguments of a layer that change nothing of what it computes.
+# Arguments that do not change what a layer computes.
 _HARMLESS = {"output_hidden_states", "output_attentions", "return_dict", "num_items_in_batch"}
 
 
 def _whole(position_embeddings: tuple[Tensor, Tensor], num_tokens: int) -> Float[Tensor, "1 M 1 R"]:
-    """Cosines beside sines for the tokens before the grid, on it, and for one that stands nowhere."""
+    """Cosines beside sines for the prefix, the grid, and fused tokens; the identity where there is no position."""
     cosine, sine = position_embeddings
     around = (0, 0, num_tokens - len(cosine), 1)
     rows = torch.cat((F.pad(cosine, around, value=1.0), F.pad(sine, around)), -1)
