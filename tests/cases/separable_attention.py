@@ -5,8 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from narrows.layers.separable_attention import SeparableAttention
-from narrows.layers.upstream_separable_attention import UpstreamSeparableAttention
+from narrows.layers.separable_attention import SeparableAttention, UpstreamSeparableAttention
 from narrows.ops.separable_attention import IMPLEMENTATIONS
 from tests.cases import LayerCase
 

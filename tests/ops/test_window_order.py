@@ -3,7 +3,8 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from narrows.ops.separable_attention import WindowOrder, to_windows
+from narrows.errors import InvalidArgument
+from narrows.ops.separable_attention import WindowOrder, from_windows, to_windows
 from tests.support import assert_close
 
 MAPS = [
@@ -91,3 +92,26 @@ def test_padding_does_not_change_what_is_computed_from_the_rest() -> None:
     for size in (2, 4):
         windows = order.windows(order.arrange(feature_map), size)
         assert_close(windows.sum((1, 2)), feature_map.sum((1, 2)), 1e-5)
+
+
+@pytest.mark.parametrize("window_size", [1, 2, 3, 6])
+def test_windows_are_the_squares_of_the_map_and_come_together_again(window_size: int) -> None:
+    feature_map = torch.randn(2, 6, 12, 3)
+    windows = to_windows(feature_map, window_size)
+    for y in range(6):
+        for x in range(12):
+            inside = y % window_size * window_size + x % window_size
+            assert torch.equal(windows[:, y // window_size, x // window_size, inside], feature_map[:, y, x])
+    assert torch.equal(from_windows(windows, window_size), feature_map)
+
+
+@pytest.mark.parametrize(
+    ("size", "nearest"), [((56, 50), "56 x 49"), ((3, 56), "7 x 56"), ((60, 61), "63 x 63"), ((10, 11), "7 x 14")]
+)
+def test_a_map_that_windows_do_not_divide_is_told_the_nearest_size(size: tuple[int, int], nearest: str) -> None:
+    with pytest.raises(InvalidArgument) as error:
+        to_windows(torch.zeros(1, *size, 2), 7)
+    message = str(error.value)
+    assert message.startswith("feature_map: expected height and width that are multiples of window_size = 7, got ")
+    assert f"got {size[0]} x {size[1]}" in message
+    assert f"nearest usable size is {nearest}" in message

@@ -1,4 +1,4 @@
-"""Separable attention on feature maps of any size."""
+"""Separable attention on feature maps: the paper's, for any size, and the form that `vit-pytorch` published."""
 
 from typing import Any
 
@@ -9,10 +9,11 @@ from torch.nn import functional as F
 
 from narrows.errors import InvalidArgument
 from narrows.ops.separable_attention import (
-    PointwiseWeights,
-    SeparableAttentionWeights,
     WindowOrder,
-    separable_attention,
+    depthwise_attention,
+    from_windows,
+    pointwise_attention,
+    to_windows,
     window_token_attention,
 )
 from narrows.routing import Routing
@@ -24,14 +25,21 @@ NORM_EPS = 1e-6
 class SeparableAttention(nn.Module):
     r"""Pre-norm separable self-attention on channels-last feature maps (Li et al. 2022, arXiv 2203.15380, section 3.2).
 
-    A learned window token is put before the tokens of every window of `window_size` x `window_size` tokens, and both
-    are normalised. Each window attends to itself and its window token; the windows then exchange their feature maps by
-    attention between what the window tokens have become. Both steps add their input to their output. The formula is
-    that of `narrows.ops.separable_attention.separable_attention`. With K windows of n tokens, each token takes part in
-    n + K pairs, where full self-attention has K n.
+    A learned window token w is put before the n tokens $x_k$ of every window of `window_size` x `window_size` tokens,
+    and both are normalised. Each window attends to itself and its window token; the windows then exchange their feature
+    maps by attention between what the window tokens have become. Both steps add their input to their output. For each
+    head
+
+    $$[\hat w_k; \hat x_k] = \mathrm{softmax}(q k^\top / \sqrt d)\, v + [w; x_k],
+      \qquad (q, k, v) = W_{qkv} [w; x_k] + b_{qkv}$$
+
+    $$y_k = W_o \Big(\sum_l \mathrm{softmax}_l\big(q_k \cdot k_l / \sqrt d\big)\, \hat x_l + \hat x_k\Big) + b_o,
+      \qquad (q_k, k_k) = W_{qk}\, \mathrm{GELU}(\mathrm{LN}(\hat w_k)) + b_{qk}$$
+
+    With K windows, each token takes part in n + K pairs, where full self-attention has K n.
 
     Feature maps may have any size: windows at the lower and right border are filled with padding that takes part in
-    nothing. A block adds what comes out to what it put in.
+    nothing. A map of a single window skips the second step. A block adds what comes out to what it put in.
 
     Args:
         dim: token width D.
@@ -39,9 +47,9 @@ class SeparableAttention(nn.Module):
         window_size: side of a window.
         window_grid: windows down and across for which there are window tokens of their own, for instance (8, 8); on
             another grid they are interpolated. (1, 1) is one token that all windows share, on any grid.
-        pointwise: whether windows exchange what they hold. False leaves the attention inside windows, makes no window
-            token and no other parameters for more: right where the network is trained on a single window.
-        impl: "auto" or an implementation of `separable_attention`.
+        pointwise: whether windows exchange what they hold. Without it there are no window tokens and no parameters of
+            the second step: right where the network is trained on a single window.
+        impl: "auto" or an implementation of `narrows.ops.separable_attention`.
         device, dtype: where and in what precision parameters are made.
 
     Raises:
@@ -77,16 +85,11 @@ class SeparableAttention(nn.Module):
         self.window_query_key = nn.Linear(dim, 2 * dim, **factory) if pointwise else None
         self.out = nn.Linear(dim, dim, **factory)
 
-    def weights(self, order: WindowOrder) -> SeparableAttentionWeights:
-        """The parameters as `narrows.ops` takes them, for feature maps of that size: its window tokens, normalised."""
-        token = pointwise = None
-        if self.window_norm is not None and self.window_query_key is not None:
-            token = self.norm(self._window_tokens(order))
-            norm, query_key = self.window_norm, self.window_query_key
-            pointwise = PointwiseWeights(norm.weight, norm.bias, query_key.weight, query_key.bias, norm.eps)
-        return SeparableAttentionWeights(
-            self.qkv.weight, token, pointwise, self.out.weight, self.out.bias, self.qkv.bias
-        )
+    def reset_parameters(self) -> None:
+        """Window tokens start at zero, linear maps and norms as torch's do."""
+        _reset(self)
+        if self.window_token is not None:
+            nn.init.zeros_(self.window_token)
 
     def forward(
         self,
@@ -98,22 +101,28 @@ class SeparableAttention(nn.Module):
 
         Args:
             feature_map: `[B, H, W, D]`; or `[B, N, D]`, its tokens in the order of `order`. A network whose blocks
-                hand them on in that order moves nothing where windows divide the map.
+                pass them on in that order moves nothing where windows divide the map.
             mask: True at real tokens; None where all are. No token attends to the others, and outputs there are 0.
             order: the order of `[B, N, D]`; its window sizes must contain `window_size`.
         """
         tokens, token_mask, order = self._in_order(feature_map, mask, order)
-        size = self.window_size
-        attended = separable_attention(
-            order.windows(self.norm(tokens), size),
-            self.weights(order),
-            heads=self.heads,
-            shortcuts=True,
-            mask=order.window_mask(tokens, token_mask, size),
-            impl=self.impl,
-        )
-        attended = order.tokens(attended, size)
-        return attended if feature_map.ndim == 3 else order.restore(attended)
+        windows = order.windows(self.norm(tokens), self.window_size)  # [B, K, n, D]
+        window_mask = order.window_mask(tokens, token_mask, self.window_size)
+        window_token = self._window_token(order)
+        query, key, value = _query_key_value(self.qkv, windows, window_token, self.heads)
+
+        attended = depthwise_attention(query, key, value, window_mask, impl=self.impl).flatten(-2)
+        maps = attended[:, :, -windows.shape[2] :] + windows
+        if window_token is not None and self.window_norm is not None and self.window_query_key is not None:
+            activated = F.gelu(self.window_norm(attended[:, :, 0] + window_token))
+            query, key = self.window_query_key(activated).unflatten(-1, (2, self.heads, -1)).unbind(2)
+            maps = maps.unflatten(-1, (self.heads, -1))
+            maps = pointwise_attention(maps, query, key, window_mask, shortcut=True, impl=self.impl).flatten(-2)
+        result = self.out(maps)
+        if window_mask is not None:
+            result = result.masked_fill(~window_mask.unsqueeze(-1), 0)
+        result = order.tokens(result, self.window_size)
+        return result if feature_map.ndim == 3 else order.restore(result)
 
     def routing(
         self,
@@ -128,10 +137,11 @@ class SeparableAttention(nn.Module):
         window to window, not tokens to window tokens.
         """
         tokens, token_mask, order = self._in_order(feature_map, mask, order)
-        size = self.window_size
-        window_mask = order.window_mask(tokens, token_mask, size)
+        size, window_token = self.window_size, self._window_token(order)
         windows = order.windows(self.norm(tokens), size)
-        reads = window_token_attention(windows, self.weights(order), heads=self.heads, mask=window_mask)
+        query, key, _ = _query_key_value(self.qkv, windows, window_token, self.heads)
+        window_mask = order.window_mask(tokens, token_mask, size)
+        reads = window_token_attention(query, key, window_mask, window_token=window_token is not None)
         # Window k reads nothing of another window l: the diagonal of [B, heads, K, K, n].
         everywhere = reads.transpose(2, 3).diag_embed().permute(0, 1, 3, 4, 2)
         on_map = order.restore(order.tokens(everywhere.flatten(0, 2).unsqueeze(-1), size))
@@ -148,14 +158,145 @@ class SeparableAttention(nn.Module):
         order = WindowOrder(feature_map.shape[1], feature_map.shape[2], (self.window_size,))
         return order.arrange(feature_map), None if mask is None else order.arrange(mask.unsqueeze(-1))[..., 0], order
 
-    def _window_tokens(self, order: WindowOrder) -> Float[Tensor, "*K D"]:
-        """One token for all windows, or one for each: `[D]` or `[K, D]`."""
-        assert self.window_token is not None
-        rows, columns, dim = self.window_token.shape
-        if (rows, columns) == (1, 1):
-            return self.window_token.view(dim)
-        tokens, grid = self.window_token, order.grid(self.window_size)
-        if grid != (rows, columns):
+    def _window_token(self, order: WindowOrder) -> Float[Tensor, "K_or_1 D"] | None:
+        """The normalised token of each window, or the one of all windows; None where there is none."""
+        tokens = self.window_token
+        if tokens is None:
+            return None
+        shared, grid = tuple(tokens.shape[:2]) == (1, 1), order.grid(self.window_size)
+        if not shared and grid != tuple(tokens.shape[:2]):
             resized = F.interpolate(tokens.permute(2, 0, 1)[None], grid, mode="bilinear", align_corners=False)
             tokens = resized[0].permute(1, 2, 0)
-        return order.arrange_windows(tokens, self.window_size)
+        # The parameter itself, not a view of it: without gradients, a view has none of the history that torch's module
+        # tracker (in its FLOP counter) expects of what requires gradients.
+        normed = self.norm(tokens)
+        return normed[0] if shared else order.arrange_windows(normed, self.window_size)
+
+
+class UpstreamSeparableAttention(nn.Module):
+    r"""Separable self-attention on channels-last feature maps, as `vit_pytorch.sep_vit` has it.
+
+    Each window of `window_size` x `window_size` tokens attends to itself and to a learned window token; the windows
+    then exchange their feature maps by attention between what the window tokens have become (Li et al. 2022, arXiv
+    2203.15380, section 3.2). Unlike `SeparableAttention`, neither step adds its input, window tokens are normalised for
+    each head alone, and windows must divide the map.
+
+    Args:
+        dim: token width D.
+        heads: number of heads.
+        window_size: side of a window; it must divide the height and the width of every feature map.
+        head_dim: width of a head; `dim` need not be heads times it.
+        pointwise: whether windows exchange what they hold. Without it there are no parameters of that step: right where
+            a feature map is a single window, which could not train them.
+        dropout: share of attention entries and of outputs dropped in training.
+        impl: "auto" or an implementation of `narrows.ops.separable_attention`.
+        device, dtype: where and in what precision parameters are made.
+
+    Raises:
+        InvalidArgument: on call, where windows do not divide the feature map; the message names the nearest size.
+
+    >>> attention = UpstreamSeparableAttention(64, heads=2, window_size=7)
+    >>> attention(torch.randn(1, 14, 28, 64)).shape
+    torch.Size([1, 14, 28, 64])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        heads: int,
+        window_size: int,
+        head_dim: int = 32,
+        pointwise: bool = True,
+        dropout: float = 0.0,
+        impl: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_positive(dim=dim, heads=heads, window_size=window_size, head_dim=head_dim)
+        if not 0 <= dropout < 1:
+            raise InvalidArgument("dropout", expected="a share in [0, 1)", got=dropout)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        inner = heads * head_dim
+        self.dim, self.heads, self.window_size = dim, heads, window_size
+        self.dropout, self.impl = dropout, impl
+        self.window_token = nn.Parameter(torch.empty(dim, **factory))
+        self.qkv = nn.Linear(dim, 3 * inner, bias=False, **factory)
+        self.window_norm = nn.LayerNorm(head_dim, **factory) if pointwise else None
+        self.window_query_key = nn.Linear(inner, 2 * inner, **factory) if pointwise else None
+        self.out = nn.Linear(inner, dim, **factory)
+        self._reset_window_token()
+
+    def reset_parameters(self) -> None:
+        """The window token from a truncated normal of 0.02; linear maps and the norm as torch's do."""
+        _reset(self)
+        self._reset_window_token()
+
+    @torch.no_grad()
+    def _reset_window_token(self) -> None:
+        # float32: the truncated normal is drawn by way of uniform numbers, of which low precision has few.
+        self.window_token.copy_(nn.init.trunc_normal_(self.window_token.float(), std=0.02))
+
+    def forward(self, feature_map: Float[Tensor, "B *layout D"]) -> Float[Tensor, "B *layout D"]:
+        """Attended feature map, in the layout it came in: `[B, H, W, D]`, or cut into windows `[B, Y, X, n, D]`.
+
+        A network whose blocks pass windows on to each other moves its tokens once, not in every block.
+        """
+        cut = self._windows(feature_map)
+        windows, dropout = cut.flatten(1, 2), self.dropout if self.training else 0.0
+        query, key, value = _query_key_value(self.qkv, windows, self.window_token, self.heads)
+        attended = depthwise_attention(query, key, value, dropout=dropout, impl=self.impl)
+        maps = attended[:, :, 1:]
+        if self.window_norm is not None and self.window_query_key is not None:
+            activated = F.gelu(self.window_norm(attended[:, :, 0])).flatten(-2)
+            query, key = self.window_query_key(activated).unflatten(-1, (2, self.heads, -1)).unbind(2)
+            maps = pointwise_attention(maps, query, key, dropout=dropout, impl=self.impl)
+        result = F.dropout(self.out(maps.flatten(-2)), dropout).view(cut.shape)
+        return result if feature_map.ndim == 5 else from_windows(result, self.window_size)
+
+    def routing(self, feature_map: Float[Tensor, "B *layout D"]) -> Routing:
+        """Which tokens each window token reads: those of its own window, by depthwise attention.
+
+        A row sums to 1 less the share that the window token keeps of itself. The attention between windows is left
+        out: it moves feature maps from window to window, not tokens to window tokens.
+        """
+        windows = self._windows(feature_map)
+        batch, rows, columns = windows.shape[:3]
+        query, key, _ = _query_key_value(self.qkv, windows.flatten(1, 2), self.window_token, self.heads)
+        reads = window_token_attention(query, key)
+        # Window k reads nothing of another window l: the diagonal of [B, heads, K, K, n], in raster order.
+        everywhere = reads.transpose(2, 3).diag_embed().permute(0, 1, 3, 4, 2)
+        raster = from_windows(everywhere.reshape(-1, rows, columns, self.window_size**2, 1), self.window_size)
+        weights = raster.reshape(batch, self.heads, rows * columns, -1)
+        return Routing(weights, "windows", grid=(rows * self.window_size, columns * self.window_size))
+
+    def _windows(self, feature_map: Tensor) -> Tensor:
+        if feature_map.ndim != 5:
+            check_tokens("feature_map", feature_map, dim=self.dim, layout="[B, H, W, D]")
+            return to_windows(feature_map, self.window_size)
+        check_tokens("feature_map", feature_map, dim=self.dim, layout="[B, Y, X, n, D]")
+        if feature_map.shape[3] != self.window_size**2:
+            raise InvalidArgument(
+                "feature_map",
+                expected=f"windows of {self.window_size} x {self.window_size} tokens",
+                got=f"shape {tuple(feature_map.shape)}",
+            )
+        return feature_map
+
+
+def _query_key_value(
+    qkv: nn.Module, windows: Float[Tensor, "B K n D"], window_token: Float[Tensor, "*K D"] | None, heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values `[B, K, L, heads, d]`, the window token's first; a shared one is projected once."""
+    projected = qkv(windows)
+    if window_token is not None:
+        first = qkv(window_token).to(projected.dtype).expand(*windows.shape[:2], -1).unsqueeze(2)
+        projected = torch.cat((first, projected), 2)
+    query, key, value = projected.unflatten(-1, (3, heads, -1)).unbind(-3)
+    return query, key, value
+
+
+def _reset(layer: nn.Module) -> None:
+    for module in layer.children():
+        module.reset_parameters()  # pyright: ignore[reportCallIssue]

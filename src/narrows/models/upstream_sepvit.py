@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from narrows.errors import InvalidArgument
-from narrows.layers.upstream_separable_attention import UpstreamSeparableAttention
+from narrows.layers.separable_attention import UpstreamSeparableAttention
 from narrows.models.base import ImageClassifier, check_images
 from narrows.models.blocks import Block, FeedForward, initialise_linear
 from narrows.models.stages import StageShape, integer_for_each_stage, stage_shapes

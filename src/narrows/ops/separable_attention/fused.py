@@ -1,117 +1,65 @@
-"""The fast form: fused attention inside windows, one batched matrix product between them.
-
-With K windows of n tokens, the attention between windows moves whole feature maps: for each head the product of a
-`[K, K]` and a `[K, n d]` matrix. A window token that windows share is projected once.
-"""
+"""The fast form: fused attention inside windows, one batched matrix product between them."""
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from narrows.ops.separable_attention.common import (
-    PointwiseWeights,
-    SeparableAttentionWeights,
-    keys_of_windows,
-    several_windows,
-)
+from narrows.ops.attention import attention
 from narrows.precision import at_least_float32
 
 
-def fused(
-    windows: Float[Tensor, "B K n D"],
-    weights: SeparableAttentionWeights,
-    *,
-    heads: int,
-    shortcuts: bool = False,
-    mask: Bool[Tensor, "B K n"] | None = None,
-    dropout: float = 0.0,
-) -> Float[Tensor, "B K n D"]:
-    """What `reference` computes, without the attention matrices of the windows in memory."""
-    attended = _inside_windows(windows, weights, heads, mask, dropout)
-    n = windows.shape[2]
-    maps = attended[:, :, -n:]  # [B, K, n, heads, d]
-    if shortcuts:
-        maps = maps + windows.unflatten(-1, (heads, -1))
-    if weights.pointwise is not None:
-        tokens = attended[:, :, 0]
-        if shortcuts and weights.window_token is not None:
-            tokens = tokens + weights.window_token.unflatten(-1, (heads, -1))
-        maps = _between_windows(maps, tokens, weights.pointwise, shortcuts, mask, dropout)
-    attended = F.linear(maps.flatten(3), weights.out, weights.out_bias)
-    return attended if mask is None else attended.masked_fill(~mask.unsqueeze(-1), 0)
-
-
-def _inside_windows(
-    windows: Float[Tensor, "B K n D"],
-    weights: SeparableAttentionWeights,
-    heads: int,
-    mask: Bool[Tensor, "B K n"] | None,
+def depthwise_attention(
+    query: Float[Tensor, "B K L heads d"],
+    key: Float[Tensor, "B K L heads d"],
+    value: Float[Tensor, "B K L heads d"],
+    keys: Bool[Tensor, "B K L"] | None,
     dropout: float,
 ) -> Float[Tensor, "B K L heads d"]:
-    """Every window attends to itself; the window token first where there is one."""
-    batch, num_windows = windows.shape[:2]
-    projected = F.linear(windows, weights.qkv, weights.qkv_bias)
-    if weights.window_token is not None:
-        first = F.linear(weights.window_token, weights.qkv, weights.qkv_bias)
-        first = first.to(projected.dtype).expand(batch, num_windows, -1).unsqueeze(2)
-        projected = torch.cat((first, projected), 2)
-    parts = projected.flatten(0, 1).unflatten(-1, (3, heads, -1)).unbind(2)
-    query, key, value = (part.transpose(1, 2) for part in parts)
-    keys = None
-    if mask is not None:
-        keys = keys_of_windows(mask, window_token=weights.window_token is not None)
-        keys = keys.expand(batch, -1, -1).flatten(0, 1)[:, None, None]
-    attended = F.scaled_dot_product_attention(query, key, value, attn_mask=keys, dropout_p=dropout)
-    return attended.transpose(1, 2).unflatten(0, (batch, num_windows))
+    """What the reference computes, without the attention matrices in memory."""
+    batch, windows = query.shape[:2]
+    query, key, value = (part.flatten(0, 1).transpose(1, 2) for part in (query, key, value))
+    mask = None if keys is None else keys.flatten(0, 1)[:, None, None]
+    attended = attention(query, key, value, mask, dropout=dropout)
+    return attended.transpose(1, 2).unflatten(0, (batch, windows))
 
 
-def _between_windows(
+def pointwise_attention(
     maps: Float[Tensor, "B K n heads d"],
-    tokens: Float[Tensor, "B K heads d"],
-    weights: PointwiseWeights,
-    shortcuts: bool,
+    query: Float[Tensor, "B K heads d"],
+    key: Float[Tensor, "B K heads d"],
     mask: Bool[Tensor, "B K n"] | None,
+    shortcut: bool,
     dropout: float,
 ) -> Float[Tensor, "B K n heads d"]:
-    """What each window takes of all windows, by their tokens."""
+    """For each head the product of a `[K, K]` and a `[K, n d]` matrix: it moves whole windows at once."""
     num_windows, n, _, d = maps.shape[1:]
-    attention = F.dropout(_attention_of_tokens(tokens, weights, mask), dropout)
+    query, key = query.transpose(1, 2), key.transpose(1, 2)
+    scores = query @ key.transpose(-1, -2) * d**-0.5
+    if mask is not None:  # windows of padding alone give nothing
+        scores = scores.masked_fill(~mask.any(-1)[:, None, None], torch.finfo(scores.dtype).min)
+    shares = F.dropout(scores.softmax(-1), dropout)
     values = maps.permute(0, 3, 1, 2, 4).flatten(3)  # [B, heads, K, n d]
     if mask is not None:
-        mixed = _masked_mix(attention, values.unflatten(-1, (n, d)), mask)
-        if shortcuts:
-            mixed = values + mixed * several_windows(mask)[:, None, None, None]
-    elif shortcuts:
-        attention = attention if num_windows > 1 else attention * 0  # a single window has nobody to take from
+        taken = _real_windows(shares, values.unflatten(-1, (n, d)), mask)
+        if shortcut:
+            several = mask.any(-1).sum(-1) > 1  # windows with a real token
+            taken = values + taken * several[:, None, None, None]
+    elif shortcut:
+        shares = shares if num_windows > 1 else shares * 0  # parameters of this step get zeros as gradients
         flat = values.flatten(0, 1)
-        mixed = torch.baddbmm(flat, attention.flatten(0, 1), flat).view(values.shape)
+        taken = torch.baddbmm(flat, shares.flatten(0, 1), flat).unflatten(0, values.shape[:2])
     else:
-        mixed = attention @ values
-    return mixed.unflatten(-1, (n, d)).permute(0, 2, 3, 1, 4)
+        taken = shares @ values
+    return taken.unflatten(-1, (n, d)).permute(0, 2, 3, 1, 4)
 
 
-def _attention_of_tokens(
-    tokens: Float[Tensor, "B K heads d"], weights: PointwiseWeights, mask: Bool[Tensor, "B K n"] | None
-) -> Float[Tensor, "B heads K K"]:
-    """Attention between window tokens; nothing for windows of padding alone."""
-    scale, shift, query_key, bias, eps = weights
-    rows = tokens.flatten(2).unflatten(-1, (-1, len(scale)))
-    activated = F.gelu(F.layer_norm(rows, scale.shape, scale, shift, eps)).flatten(2)
-    projected = F.linear(activated, query_key, bias)
-    query, key = projected.unflatten(-1, (2, tokens.shape[2], -1)).permute(2, 0, 3, 1, 4)
-    scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
-    if mask is not None:
-        scores = scores.masked_fill(~mask.any(-1)[:, None, None], torch.finfo(scores.dtype).min)
-    return scores.softmax(-1)
-
-
-def _masked_mix(
-    attention: Float[Tensor, "B heads K K"], values: Float[Tensor, "B heads K n d"], mask: Bool[Tensor, "B K n"]
+def _real_windows(
+    shares: Float[Tensor, "B heads K K"], values: Float[Tensor, "B heads K n d"], mask: Bool[Tensor, "B K n"]
 ) -> Float[Tensor, "B heads K nd"]:
-    """At each of the n places, the mean over the windows that have a real token there, in the shares they attend."""
+    """At each of the n places, the mean over the windows that have a real token there, weighted by their shares."""
     real = values * mask[:, None, :, :, None]
-    precise = at_least_float32(attention)
-    shares = precise @ mask.unsqueeze(1).to(precise.dtype)  # [B, heads, K, n]
-    mixed = (attention @ real.flatten(3)).unflatten(-1, values.shape[3:])
-    return (mixed / shares.clamp_min(torch.finfo(shares.dtype).tiny).unsqueeze(-1)).to(values.dtype).flatten(3)
+    precise = at_least_float32(shares)
+    total = precise @ mask.unsqueeze(1).to(precise.dtype)  # [B, heads, K, n]
+    taken = (shares @ real.flatten(3)).unflatten(-1, values.shape[3:])
+    return (taken / total.clamp_min(torch.finfo(total.dtype).tiny).unsqueeze(-1)).to(values.dtype).flatten(3)
