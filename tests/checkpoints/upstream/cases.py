@@ -55,7 +55,7 @@ class Case(NamedTuple):
 
 
 def _sep_vit() -> nn.Module:
-    return sep_vit.SepViT(num_classes=3, dim=4, depth=(1, 2), heads=(1, 2), dropout=0.25)
+    return sep_vit.SepViT(num_classes=3, dim=4, depth=(1, 1), heads=(1, 2), dropout=0.25)
 
 
 def _ats_vit() -> nn.Module:

@@ -261,6 +261,62 @@ def test_experts_that_differ_cannot_be_stacked(change: str) -> None:
         from_upstream(module)
 
 
+def _other_eps(module: nn.Module) -> None:
+    """Large enough that a norm that forgot it is seen."""
+    for index, part in enumerate(part for part in module.modules() if isinstance(part, nn.LayerNorm)):
+        part.eps = 0.1 + 0.05 * index
+    for part in module.modules():
+        if type(part).__name__ == "ChanLayerNorm":
+            part.eps = 0.2
+
+
+def _without_biases(module: nn.Module) -> None:
+    for part in module.modules():
+        if isinstance(part, nn.Linear | nn.LayerNorm | nn.Conv2d):
+            part.bias = None
+
+
+def _with_biases(module: nn.Module) -> None:
+    for part in module.modules():
+        if isinstance(part, nn.Linear | nn.Conv1d) and part.bias is None:
+            part.bias = nn.Parameter(torch.randn(len(part.weight)))
+
+
+def _without_gains(module: nn.Module) -> None:
+    for part in module.modules():
+        if isinstance(part, nn.LayerNorm):
+            part.weight = part.bias = None
+
+
+def _without_recurrent_biases(module: nn.Module) -> None:
+    for part in module.modules():
+        if isinstance(part, nn.GRUCell):
+            part.bias_ih = part.bias_hh = None
+
+
+# Their layers do not read these settings of their own submodules yet.
+WAITING = ("SlotAttention", "MultiHeadSlotAttention", "SlotAttentionExperimental", "SepViT")
+SETTINGS = {
+    "eps": _other_eps,
+    "no biases": _without_biases,
+    "more biases": _with_biases,
+    "norms without weights": _without_gains,
+    "recurrence without biases": _without_recurrent_biases,
+}
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in CASES.items() if name not in WAITING])
+@pytest.mark.parametrize("change", SETTINGS.values(), ids=SETTINGS)
+def test_settings_of_parts_carry_over(case: Case, change: Callable[[nn.Module], None]) -> None:
+    """Or are refused: never is another function computed."""
+    module = case.build().eval()
+    change(module)
+    with contextlib.suppress(InvalidArgument):
+        converted = from_upstream(Model(module)).inner
+        given = case.inputs(), case.rest()
+        assert_close(outputs(converted, *given), outputs(module, *given))
+
+
 def _hook(*args: object) -> None:
     return None
 

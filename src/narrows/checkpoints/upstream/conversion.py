@@ -104,6 +104,8 @@ def carry_over(
     for name, source in conversion.parameters.items():
         owner, leaf = conversion.ours.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
         value, names = _value(theirs, source, path, memo, uses)
+        if value is None and not _is_plain(owner):
+            raise InvalidArgument(joined(path, names[0]), expected="a parameter, as upstream has there", got="none")
         _check_shape(joined(path, names[0]), value, getattr(owner, leaf))
         setattr(owner, leaf, value)
         taken |= set(names)
