@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 timm = pytest.importorskip("timm")
 
@@ -145,3 +146,14 @@ def test_a_checkpoint_of_one_registry_loads_in_the_other(tmp_path) -> None:
     torch.save(model.state_dict(), tmp_path / "weights.pth")
     loaded = lite(checkpoint_path=tmp_path / "weights.pth")
     assert torch.equal(loaded(images(64, 64)), model(images(64, 64)))
+
+
+def test_it_is_opened_by_its_name_like_other_models_of_timm(tmp_path) -> None:
+    model = narrows.create_model("sepvit_lite", num_classes=3)
+    save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    script = (
+        "from narrows.hub.models import open_model; "
+        f"opened = open_model('timm:sepvit_lite', checkpoint={str(tmp_path / 'weights.safetensors')!r}); "
+        "print(type(opened.module).__name__, opened.num_classes)"
+    )
+    assert run(script) == "SepViT 3"

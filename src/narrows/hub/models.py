@@ -177,6 +177,8 @@ def _open_timm(name: str, checkpoint: str | Path | None, arguments: Mapping[str,
         from timm.data.config import resolve_model_data_config
         from timm.data.imagenet_info import ImageNetInfo
         from timm.data.transforms_factory import create_transform
+
+        import narrows.timm  # noqa: F401 (registers SepViT)
     except ImportError as error:
         raise MissingExtra("timm", extra="timm", purpose="open a model of timm's") from error
     plain = name.partition(".")[0]
