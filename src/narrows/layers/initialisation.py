@@ -1,4 +1,4 @@
-"""How parameters are drawn, at construction and again by `reset_parameters`, in whatever dtype they are."""
+"""Parameters of layers: how they are drawn, at construction and by `reset_parameters`, and how a batch shares one."""
 
 from collections.abc import Callable
 
@@ -27,3 +27,15 @@ def reset_submodules(module: nn.Module) -> None:
             reset()
         else:
             reset_submodules(child)
+
+
+def for_each_sample(parameter: Tensor, batch: int) -> Tensor:
+    """A view `[batch, *parameter.shape]` of a parameter that all samples share.
+
+    Under `torch.no_grad` it is a view of the detached parameter. A view that is made there of the parameter itself says
+    that it requires a gradient and has no function to give it one, which ends `torch.utils.flop_counter` with an error
+    as soon as a module is called with it.
+    """
+    if not torch.is_grad_enabled():
+        parameter = parameter.detach()
+    return parameter.expand(batch, *parameter.shape)

@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from narrows.errors import InvalidArgument
+from narrows.layers.initialisation import for_each_sample
 from narrows.ops.slot_attention import (
     GRU,
     MLP,
@@ -295,7 +296,7 @@ class LearnedSlots(nn.Module):
             return _given(slots, num_slots, like=self.slots)
         if num_slots not in (None, self.slots.shape[0]):
             raise InvalidArgument("num_slots", expected=f"None or the {self.slots.shape[0]} learned", got=num_slots)
-        return self.slots.expand(batch, -1, -1)
+        return for_each_sample(self.slots, batch)
 
     def extra_repr(self) -> str:
         """What `print` shows."""

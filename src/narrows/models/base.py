@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from narrows.errors import InvalidArgument
+from narrows.layers.initialisation import reset_submodules
 from narrows.routing import Routing
 
 
@@ -38,7 +39,7 @@ class SavedModel(
 
         A model built on the meta device gets its parameters so, after `model.to_empty(device=...)`.
         """
-        reset_children(self)
+        reset_submodules(self)
 
 
 class ImageClassifier(SavedModel, pipeline_tag="image-classification"):
@@ -110,12 +111,3 @@ def check_images(images: Tensor, channels: int) -> None:
         raise InvalidArgument(
             "images", expected=f"shape [B, C, H, W] with C = {channels}", got=f"shape {tuple(images.shape)}"
         )
-
-
-def reset_children(module: nn.Module) -> None:
-    """Call `reset_parameters` of every submodule that has it, and of what is inside those that do not."""
-    for child in module.children():
-        if hasattr(child, "reset_parameters"):
-            child.reset_parameters()  # pyright: ignore[reportCallIssue]
-        else:
-            reset_children(child)

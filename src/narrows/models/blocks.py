@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from narrows.errors import InvalidArgument
-from narrows.models.base import check_images, reset_children
+from narrows.layers.initialisation import reset_submodules
+from narrows.models.base import check_images
 from narrows.ops.attention import attention
 from narrows.validation import check_choice, check_positive
 
@@ -104,7 +105,7 @@ class TokenEmbedding(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw the stem, the class token and the positions anew."""
-        reset_children(self)
+        reset_submodules(self)
         self._reset_learned_tokens()
 
     def _reset_learned_tokens(self) -> None:
@@ -214,7 +215,7 @@ class Block(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew."""
-        reset_children(self)
+        reset_submodules(self)
         self.attention.apply(initialise_linear)
 
     def forward(self, tokens: Float[Tensor, "B *layout D"]) -> Float[Tensor, "B *layout D"]:

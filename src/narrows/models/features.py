@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from narrows.errors import InvalidArgument, InvalidType, MissingExtra
-from narrows.models.base import reset_children
+from narrows.layers.initialisation import reset_submodules
 from narrows.validation import check_positive
 
 
@@ -82,7 +82,7 @@ class FeaturePyramid(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw every parameter anew, as the constructor of the model does."""
-        reset_children(self)
+        reset_submodules(self)
 
     def forward(
         self, images: Float[Tensor, "B C H W"], mask: Bool[Tensor, "B H W"] | None = None
@@ -138,7 +138,7 @@ class PyramidNetwork(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw every parameter anew; those of the pyramid as torchvision does."""
-        reset_children(self)
+        reset_submodules(self)
         for module in self.fpn.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_uniform_(module.weight, a=1)

@@ -1,6 +1,7 @@
 """SepViT, the network of the paper: stochastic depth, blocks, stages, and the pyramid of them."""
 
 from collections.abc import Sequence
+from functools import partial
 from math import ceil
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from narrows.errors import InvalidArgument
+from narrows.layers.initialisation import draw_
 from narrows.layers.separable_attention import NORM_EPS, SeparableAttention
 from narrows.models.base import ImageClassifier, check_images
 from narrows.models.blocks import FeedForward
@@ -414,7 +416,7 @@ class SepViT(ImageClassifier):
 def initialise(module: nn.Module) -> None:
     """The paper's initialisation: truncated normal of 0.02, convolutions by their fan-out, biases zero."""
     if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
+        draw_(module.weight, partial(nn.init.trunc_normal_, std=0.02))
     elif isinstance(module, nn.Conv2d):
         fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels // module.groups
         nn.init.normal_(module.weight, std=(2 / fan_out) ** 0.5)

@@ -11,11 +11,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from narrows.errors import InvalidArgument
+from narrows.layers.initialisation import reset_submodules
 from narrows.layers.perceiver_resampler import PerceiverResampler
 from narrows.layers.slot_attention import LearnedSlots, SlotAttention
 from narrows.layers.soft_moe import SoftMoE
 from narrows.layers.token_sampling import AdaptiveTokenSampler, SampledAttention, SampledTokens, one_hot_routing
-from narrows.models.base import ImageClassifier, reset_children
+from narrows.models.base import ImageClassifier
 from narrows.models.blocks import Block, FeedForward, SelfAttention, TokenEmbedding, initialise_linear
 from narrows.ops.token_sampling import gather_tokens, restore
 from narrows.routing import Routing
@@ -112,7 +113,7 @@ class TransformerClassifier(ImageClassifier):
 
     def reset_parameters(self) -> None:
         """Draw every parameter anew, from the distribution that the constructor draws it from."""
-        reset_children(self)
+        reset_submodules(self)
         initialise_linear(self.head)
 
     def forward_features(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D"]:
