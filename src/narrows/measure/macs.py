@@ -9,7 +9,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+# `torch.utils.flop_counter` imports Triton, so it is imported where something is counted.
 
 Shape = tuple[int, ...]
 aten = torch.ops.aten
@@ -37,6 +38,8 @@ def count_macs(function: Callable[[], object]) -> int:
         UserWarning: an operation outside of PyTorch ran that has no formula and counted nothing. Give it one with
             `torch.utils.flop_counter.register_flop_formula`.
     """
+    from torch.utils.flop_counter import FlopCounterMode
+
     counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
     counter.mod_tracker = _NoModules()  # pyright: ignore[reportAttributeAccessIssue]
     with _decomposed(), counter, _Uncounted(counter.flop_registry) as uncounted:
@@ -119,10 +122,14 @@ def _added_product(_added: Shape, left: Shape, right: Shape, *_: Any, **__: Any)
 
 
 def _attention(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
+    from torch.utils.flop_counter import sdpa_flop_count
+
     return sdpa_flop_count(query, key, value)
 
 
 def _attention_backward(gradient: Shape, query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
+    from torch.utils.flop_counter import sdpa_backward_flop_count
+
     return sdpa_backward_flop_count(gradient, query, key, value)
 
 
