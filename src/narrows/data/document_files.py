@@ -1,24 +1,22 @@
-"""Interleaved documents on a disk: a JSONL file beside its images, or webdataset shards."""
+"""Interleaved documents in files: JSONL beside its images, or webdataset shards."""
 
 import io
 import json
 import re
 import tarfile
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.transforms import v2
 
 from narrows.data.documents import IMAGE, Document, InterleavedSet
+from narrows.data.folder import decode_image, image_transform
 from narrows.errors import DataError
-from narrows.validation import check_positive
 
 
 @dataclass(frozen=True)
@@ -26,10 +24,10 @@ class StoredImage:
     """An image file, or a member of a shard.
 
     Args:
-        name: what it is called in errors.
+        name: for errors.
         path: the file, or the shard.
-        offset: where in the shard it begins; None: it is all of the file.
-        size: its bytes in the shard.
+        offset: its first byte in the shard; None: the whole file.
+        size: its number of bytes in the shard.
     """
 
     name: str
@@ -38,7 +36,7 @@ class StoredImage:
     size: int = -1
 
     def read(self) -> bytes:
-        """Its bytes."""
+        """The bytes of the image file."""
         with self.path.open("rb") as file:
             file.seek(self.offset or 0)
             return file.read(self.size)
@@ -46,11 +44,11 @@ class StoredImage:
 
 @dataclass(frozen=True)
 class Record:
-    """A document that has not been read yet.
+    """A document whose images have not been read yet.
 
     Args:
-        row: where it stands, as `train.jsonl, line 7` or `train-000.tar, sample 0042`.
-        text: with `IMAGE` where an image stands.
+        row: for errors: `train.jsonl, line 7` or `train-000.tar, sample 0042`.
+        text: with `IMAGE` in place of each image.
         images: one for each `IMAGE`.
     """
 
@@ -64,23 +62,23 @@ class Record:
 
 
 class StoredDocuments(InterleavedSet):
-    """Documents whose images are read, resized and cropped to a square when asked for.
+    """Documents whose images are read, resized and cropped to a square on access.
 
     Args:
-        records: what there is.
+        records: the documents.
         image_size: side of the square images.
         channels: 3, or 1 for grey images.
     """
 
     def __init__(self, records: Sequence[Record], *, image_size: int, channels: int = 3) -> None:
         self.records, self.image_size, self.channels = tuple(records), image_size, channels
-        self._transform = picture_transform(image_size, channels)
+        self._transform = image_transform(image_size, channels, normalised=False)
 
     def __len__(self) -> int:
         return len(self.records)
 
     def name(self, index: int) -> str:
-        """The row."""
+        """File and line or sample."""
         return self.records[index].row
 
     def documents(self, indices: Sequence[int], epoch: int = 0) -> list[Document]:
@@ -97,21 +95,7 @@ class StoredDocuments(InterleavedSet):
         return Document(record.text, torch.stack(images) if images else empty)
 
     def _image(self, row: str, stored: StoredImage) -> Tensor:
-        try:
-            with Image.open(io.BytesIO(stored.read())) as image:
-                return self._transform(ImageOps.exif_transpose(image).convert("RGB"))
-        except Exception as error:  # a broken file makes decoders raise anything
-            raise DataError(
-                f"{row}: {stored.name} cannot be read as an image: {type(error).__name__}: {error}"
-            ) from error
-
-
-def picture_transform(image_size: int, channels: int) -> Callable[[Image.Image], Tensor]:
-    """The middle square of a picture as `[channels, image_size, image_size]` in 0..1."""
-    check_positive(image_size=image_size)
-    grey = [v2.Grayscale()] if channels == 1 else []
-    parts = [v2.Resize(image_size), v2.CenterCrop(image_size), *grey, v2.PILToTensor()]
-    return v2.Compose([*parts, v2.ToDtype(torch.float32, scale=True)])
+        return self._transform(decode_image(io.BytesIO(stored.read()), f"{row}: {stored.name}"))
 
 
 def read_jsonl(path: Path) -> list[Record]:
@@ -136,12 +120,12 @@ def read_jsonl(path: Path) -> list[Record]:
 def read_shards(paths: Iterable[Path]) -> list[Record]:
     """The samples of webdataset shards: files of a tar archive that share their name up to the first dot.
 
-    A sample is `key.json`, as a line of `read_jsonl` (without `images` they are the sample's own, in the order of their
-    names), or `key.txt`, the caption of the one image beside it. Only the headers of an archive are read here, images
-    when they are asked for, from where they stand in it.
+    A sample is `key.json`, in the form of a line of `read_jsonl` (by default `images` are all images of the sample, in
+    order of their names), or `key.txt`, the caption of the one image beside it. Only the headers of an archive are read
+    here: images are read in place, so that documents keep the random access that exact resume needs.
 
     Raises:
-        DataError: a file that is no tar archive, or a sample of another form.
+        DataError: a file that is not a tar archive, or a malformed sample.
     """
     records = []
     for path in paths:
@@ -162,7 +146,7 @@ def _samples(shard: tarfile.TarFile, path: Path) -> Iterable[Record]:
             samples[f"{folder}/{key}".lstrip("/")][extension] = member
     for key, members in samples.items():
         row = f"{path}, sample {key}"
-        pictures = sorted((name for name in members if f".{name}".lower().endswith(IMG_EXTENSIONS)), key=_counting)
+        pictures = sorted((name for name in members if f".{name}".lower().endswith(IMG_EXTENSIONS)), key=_numeric_order)
         if "json" in members:
             text, names = _parsed(_content(shard, members["json"]), row, default=pictures)
         elif "txt" in members:
@@ -182,7 +166,7 @@ def _content(shard: tarfile.TarFile, member: tarfile.TarInfo) -> str:
 
 
 def _parsed(line: str, row: str, default: Sequence[str] = ()) -> tuple[str, Sequence[str]]:
-    """Text and names of images."""
+    """The text, and the names of its images."""
     try:
         entry: Any = json.loads(line)
     except json.JSONDecodeError as error:
@@ -193,6 +177,6 @@ def _parsed(line: str, row: str, default: Sequence[str] = ()) -> tuple[str, Sequ
     return text, names
 
 
-def _counting(name: str) -> list[int | str]:
-    """Sorts 2.png before 10.png."""
+def _numeric_order(name: str) -> list[int | str]:
+    """A sort key: 2.png before 10.png."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]

@@ -1,4 +1,4 @@
-"""One entry to every kind of interleaved documents: `load_interleaved`."""
+"""One entry to every kind of interleaved documents, `load_interleaved`, and their Lightning data module."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,26 +7,24 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
-from torch.utils.data import DataLoader
-
 from narrows.data.documents import END_OF_CHUNK, IMAGE, InterleavedCollate, InterleavedSet
+from narrows.data.images import HELD_OUT_NAMES
 from narrows.data.module import PositionedDataModule
 from narrows.data.scene_documents import DigitPrompts
 from narrows.errors import DataError, InvalidArgument, MissingExtra
 
 HELD_OUT_SHARE = 0.05
-HELD_OUT_NAMES = ("val", "valid", "validation", "test")
 
 
 @dataclass(frozen=True)
 class InterleavedData:
-    """Documents to train on and documents to judge by.
+    """Documents to train on and documents to evaluate on.
 
     Args:
         name: "digits", or where they are.
-        train: what is trained on.
-        held_out: what is judged by; shares no document with `train`.
-        held_out_rule: in words, which documents are held out.
+        train: for training.
+        held_out: for evaluation; shares no document with `train`.
+        held_out_rule: which documents are held out, in words.
     """
 
     name: str
@@ -43,14 +41,14 @@ def load_interleaved(
     Args:
         data: "digits" (captions of digit scenes, no download), a `.jsonl` file, a `.tar` shard, or a folder of either.
             In a folder, what is called `val...`, `valid...`, `validation...` or `test...` is held out; otherwise a
-            twentieth of the documents is, by a hash of where they stand.
+            twentieth of the documents is, by a hash of file name and line or sample.
         image_size: side of the square images.
         channels: 3, or 1 for grey images.
         seed: of the digit scenes.
 
     Raises:
-        InvalidArgument: `data` does not exist or is of no such kind.
-        DataError: documents that cannot be used, or too few of them.
+        InvalidArgument: `data` does not exist or is of another kind.
+        DataError: malformed documents, or too few of them.
     """
     if str(data) == "digits":
         sets = (DigitPrompts(split, size=image_size, channels=channels, seed=seed) for split in ("train", "held_out"))
@@ -73,7 +71,7 @@ def load_interleaved(
         ranked = sorted(train, key=lambda record: crc32(Path(record.row).name.encode()))
         count = max(1, round(HELD_OUT_SHARE * len(ranked)))
         held_out, train = ranked[:count], ranked[count:]
-        rule = f"{HELD_OUT_SHARE:.0%} of the documents, chosen by a hash of where they stand"
+        rule = f"{HELD_OUT_SHARE:.0%} of the documents, chosen by a hash of file name and line or sample"
     if not train or not held_out:
         raise DataError(f"{data}: {len(train)} documents to train on and {len(held_out)} to hold out; both need one.")
     sets = (StoredDocuments(records, image_size=image_size, channels=channels) for records in (train, held_out))
@@ -92,7 +90,7 @@ def _files(data: Path) -> list[Path]:
 
 
 class InterleavedDataModule(PositionedDataModule):
-    """Text with images in it, in an order that is a pure function of (seed, epoch, position).
+    """Interleaved text and images, in an order that is a pure function of (seed, epoch, position).
 
     Args:
         data: "digits", or where documents are: see `narrows.data.document_module.load_interleaved`.
@@ -102,7 +100,7 @@ class InterleavedDataModule(PositionedDataModule):
         image_token, end_of_chunk, max_tokens, max_images, mask_before_first_image: how documents become tokens, see
             `InterleavedCollate`.
         batch_size: documents in a batch of one process.
-        num_workers: processes that prepare documents; 0 prepares them in the training process.
+        num_workers: worker processes that prepare documents; 0 prepares them in the training process.
         seed: of scenes and order.
     """
 
@@ -130,23 +128,11 @@ class InterleavedDataModule(PositionedDataModule):
             max_images=max_images,
             mask_before_first_image=mask_before_first_image,
         )
-        super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed, collate=collate)
+        super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed, collate=collate, kind="documents")
         self.data, self.image_size, self.channels = data, image_size, channels
         self.image_token, self.end_of_chunk = image_token, end_of_chunk
 
     @cached_property
     def loaded(self) -> InterleavedData:
-        """The documents, listed when first asked for."""
+        """The documents, listed on first access."""
         return load_interleaved(self.data, image_size=self.image_size, channels=self.channels, seed=self.seed)
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Full batches of an epoch's documents in an order of their own."""
-        return self.in_new_order(self.loaded.train, self.loaded.name, "documents")
-
-    def val_dataloader(self) -> DataLoader[Any]:
-        """The held-out documents."""
-        return self.in_order(self.loaded.held_out)
-
-    def test_dataloader(self) -> DataLoader[Any]:
-        """The held-out documents."""
-        return self.in_order(self.loaded.held_out)

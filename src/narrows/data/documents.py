@@ -1,4 +1,4 @@
-"""Text with images in it: `Document`, and what training asks of many of them, `InterleavedSet`."""
+"""Interleaved text and images: documents, data sets of them, and their batches for a language model."""
 
 import re
 from collections.abc import Sequence
@@ -17,10 +17,10 @@ from narrows.errors import InvalidArgument
 from narrows.validation import check_choice, check_positive
 
 IMAGE = "<image>"
-"""Stands in a text where an image stands."""
+"""The placeholder of an image in a text."""
 
 END_OF_CHUNK = "<|endofchunk|>"
-"""Ends what is said about an image."""
+"""The end of the text about an image, as in OpenFlamingo."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class Document:
     """A text and its images.
 
     Args:
-        text: with `IMAGE` where an image stands.
+        text: with `IMAGE` in place of each image.
         images: one for each `IMAGE`, with values in 0..1.
-        counts: False for a document that only fills up a batch and is not learned from.
+        counts: False for padding that fills up a batch and is not trained on.
     """
 
     text: str
@@ -52,7 +52,7 @@ class InterleavedSet(Dataset[Document]):
         raise NotImplementedError
 
     def name(self, index: int) -> str:
-        """What to call this document in a table or an error."""
+        """The name of a document in tables and errors."""
         raise NotImplementedError
 
     def __getitem__(self, index: int | Position) -> Document:
@@ -60,13 +60,13 @@ class InterleavedSet(Dataset[Document]):
         return self.__getitems__([position])[0]
 
     def __getitems__(self, positions: Sequence[Position]) -> list[Document]:
-        """A whole batch at once: `DataLoader` calls this where it is there."""
+        """A whole batch at once: `DataLoader` calls this where it exists."""
         documents = self.documents([position.index for position in positions], positions[0].epoch)
         return [replace(one, counts=place.counts) for one, place in zip(documents, positions, strict=True)]
 
 
 def with_chunk_ends(text: str) -> str:
-    """The text with `END_OF_CHUNK` after what is said about each image, where it is not there yet.
+    """The text with `END_OF_CHUNK` added after the text about each image, where it is missing.
 
     >>> with_chunk_ends("Two cats: <image><image> a tabby. <image>a Persian")
     'Two cats:<|endofchunk|><image><image>a tabby.<|endofchunk|><image>a Persian<|endofchunk|>'
@@ -80,8 +80,8 @@ def with_chunk_ends(text: str) -> str:
 class InterleavedBatch(TypedDict):
     """Arguments of a language model with media.
 
-    `media_locations` is True where an image stands, `labels` are `IGNORED` where nothing is learned: at padding and at
-    images themselves. A batch without any image has one that is masked, so that every parameter takes part.
+    `media_locations` is True at the tokens of images; `labels` are `IGNORED` there and at padding. A batch without any
+    image has a masked one, so that every parameter gets a gradient.
     """
 
     input_ids: Int[Tensor, "B T"]
@@ -93,7 +93,7 @@ class InterleavedBatch(TypedDict):
 
 
 def without_labels(batch: InterleavedBatch) -> dict[str, Tensor]:
-    """What a model that is not to compute a loss takes."""
+    """The arguments of a call that computes no loss."""
     return {name: value for name, value in batch.items() if name != "labels" and isinstance(value, Tensor)}
 
 
@@ -105,20 +105,20 @@ class _Row(NamedTuple):
 
 
 class InterleavedCollate:
-    """Makes batches of documents: `END_OF_CHUNK` after what is said about each image, then ids, padded.
+    """Tokenises documents to a padded batch, with `END_OF_CHUNK` after the text about each image.
 
     Args:
         tokenizer: of transformers.
-        image_token: the token of the vocabulary that stands where an image stands. A language model without one of its
-            own can take any, its end-of-text token say: `media_locations` tells which are images.
-        end_of_chunk: the token of the vocabulary that ends what is said about an image.
-        max_tokens: longer documents are cut there, with the images that stand behind.
-        max_images: text behind so many images is cut.
-        mask_before_first_image: learn nothing from the text before a document's first image.
+        image_token: the token of an image in the vocabulary. A language model without one can take any, its end-of-text
+            token for instance: `media_locations` tells images apart.
+        end_of_chunk: the token of the vocabulary for `END_OF_CHUNK`.
+        max_tokens: documents are cut to this length, with the images beyond.
+        max_images: documents are cut before one image more.
+        mask_before_first_image: no loss on the text before a document's first image.
         padding_side: "right" to train, "left" to generate.
 
     Raises:
-        InvalidArgument: a token that is not in the vocabulary.
+        InvalidArgument: a token is not in the vocabulary.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class InterleavedCollate:
         return self.prompts([Document(with_chunk_ends(one.text), one.images, one.counts) for one in documents])
 
     def prompts(self, documents: Sequence[Document]) -> InterleavedBatch:
-        """The batch of these documents, their text as it is: no chunk is ended that is not."""
+        """The batch of these documents, without adding `END_OF_CHUNK`."""
         rows = [self._row(document) for document in documents]
         most = max(1, *(len(row.images) for row in rows))
         shape = next((one.images.shape[1:] for one in documents if len(one.images)), documents[0].images.shape[1:])
@@ -163,14 +163,14 @@ class InterleavedCollate:
 
     @property
     def _padding_id(self) -> int:
-        """Any token will do, since it is masked: language models without one of their own are usual."""
+        """Any token will do where the tokenizer has no padding token: it is masked."""
         return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.ids[END_OF_CHUNK]
 
     def _padded(self, rows: Sequence[Tensor], value: int | bool) -> Tensor:
         return pad_sequence(list(rows), batch_first=True, padding_value=value, padding_side=self.padding_side)
 
     def _row(self, document: Document) -> _Row:
-        """Each piece of text is tokenised by itself: no text can be taken for a token of the format."""
+        """Tokens of one document. Text between placeholders is tokenised alone, so that none becomes a placeholder."""
         ids, images = list(self._begin), []
         for piece in re.split(f"({re.escape(IMAGE)}|{re.escape(END_OF_CHUNK)})", document.text):
             if piece == IMAGE:

@@ -1,4 +1,4 @@
-"""Images from a folder tree with one folder for each class."""
+"""Image files: which there are, their classes and splits, and how they are read and transformed."""
 
 import hashlib
 import logging
@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import IO
 
 import torch
 from jaxtyping import Float, Int
@@ -16,9 +17,12 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
-from narrows.data.images import IGNORED, MEAN_AND_STD, Augmentation, ImageData, ImageSet
+from narrows.data.images import HELD_OUT_NAMES, IGNORED, MEAN_AND_STD, Augmentation, ImageData, ImageSet
 from narrows.data.positions import keys
 from narrows.errors import DataError, InvalidArgument
+from narrows.validation import check_positive
+
+log = logging.getLogger(__name__)
 
 HELD_OUT_SHARE = 0.2
 UNREADABLE_SHARE = 0.01
@@ -27,7 +31,7 @@ Sample = tuple[Path, int]
 
 
 def find_images(paths: Iterable[str | Path]) -> list[Path]:
-    """The image files among these paths, folders searched in depth, in a fixed order.
+    """The image files among these paths and in these folders at any depth, in a fixed order.
 
     Raises:
         InvalidArgument: a path that does not exist, or no image file at all.
@@ -44,7 +48,7 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
 
 
 def list_classes(root: Path) -> tuple[list[str], list[Sample]]:
-    """Classes and samples of a class-per-folder tree, as torchvision lists them; hidden and empty folders are left out.
+    """Classes and samples of a tree with one folder for each class, without hidden and empty folders.
 
     Raises:
         DataError: no class folders, no images, or a single class.
@@ -62,7 +66,7 @@ def list_classes(root: Path) -> tuple[list[str], list[Sample]]:
 
 
 def list_known_classes(root: Path, classes: Sequence[str]) -> list[Sample]:
-    """The samples of a class-per-folder tree, labels counted in `classes`.
+    """The samples of a tree with one folder for each class; labels are indices into `classes`.
 
     Raises:
         DataError: a class that is not among `classes`.
@@ -77,10 +81,10 @@ def list_known_classes(root: Path, classes: Sequence[str]) -> list[Sample]:
 
 
 def split(samples: Sequence[Sample], *, root: Path, classes: Sequence[str]) -> tuple[list[Sample], list[Sample]]:
-    """Training and held-out samples: held out is a file whose path inside `root` hashes into the first fifth.
+    """Training and held-out samples: a fifth is held out by the hash of the path inside `root`.
 
-    So a file keeps its part when others are added or removed. In a class where no file or all of them would be held
-    out, the one with the least hash is held out, or the one with the greatest is trained on.
+    A file thereby stays in its split when others are added or removed. Each class keeps at least one file in each
+    split: the one with the smallest hash is held out, the one with the greatest trained on.
 
     Raises:
         DataError: a class with fewer than two images.
@@ -102,10 +106,10 @@ def split(samples: Sequence[Sample], *, root: Path, classes: Sequence[str]) -> t
 
 
 def find_unreadable(paths: Sequence[Path], *, allowed_share: float = UNREADABLE_SHARE) -> set[Path]:
-    """Files that do not decode: each is tried here, JPEG at an eighth of its size.
+    """Files that cannot be decoded. Each is tried, JPEG at an eighth of its size.
 
     Raises:
-        DataError: they are more than `allowed_share` of all, and more than one.
+        DataError: more than one, and more than `allowed_share` of all.
     """
     with ThreadPoolExecutor() as pool, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -127,7 +131,7 @@ def _named_samples(root: Path) -> list[tuple[Path, str]]:
 
 
 def _hash(path: Path) -> float:
-    """A number in [0, 1) that depends on the path only."""
+    """A number in [0, 1), a pure function of the path."""
     return int.from_bytes(hashlib.sha256(path.as_posix().encode()).digest()[:8], "big") / 2**64
 
 
@@ -141,23 +145,20 @@ def _fault(path: Path) -> str | None:
     return None
 
 
-HELD_OUT_FOLDERS = ("val", "valid", "validation", "test")
-
-
 class FolderImages(ImageSet):
     """Image files and their labels, resized and normalised.
 
-    To train on, images are cropped and mirrored at random, a pure function of (seed, epoch, index); to judge by, the
-    middle square is taken.
+    With an augmentation, images are cropped and flipped at random, as a pure function of (seed, epoch, index); without,
+    they are cropped at the centre.
 
     Args:
         samples: files and labels.
-        image_size: side of the square images that come out.
+        image_size: side of the square images.
         channels: 3, or 1 for grey images.
-        augmentation: how images are varied; None takes the middle square.
+        augmentation: of training images; None crops at the centre.
         seed: of the augmentation.
         root: the folder that names of images are relative to, if any.
-        prepare: turns an upright RGB image into a tensor, in place of all of the above.
+        prepare: transform of an upright RGB image to a tensor that replaces resizing, augmentation and normalisation.
     """
 
     def __init__(
@@ -172,7 +173,7 @@ class FolderImages(ImageSet):
         prepare: Callable[[Image.Image], Tensor] | None = None,
     ) -> None:
         self.samples, self.augmentation, self.seed, self.root = tuple(samples), augmentation, seed, root
-        self._transform = prepare or _transform(image_size, channels, augmentation)
+        self._transform = prepare or image_transform(image_size, channels, augmentation)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -188,7 +189,8 @@ class FolderImages(ImageSet):
         return images, torch.tensor([self.samples[index][1] for index in indices])
 
     def _image(self, index: int, epoch: int) -> Tensor:
-        image = read_image(self.samples[index][0])
+        path = self.samples[index][0]
+        image = decode_image(path, str(path))
         if self.augmentation is None:
             return self._transform(image)
         with torch.random.fork_rng(devices=[]):
@@ -196,17 +198,38 @@ class FolderImages(ImageSet):
             return self._transform(image)
 
 
-def read_image(path: Path) -> Image.Image:
-    """An image file as RGB, upright.
+def decode_image(file: Path | IO[bytes], name: str) -> Image.Image:
+    """An image file as RGB, rotated as its EXIF orientation says; errors call it `name`.
 
     Raises:
         DataError: it cannot be read.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             return ImageOps.exif_transpose(image).convert("RGB")
     except Exception as error:  # a broken file makes decoders raise anything
-        raise DataError(f"{path} cannot be read as an image: {type(error).__name__}: {error}") from error
+        raise DataError(f"{name} cannot be read as an image: {type(error).__name__}: {error}") from error
+
+
+def image_transform(
+    image_size: int, channels: int, augmentation: Augmentation | None = None, *, normalised: bool = True
+) -> Callable[[Image.Image], Tensor]:
+    """A transform of pictures to square tensors `[channels, image_size, image_size]`.
+
+    Args:
+        image_size: side of the square.
+        channels: 3, or 1 for grey images.
+        augmentation: random crops, flips and more; None resizes and crops at the centre.
+        normalised: by mean and spread; else values are in 0..1.
+    """
+    check_positive(image_size=image_size)
+    before, after = ([v2.Resize(image_size), v2.CenterCrop(image_size)], [])
+    if augmentation is not None:
+        before, after = augmentation.before_normalisation(image_size), augmentation.after_normalisation()
+    grey = [v2.Grayscale(channels)] if channels == 1 else []
+    normalise = [v2.Normalize(*MEAN_AND_STD[channels])] if normalised else []
+    to_tensor = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)]
+    return v2.Compose([*before, *grey, *to_tensor, *normalise, *after])
 
 
 def load_folder(
@@ -214,7 +237,7 @@ def load_folder(
 ) -> ImageData:
     """The folder as `ImageData`; see `narrows.data.load`."""
     _check_is_folder(root)
-    listed = {name: folder for name in ("train", *HELD_OUT_FOLDERS) if (folder := _part(root, name)) is not None}
+    listed = {name: folder for name in ("train", *HELD_OUT_NAMES) if (folder := _part(root, name)) is not None}
     train_root = listed.pop("train", root)
     classes, train = list_classes(train_root)
     others = {} if train_root == root else {name: list_known_classes(at, classes) for name, at in listed.items()}
@@ -236,12 +259,12 @@ def load_folder(
     def images(samples: Sequence[Sample], augmentation: Augmentation | None = None) -> FolderImages:
         return FolderImages(samples, image_size=image_size, augmentation=augmentation, seed=seed, root=root)
 
-    to_validate = images(held_out)
+    validation = images(held_out)
     return ImageData(
         name=str(root),
         train=images(train, augmentation),
-        held_out=to_validate,
-        test=to_validate if test is held_out else images(test),
+        held_out=validation,
+        test=validation if test is held_out else images(test),
         classes=tuple(classes),
         image_size=image_size,
         channels=3,
@@ -251,22 +274,11 @@ def load_folder(
 
 
 def load_unlabelled(paths: Iterable[str | Path], *, image_size: int, channels: int) -> FolderImages:
-    """Image files and folders of them without labels, as a model for images of this size and kind takes them."""
+    """Image files, and all in folders, without labels, for a model of this image size and number of channels."""
     files = find_images(paths)
     skipped = find_unreadable(files)
     samples = [(file, IGNORED) for file in files if file not in skipped]
     return FolderImages(samples, image_size=image_size, channels=channels)
-
-
-def _transform(image_size: int, channels: int, augmentation: Augmentation | None) -> Callable[[Image.Image], Tensor]:
-    to_square: list[torch.nn.Module] = (
-        [v2.Resize(image_size), v2.CenterCrop(image_size)]
-        if augmentation is None
-        else augmentation.of_pictures(image_size)
-    )
-    to_numbers = [v2.Grayscale(channels)] if channels == 1 else []
-    to_numbers += [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(*MEAN_AND_STD[channels])]
-    return v2.Compose([*to_square, *to_numbers, *(augmentation.of_numbers() if augmentation else [])])
 
 
 def _check_is_folder(root: Path) -> None:
@@ -282,17 +294,14 @@ def _check_is_folder(root: Path) -> None:
 
 
 def _part(root: Path, name: str) -> Path | None:
-    """`root/name` where that holds folders itself; with images directly inside it is a class like any other."""
+    """`root/name` if it holds class folders; a folder that holds images is a class itself."""
     folder = root / name
     return folder if folder.is_dir() and any(child.is_dir() for child in folder.iterdir()) else None
 
 
 def _rank(name: str) -> int:
-    return HELD_OUT_FOLDERS.index(name)
+    return HELD_OUT_NAMES.index(name)
 
 
 def _without(samples: Iterable[Sample], skipped: set[Path]) -> list[Sample]:
     return [sample for sample in samples if sample[0] not in skipped]
-
-
-log = logging.getLogger(__name__)

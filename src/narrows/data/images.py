@@ -1,4 +1,4 @@
-"""What training asks of images: `ImageSet`, and the two of them that make an `ImageData`."""
+"""Labelled images for training and evaluation: `ImageSet`, `ImageData` and augmentation."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,10 +13,13 @@ from narrows.data.positions import Position
 from narrows.errors import InvalidArgument
 
 IGNORED = -100
-"""The label of an image that counts in no loss and no metric."""
+"""The label of images and pixels that are left out of losses and metrics."""
+
+HELD_OUT_NAMES = ("val", "valid", "validation", "test")
+"""Names of folders and files that are not trained on, validation before test."""
 
 MEAN_AND_STD = {1: ((0.35,), (0.24,)), 3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}
-"""By channels: of digit scenes, and of ImageNet as everywhere. Pixels in [0, 1] are normalised with them."""
+"""Mean and spread that normalise pixels in [0, 1], by channels: of digit scenes (1) and of ImageNet (3)."""
 
 
 class ImageSet(Dataset[tuple[Tensor, Tensor]]):
@@ -35,7 +38,7 @@ class ImageSet(Dataset[tuple[Tensor, Tensor]]):
         raise NotImplementedError
 
     def name(self, index: int) -> str:
-        """What to call this image in a table."""
+        """The name of an image in tables."""
         raise NotImplementedError
 
     def __getitem__(self, index: int | Position) -> tuple[Tensor, Tensor]:
@@ -44,27 +47,27 @@ class ImageSet(Dataset[tuple[Tensor, Tensor]]):
         return images[0], labels[0]
 
     def __getitems__(self, positions: Sequence[Position]) -> tuple[Tensor, Tensor]:
-        """A whole batch at once: `DataLoader` calls this where it is there."""
+        """A whole batch at once: `DataLoader` calls this where it exists."""
         positions = [p if isinstance(p, Position) else Position(p) for p in positions]
         images, labels = self.batch([p.index for p in positions], positions[0].epoch)
-        fills = torch.tensor([not position.counts for position in positions])
-        return images, labels.masked_fill(fills.view(-1, *(1 for _ in labels.shape[1:])), IGNORED)
+        padding = torch.tensor([not position.counts for position in positions])
+        return images, labels.masked_fill(padding.view(-1, *(1 for _ in labels.shape[1:])), IGNORED)
 
 
 @dataclass(frozen=True)
 class ImageData:
-    """Images to train on and images to judge by.
+    """Images to train on and images to evaluate on.
 
     Args:
         name: "digits", or the folder.
-        train: what is trained on.
-        held_out: what is validated on; shares no image with `train`.
-        test: what is tested on: `held_out` again, unless the folder has both a `val` and a `test`.
+        train: for training.
+        held_out: for validation; shares no image with `train`.
+        test: for testing: `held_out` again, unless the folder has both a `val` and a `test`.
         classes: names of the classes; labels count in this order.
         image_size: side of the square images.
         channels: channels of the images.
-        held_out_rule: in words, which images are held out.
-        skipped: images that cannot be read and are left out.
+        held_out_rule: which images are held out, in words.
+        skipped: unreadable images, which are left out.
     """
 
     name: str
@@ -84,20 +87,20 @@ class ImageData:
 
 
 def picture(images: Float[Tensor, "*B C H W"]) -> Float[Tensor, "*B C H W"]:
-    """Normalised images as pictures in [0, 1]."""
+    """Normalised images back in [0, 1], to be looked at."""
     mean, std = (images.new_tensor(value).view(-1, 1, 1) for value in MEAN_AND_STD[images.shape[-3]])
     return (images * std + mean).clamp(0, 1)
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Random crops and mirror images, and what else is asked for; the same random numbers give the same image.
+    """Augmentation of training images: random crops and flips, optionally RandAugment and random erasing.
 
     Args:
-        least_area: least share of the image's area that a crop keeps.
-        operations: how many operations of RandAugment (Cubuk et al. 2019, arXiv 1909.13719) change a crop; 0 for none.
+        least_area: the smallest share of the image's area that a crop keeps.
+        operations: number of RandAugment operations for each crop (Cubuk et al. 2019, arXiv 1909.13719).
         magnitude: of these operations, 0 to 30.
-        erasing: how likely a rectangle of the crop becomes noise (Zhong et al. 2017, arXiv 1708.04896).
+        erasing: probability of random erasing (Zhong et al. 2017, arXiv 1708.04896).
     """
 
     least_area: float = 0.4
@@ -115,8 +118,8 @@ class Augmentation:
         if not 0 <= self.magnitude <= 30:
             raise InvalidArgument("magnitude", expected="0 to 30", got=self.magnitude)
 
-    def of_pictures(self, image_size: int) -> list[nn.Module]:
-        """What comes first: a picture to a square picture."""
+    def before_normalisation(self, image_size: int) -> list[nn.Module]:
+        """Transforms of a picture to a square picture."""
         from torchvision.transforms import v2
 
         modules: list[nn.Module] = [
@@ -128,19 +131,19 @@ class Augmentation:
             modules.append(v2.RandAugment(self.operations, self.magnitude, fill=grey))
         return modules
 
-    def of_numbers(self) -> list[nn.Module]:
-        """What comes last: a normalised image to another."""
+    def after_normalisation(self) -> list[nn.Module]:
+        """Transforms of a normalised tensor."""
         from torchvision.transforms import v2
 
         return [v2.RandomErasing(self.erasing, value="random")] if self.erasing else []  # pyright: ignore
 
 
 class RememberedImages(ImageSet):
-    """The batches of another set, drawn or read when first asked for and handed out again from then on.
+    """Cached batches of another set: drawn or read on first access only.
 
     Args:
         images: the other set.
-        capacity: bytes of images that are remembered; batches beyond are drawn every time.
+        capacity: bytes of images to cache; batches beyond are drawn every time.
     """
 
     def __init__(self, images: ImageSet, *, capacity: int = 2**29) -> None:
@@ -157,12 +160,12 @@ class RememberedImages(ImageSet):
     def batch(
         self, indices: Sequence[int], epoch: int = 0
     ) -> tuple[Float[Tensor, "B C H W"], Int[Tensor, "B *pixels"]]:
-        """Normalised images and labels, as of the other set."""
-        which = epoch, tuple(indices)
-        batch = self._batches.get(which)
+        """Normalised images and labels of the other set."""
+        key = epoch, tuple(indices)
+        batch = self._batches.get(key)
         if batch is None:
             batch = self.images.batch(indices, epoch)
             if batch[0].nbytes <= self.capacity:
                 self.capacity -= batch[0].nbytes
-                self._batches[which] = batch
+                self._batches[key] = batch
         return batch

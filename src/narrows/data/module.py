@@ -1,4 +1,4 @@
-"""What every data module shares: an order that is a pure function of (seed, epoch, position), and exact resume."""
+"""Lightning data modules of images, and the base class of all: an order by (seed, epoch, position), exact resume."""
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -17,28 +17,38 @@ from narrows.validation import check_positive
 
 
 class PositionedDataModule(LightningDataModule):
-    """Base class of data modules whose sets are asked for positions (`PositionSampler`).
+    """Base class of data modules in which sample and order are pure functions of (seed, epoch, position).
 
-    A checkpoint taken in the middle of an epoch goes on with the very next sample.
+    A checkpoint taken in the middle of an epoch resumes with the next sample. A subclass has `loaded`: what it trains
+    on (`train`), validates on (`held_out`) and, where that is another set, tests on (`test`).
 
     Args:
         batch_size: samples in a batch of one process.
-        num_workers: processes that prepare samples; 0 prepares them in the training process.
+        num_workers: worker processes that prepare samples; 0 prepares them in the training process.
         seed: of the order.
-        collate: what makes a batch of what the set returns for a list of positions.
+        collate: makes a batch of what a data set returns for a list of positions.
+        kind: what errors call the samples.
     """
 
+    loaded: Any
+
     def __init__(
-        self, *, batch_size: int, num_workers: int, seed: int, collate: Callable[[Any], Any] | None = None
+        self,
+        *,
+        batch_size: int,
+        num_workers: int,
+        seed: int,
+        collate: Callable[[Any], Any] | None = None,
+        kind: str = "images",
     ) -> None:
         super().__init__()
         check_positive(batch_size=batch_size)
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
-        self.collate = collate or _as_it_is
+        self.collate, self.kind = collate or _unchanged, kind
         self._resumed: dict[str, int] = {}
 
     def state_dict(self) -> dict[str, int]:
-        """How far the epoch has come."""
+        """The epoch, and how many of its samples are done."""
         if self.trainer is None:
             return {}
         done = self.trainer.fit_loop.epoch_loop.batch_progress.current.processed  # pyright: ignore[reportAttributeAccessIssue]
@@ -49,28 +59,36 @@ class PositionedDataModule(LightningDataModule):
         }
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Go on from there."""
+        """Resume from there."""
         self._resumed = state_dict
 
-    def in_new_order(self, samples: Any, name: str, kind: str = "images") -> DataLoader[Any]:
-        """Full batches of an epoch's samples in an order of their own; errors call them `kind` of `name`.
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Full batches of the training samples, shuffled anew every epoch.
 
         Raises:
             DataError: fewer samples than a batch.
         """
+        samples = self.loaded.train
         sampler = PositionSampler(samples, seed=self.seed, shuffle=True, fill=False, **self._processes)
         if len(sampler) < self.batch_size:
             raise DataError(
-                f"{name} has {len(samples)} training {kind}, {len(sampler)} for each process: fewer than "
-                f"batch_size = {self.batch_size}. Lower batch_size or add {kind}."
+                f"{self.loaded.name} has {len(samples)} training {self.kind}, {len(sampler)} for each process: fewer "
+                f"than batch_size = {self.batch_size}. Lower batch_size or add {self.kind}."
             )
         if self._resumed:
             sampler.begin_at(self._resumed["epoch"], self._resumed["images"])
             self._resumed = {}
         return self._loader(samples, sampler, drop_last=True)
 
-    def in_order(self, samples: Any) -> DataLoader[Any]:
-        """All samples one after another."""
+    def val_dataloader(self) -> DataLoader[Any]:
+        """The held-out samples."""
+        return self._in_order(self.loaded.held_out)
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """The test samples: the held-out ones, unless there are others."""
+        return self._in_order(getattr(self.loaded, "test", self.loaded.held_out))
+
+    def _in_order(self, samples: Any) -> DataLoader[Any]:
         return self._loader(samples, PositionSampler(samples, shuffle=False, fill=True, **self._processes))
 
     @property
@@ -92,24 +110,22 @@ class PositionedDataModule(LightningDataModule):
         )
 
 
-def _as_it_is(batch: Any) -> Any:
-    """`ImageSet` returns whole batches."""
+def _unchanged(batch: Any) -> Any:
+    """`ImageSet` returns whole batches; a function of the module, so that workers can unpickle it."""
     return batch
 
 
 class ImageDataModule(PositionedDataModule):
     """Digit scenes or a folder of images, in an order that is a pure function of (seed, epoch, position).
 
-    A checkpoint taken in the middle of an epoch goes on with the very next image.
-
     Args:
         data: "digits", "small_digits", or a folder with one folder of images for each class.
         image_size: side of the square images; by default 32 for digits, 64 for small digits and folders.
         batch_size: images in a batch of one process.
-        num_workers: processes that prepare images; 0 prepares them in the training process.
+        num_workers: worker processes that prepare images; 0 prepares them in the training process.
         seed: of scenes, augmentation and order.
         images: what `predict` looks at: image files, or folders of them; by default the held-out images.
-        augmentation: how a folder's training images are varied, by default cropped and mirrored.
+        augmentation: of a folder's training images; by default random crops and flips.
     """
 
     def __init__(
@@ -128,7 +144,7 @@ class ImageDataModule(PositionedDataModule):
 
     @cached_property
     def loaded(self) -> ImageData:
-        """The images; read, and checked for images that cannot be read, when first asked for."""
+        """The images, listed and checked on first access."""
         return load(self.data, image_size=self.image_size, seed=self.seed, augmentation=self.augmentation)
 
     @cached_property
@@ -139,25 +155,13 @@ class ImageDataModule(PositionedDataModule):
             return loaded.held_out
         return load_unlabelled(self.images, image_size=loaded.image_size, channels=loaded.channels)
 
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Full batches of an epoch's images in an order of their own."""
-        return self.in_new_order(self.loaded.train, self.loaded.name)
-
-    def val_dataloader(self) -> DataLoader[Any]:
-        """The held-out images."""
-        return self.in_order(self.loaded.held_out)
-
-    def test_dataloader(self) -> DataLoader[Any]:
-        """The test images: the held-out ones, unless the folder has both `val` and `test`."""
-        return self.in_order(self.loaded.test)
-
     def predict_dataloader(self) -> DataLoader[Any]:
         """The images to predict."""
-        return self.in_order(self.to_predict)
+        return self._in_order(self.to_predict)
 
 
 class SegmentationDataModule(ImageDataModule):
-    """The same with the class of every pixel as labels: digit scenes with several digits.
+    """Digit scenes with several digits and a class label for every pixel.
 
     Args:
         data: "digits".
@@ -181,5 +185,5 @@ class SegmentationDataModule(ImageDataModule):
 
     @cached_property
     def loaded(self) -> ImageData:
-        """The images, drawn when asked for."""
+        """The scenes."""
         return load_segmented(self.data, image_size=self.image_size, seed=self.seed)

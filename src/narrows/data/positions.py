@@ -1,4 +1,4 @@
-"""Which image comes when: a pure function of (seed, epoch, position), so that resuming needs no state of a loader."""
+"""Order and random numbers as pure functions of (seed, epoch, position): resuming needs no state of a loader."""
 
 from collections.abc import Iterator, Sized
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ from torch.utils.data import DistributedSampler
 
 @dataclass(frozen=True)
 class Position:
-    """What a sampler asks of a data set.
+    """A sample that a sampler requests from a data set.
 
     Args:
-        index: of the image.
-        epoch: the image is drawn or augmented for.
-        counts: False for the images that only fill up the last batch of a process; their label becomes `IGNORED`.
+        index: of the sample.
+        epoch: in which it is drawn or augmented.
+        counts: False for padding that fills up the last batch of a process; its label becomes `IGNORED`.
     """
 
     index: int
@@ -25,18 +25,18 @@ class Position:
 
 
 class PositionSampler(DistributedSampler[Position]):
-    """The order of an epoch, dealt out to processes like cards.
+    """The order of an epoch, distributed over processes.
 
-    Process r of R gets the positions r, r + R, ...: batches of size b in R processes hold together the images that
-    one process with batches of size b R would see. Lightning leaves samplers of this base class alone.
+    Process r of R gets the positions r, r + R, ...: R processes with batches of size b see together what one process
+    with batches of size b R sees. Lightning does not replace a `DistributedSampler`.
 
     Args:
         images: the data set; only its length matters.
         seed: of the order.
-        shuffle: draw a new order for every epoch.
-        fill: where the images do not divide evenly, fill up with images that do not count (else drop the rest).
+        shuffle: a new order for every epoch.
+        fill: pad where the samples do not divide evenly by R (else drop the rest).
         num_replicas: R, the number of processes.
-        rank: r, which of them this is.
+        rank: r, of this process.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class PositionSampler(DistributedSampler[Position]):
         self._begin = Position(0)
 
     def begin_at(self, epoch: int, position: int) -> None:
-        """Skip the first `position` images of this process in `epoch`; other epochs are complete."""
+        """Skip the first `position` samples of this process in `epoch`, and in no other."""
         self._begin = Position(position, epoch)
 
     def __iter__(self) -> Iterator[Position]:
@@ -72,7 +72,7 @@ _STEP = np.uint64(0x9E3779B97F4A7C15)
 
 
 def keys(*parts: int | NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """One key for each combination of the parts (broadcast): close parts give unrelated keys."""
+    """A hash of the parts (broadcast): similar parts give unrelated keys."""
     key = np.zeros(1, np.uint64)
     for part in parts:
         key = _mix(key + _STEP + np.asarray(part).astype(np.uint64))
@@ -80,7 +80,7 @@ def keys(*parts: int | NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def uniforms(key: NDArray[np.uint64], count: int) -> NDArray[np.float32]:
-    """`count` uniform numbers in [0, 1) for each of B keys: `[B, count]`, the same whichever other keys are asked."""
+    """`count` uniform numbers in [0, 1) for each of B keys: `[B, count]`, each row a function of its key alone."""
     words = _mix(key[:, None] + _STEP * np.arange(1, -(-count // 2) + 1, dtype=np.uint64))
     halves = words.view(np.uint32)[:, :count] >> np.uint32(8)
     return halves.astype(np.float32) * np.float32(2**-24)

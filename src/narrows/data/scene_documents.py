@@ -1,7 +1,7 @@
-"""Captions of digit scenes, several in a text, and text about digits without scenes: what the offline job learns from.
+"""Interleaved documents without a download: captioned digit scenes, and text about digits without scenes.
 
-The two are apart on purpose. A language model learns the language from `digit_sentences`, where the digits of captions
-are drawn at random; which digit an image shows can be learned from `DigitPrompts` alone.
+A language model learns the language from `digit_sentences`, where the digits of captions are random; which digit an
+image shows can be learned from `DigitPrompts` alone.
 """
 
 import re
@@ -36,12 +36,12 @@ _FACTS = (
 
 
 class Question(NamedTuple):
-    """A text that stops before a digit, and what comes next.
+    """A text that ends before a digit, and the digit.
 
     Args:
         text: up to the digit.
         answer: the digit in words.
-        image: which image of the document shows it.
+        image: index of the image in the document that shows it.
     """
 
     text: str
@@ -58,8 +58,8 @@ class DigitPrompts(InterleavedSet):
     Args:
         split: "train" or "held_out".
         size: side of the scenes in pixels.
-        channels: 1, or 3 for the same scene in three channels.
-        max_images: the most images in a document, up to 4.
+        channels: 1, or 3 for grey scenes in three channels.
+        max_images: greatest number of images in a document, up to 4.
         length: documents in an epoch.
         seed: of documents and scenes.
     """
@@ -85,11 +85,11 @@ class DigitPrompts(InterleavedSet):
         return self._length
 
     def name(self, index: int) -> str:
-        """`prompt 17`, say."""
+        """`prompt 17`, for instance."""
         return f"prompt {index}"
 
     def documents(self, indices: Sequence[int], epoch: int = 0) -> list[Document]:
-        """These documents; all their scenes are drawn at once."""
+        """These documents."""
         training = self.scenes.split == "train"
         key = keys(self.seed, 3, int(training), epoch if training else 0, np.asarray(indices, np.uint64))
         random = torch.from_numpy(uniforms(key, 1 + len(ORDINALS)))
@@ -104,7 +104,7 @@ class DigitPrompts(InterleavedSet):
 
 
 def captions(digits: Sequence[int], styles: Sequence[float]) -> str:
-    """Images that show `digits`, each with its caption in one of several styles; `styles` in [0, 1) choose."""
+    """A text of images that show `digits`, each with a caption; `styles` in [0, 1) choose the wording."""
     words = (
         _CAPTIONS[int(style * len(_CAPTIONS))].format(ordinal=ordinal, digit=DIGITS[digit])
         for ordinal, digit, style in zip(ORDINALS, digits, styles, strict=False)
@@ -113,13 +113,13 @@ def captions(digits: Sequence[int], styles: Sequence[float]) -> str:
 
 
 def questions(text: str) -> list[Question]:
-    """Every digit of a text of captions as a question about the image before it."""
+    """A question about each image of a text of captions: the text up to the digit."""
     found = re.finditer(rf"\b({'|'.join(DIGITS)})\b", text)
     return [Question(text[: m.start()].rstrip(), m[0], text[: m.start()].count(IMAGE) - 1) for m in found]
 
 
 def digit_sentences(count: int, seed: int) -> list[str]:
-    """`count` texts about digits without any image: captions of random digits, and what is known of digits."""
+    """`count` texts about digits, without images: captions of random digits, and facts ("one plus one is two")."""
     random = uniforms(keys(seed, 4, np.arange(count, dtype=np.uint64)), 2 + 3 * len(ORDINALS))
     return [_captions(row) if row[0] < 0.5 else _facts(row) for row in random.tolist()]
 

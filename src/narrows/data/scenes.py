@@ -1,4 +1,4 @@
-"""Canvases with clutter, and handwritten digits to put on them: what every set of digit scenes is drawn with."""
+"""Digit scenes: handwritten digits on cluttered canvases, drawn without a download, labelled by image or by pixel."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -23,16 +23,16 @@ _STROKES, _BLOBS, _FRAGMENTS = 3, 2, 2
 
 
 class DigitCanvas(ImageSet):
-    """Base class of sets of digit scenes: the canvas, its clutter, and how a digit is put on it.
+    """Base class of data sets of digit scenes: canvas, clutter, and the drawing of digits.
 
     Scene i is a pure function of (seed, split, epoch, i). Training scenes are drawn anew every epoch; held-out scenes
-    never change. Held out is every fifth digit of each class, so that no handwritten digit, whole or in fragments, is
-    in both splits. A subclass implements `batch`.
+    never change. Every fifth handwritten digit of each class is held out, so that none, whole or in fragments, is in
+    both splits. A subclass implements `batch`.
 
     Args:
         split: "train" or "held_out".
         size: side of the canvas in pixels.
-        digit_size: least and greatest side of a digit in pixels.
+        digit_size: smallest and greatest side of a digit in pixels.
         length: scenes in an epoch; by default 6000 for training and four for each held-out digit.
         seed: of the scenes.
     """
@@ -61,17 +61,17 @@ class DigitCanvas(ImageSet):
         return self._length
 
     def name(self, index: int) -> str:
-        """`scene 17`, say."""
+        """`scene 17`, for instance."""
         return f"scene {index}"
 
     def draw(self, indices: Sequence[int], epoch: int) -> tuple[NDArray[np.uint64], Tensor]:
-        """A key for each scene, and the uniform numbers that make it: `[B]`, `[B, parameters]`."""
+        """A key for each scene, and uniform random numbers for its parameters: `[B]`, `[B, parameters]`."""
         training = self.split == "train"
         key = keys(self.seed, int(training), epoch if training else 0, np.asarray(indices, np.uint64))
         return key, torch.from_numpy(uniforms(key, _PARAMETERS))
 
     def clutter(self, random: Tensor) -> Tensor:
-        """`[B, size, size]`: scenes in which everything is there but what is looked for."""
+        """`[B, size, size]`: background, strokes, fragments of digits and blobs."""
         canvas = self._background(random[:, 1:20])
         for stroke in random[:, 20:41].unflatten(1, (_STROKES, 7)).unbind(1):
             canvas = self._stroke(canvas, stroke)
@@ -81,15 +81,15 @@ class DigitCanvas(ImageSet):
             canvas = self._blob(canvas, blob)
         return canvas
 
-    def photograph(self, canvas: Tensor, key: NDArray[np.uint64]) -> UInt8[Tensor, "B 1 size size"]:
-        """The canvas with grain, in bytes."""
+    def to_bytes(self, canvas: Tensor, key: NDArray[np.uint64]) -> UInt8[Tensor, "B 1 size size"]:
+        """The canvas with grain, as 8-bit images."""
         grain = uniforms(keys(self.seed, 2, key), self.size**2).reshape(-1, self.size, self.size)
         canvas = canvas + (torch.from_numpy(grain) - 0.5) * 0.12
         return (canvas * 255).round().clamp(0, 255).to(torch.uint8)[:, None]
 
     @staticmethod
     def normalised(images: UInt8[Tensor, "B 1 size size"]) -> Float[Tensor, "B 1 size size"]:
-        """Bytes as a model takes them."""
+        """8-bit images normalised for a model."""
         (mean,), (std,) = MEAN_AND_STD[1]
         return (images.float() / 255 - mean) / std
 
@@ -100,7 +100,7 @@ class DigitCanvas(ImageSet):
         return centres.view(1, 1, -1), centres.view(1, -1, 1)
 
     def _background(self, random: Tensor) -> Tensor:
-        """A level, a slope of light and a slow unevenness."""
+        """A grey level with a gradient of light and low-frequency noise."""
         x, y = self._pixels
         across, down = between(random[:, 1], -0.2, 0.2), between(random[:, 2], -0.2, 0.2)
         light = between(random[:, 0], 0.15, 0.4) + across * (x - 0.5) + down * (y - 0.5)
@@ -108,7 +108,7 @@ class DigitCanvas(ImageSet):
         return light + (uneven[:, 0] - 0.5) * 0.2
 
     def _stroke(self, canvas: Tensor, random: Tensor) -> Tensor:
-        """A straight line of some width, lighter or darker than what is under it; three of four scenes get it."""
+        """Draw a straight stroke of random width and grey level, in three of four scenes."""
         x, y = self._pixels
         from_x, from_y, angle, length, width, level, there = (value.view(-1, 1, 1) for value in random.unbind(1))
         along_x, along_y = torch.cos(angle * 2 * torch.pi), torch.sin(angle * 2 * torch.pi)
@@ -117,14 +117,14 @@ class DigitCanvas(ImageSet):
         return canvas.lerp(level * 0.7, (there < 0.75) * _edge((0.015 + width * 0.025 - distance) * 30))
 
     def _blob(self, canvas: Tensor, random: Tensor) -> Tensor:
-        """A soft spot, bright or dark."""
+        """Draw a soft bright or dark spot."""
         x, y = self._pixels
         at_x, at_y, radius, strength = (value.view(-1, 1, 1) for value in random.unbind(1))
         square = ((x - at_x) ** 2 + (y - at_y) ** 2) / (0.05 + radius * 0.1) ** 2
         return canvas + torch.exp(-square) * (strength - 0.5) * 0.6
 
     def _fragment(self, canvas: Tensor, random: Tensor) -> Tensor:
-        """A piece of another digit, about a third of it, fainter than a digit."""
+        """Draw a third of another digit, fainter than digits, in three of four scenes."""
         source = self.sources[(random[:, 0] * len(self.sources)).long()]
         cells = torch.arange(source.shape[-1]) / source.shape[-1]
         left, top = between(random[:, 1], 0.1, 0.5), between(random[:, 2], 0.1, 0.5)
@@ -138,19 +138,19 @@ class DigitCanvas(ImageSet):
     def place(
         self, sources: Tensor, random: Tensor, sizes: tuple[float, float], margin: float = 0.0
     ) -> tuple[Tensor, Tensor]:
-        """Cover `[B, size, size]` of digits put at a random place, size, turn and slant, and their boxes in pixels.
+        """Coverage `[B, size, size]` of digits at random position, size, rotation and slant, and their boxes in pixels.
 
-        `margin` is how far from the border they stay, as a share of the canvas; negative lets them reach over it.
+        `margin` is their distance from the border, as a share of the canvas; negative lets them reach over it.
         """
         side = between(random[:, 0], *sizes) / self.size
         x, y = self._pixels
         at_x, at_y = (side / 2 + margin + value.view(-1, 1, 1) * (1 - side - 2 * margin) for value in random[:, 1:3].T)
-        turn, slant = between(random[:, 3], -0.2, 0.2), between(random[:, 4], -0.15, 0.15)
+        rotation, slant = between(random[:, 3], -0.2, 0.2), between(random[:, 4], -0.15, 0.15)
         across, down = (x - at_x) / side, (y - at_y) / side
-        turned_x = across * torch.cos(turn) + down * torch.sin(turn)
-        turned_y = down * torch.cos(turn) - across * torch.sin(turn)
-        # Sources are 10 cells wide, 8 of digit and a cell of nothing on either side.
-        grid = torch.stack((turned_x + slant * turned_y, turned_y), -1) * (2 * 8 / 10)
+        rotated_x = across * torch.cos(rotation) + down * torch.sin(rotation)
+        rotated_y = down * torch.cos(rotation) - across * torch.sin(rotation)
+        # Sources are 10 cells wide: 8 of the digit and an empty cell on either side.
+        grid = torch.stack((rotated_x + slant * rotated_y, rotated_y), -1) * (2 * 8 / 10)
         cover = F.grid_sample(sources[:, None], grid, padding_mode="zeros", align_corners=False)[:, 0]
         corners = torch.cat((at_x - side / 2, at_y - side / 2, at_x + side / 2, at_y + side / 2), 1)
         return _edge((cover - 0.4) * 3), corners[..., 0] * self.size
@@ -162,7 +162,7 @@ def between(uniform: Tensor, least: float, greatest: float) -> Tensor:
 
 
 def _edge(distance: Tensor) -> Tensor:
-    """0 well outside, 1 well inside, smooth between -0.5 and 0.5."""
+    """A smooth step from 0 at -0.5 to 1 at 0.5."""
     inside = (distance + 0.5).clamp(0, 1)
     return inside * inside * (3 - 2 * inside)
 
@@ -185,7 +185,7 @@ def source_digits(split: str) -> tuple[Float[Tensor, "digits 40 40"], Int[Tensor
 
 
 class Scenes(NamedTuple):
-    """Rendered scenes and where their digits are.
+    """Rendered scenes with masks and boxes of their digits.
 
     Args:
         images: `[B, 1, size, size]`.
@@ -201,17 +201,15 @@ class Scenes(NamedTuple):
 
 
 class DigitScenes(DigitCanvas):
-    """One handwritten digit (scikit-learn's 8x8 ones, 1797 of them) on a larger canvas with clutter; label = the digit.
+    """One of scikit-learn's 1797 handwritten digits (8x8) on a larger canvas with clutter; the label is the digit.
 
-    The digit is enlarged smoothly, turned a little and put anywhere; around it are strokes, blobs and fragments of
-    other digits on a background of uneven light. Scene i is a pure function of (seed, split, epoch, i). Training
-    scenes are drawn anew every epoch; held-out scenes never change. Held out is every fifth digit of each class, so
-    that no handwritten digit, whole or in fragments, is in both splits.
+    The digit is enlarged smoothly, rotated a little and put anywhere; around it are strokes, blobs and fragments of
+    other digits on a background of uneven light. See `DigitCanvas` for splits and randomness.
 
     Args:
         split: "train" or "held_out".
         size: side of the canvas in pixels.
-        digit_size: least and greatest side of a digit in pixels; by default half and five eighths of `size`.
+        digit_size: smallest and greatest side of a digit in pixels; by default half and five eighths of `size`.
         length: scenes in an epoch; by default 6000 for training and four for each held-out digit.
         seed: of the scenes.
     """
@@ -241,7 +239,7 @@ class DigitScenes(DigitCanvas):
         canvas = self.clutter(random)
         digit, boxes = self.place(self.sources[chosen], random[:, 69:74], self.digit_size)
         canvas = canvas.lerp(between(random[:, 74], 0.75, 1.0), digit)
-        return Scenes(self.photograph(canvas, key), self.labels[chosen], digit > 0.5, boxes)
+        return Scenes(self.to_bytes(canvas, key), self.labels[chosen], digit > 0.5, boxes)
 
 
 CLASSES = ("background", *"0123456789")
@@ -252,7 +250,7 @@ _PER_DIGIT = 5 + 2 * _PLACES
 
 
 class SegmentedScenes(NamedTuple):
-    """Rendered scenes, the class of every pixel, and the class and box of every digit.
+    """Rendered scenes with the class of every pixel, and the class and box of every digit.
 
     Args:
         images: `[B, 1, size, size]`.
@@ -268,11 +266,10 @@ class SegmentedScenes(NamedTuple):
 
 
 class SegmentedDigits(DigitCanvas):
-    """Several handwritten digits (scikit-learn's 8x8 ones) on a canvas with clutter; label = the class of each pixel.
+    """Several handwritten digits on a canvas with clutter; the label is the class of each pixel.
 
-    Canvas, clutter and splits are those of `DigitScenes`, and strokes, blobs and fragments of digits are background.
-    Digits keep apart where they can: each takes that of eight random places which covers least of those before it, and
-    lies on top of them.
+    Canvas, clutter and splits are those of `DigitScenes`; strokes, blobs and fragments of digits are background. Each
+    digit takes the one of eight random positions that overlaps least with the digits before it, and is drawn over them.
 
     Args:
         split: "train" or "held_out".
@@ -323,21 +320,21 @@ class SegmentedDigits(DigitCanvas):
             classes = torch.where(there & (cover > 0.5), self.labels[chosen].view(-1, 1, 1) + 1, classes)
             labels[:, digit] = torch.where(digit < count, self.labels[chosen] + 1, IGNORED)
             boxes[:, digit] = box * there[..., 0]
-        return SegmentedScenes(self.photograph(canvas, key), classes, labels, boxes)
+        return SegmentedScenes(self.to_bytes(canvas, key), classes, labels, boxes)
 
     def _apart(self, random: Float[Tensor, "B parameters"], boxes: Float[Tensor, "B K 4"]) -> Float[Tensor, "B 5"]:
-        """Size, place, turn and slant for `place`, the place being the one of several that covers least of `boxes`."""
-        size_turn_slant, places = random[:, :3], random[:, 3 : 3 + 2 * _PLACES].unflatten(1, (_PLACES, 1, 2))
-        side = between(size_turn_slant[:, 0], *self.digit_size).unsqueeze(1)
+        """Parameters of `place`, with the one of several random positions that overlaps `boxes` least."""
+        others, places = random[:, :3], random[:, 3 : 3 + 2 * _PLACES].unflatten(1, (_PLACES, 1, 2))
+        side = between(others[:, 0], *self.digit_size).unsqueeze(1)
         corner = places * (self.size - side)
         low, high = boxes[:, None, :, :2], boxes[:, None, :, 2:]
         covered = ((corner + side).minimum(high) - corner.maximum(low)).clamp(min=0).prod(-1).sum(-1)
         place = places[torch.arange(len(places)), covered.argmin(1), 0]
-        return torch.cat((size_turn_slant[:, :1], place, size_turn_slant[:, 1:]), 1)
+        return torch.cat((others[:, :1], place, others[:, 1:]), 1)
 
 
 def load_segmented(data: str = "digits", *, image_size: int | None = None, seed: int = 0) -> ImageData:
-    """Images whose pixels are labelled, to train a segmenter on and to judge it by.
+    """Images with pixel labels, to train and evaluate a segmenter.
 
     Args:
         data: "digits", scenes with several handwritten digits, no download.
@@ -363,6 +360,45 @@ def load_segmented(data: str = "digits", *, image_size: int | None = None, seed:
         test=held_out,
         classes=CLASSES,
         image_size=size,
+        channels=1,
+        held_out_rule=HELD_OUT_RULE,
+    )
+
+
+class SceneKind(NamedTuple):
+    """Default sizes of a kind of digit scenes.
+
+    Args:
+        image_size: side of the square images.
+        digit_size: smallest and greatest side of a digit, as shares of `image_size`.
+    """
+
+    image_size: int
+    digit_size: tuple[float, float]
+
+
+SCENES = {"digits": SceneKind(32, (1 / 2, 5 / 8)), "small_digits": SceneKind(64, (5 / 28, 2 / 7))}
+
+
+def load_scenes(name: str, split: str, *, image_size: int | None = None, seed: int = 0) -> DigitScenes:
+    """One split of the kind of scenes called `name` in `SCENES`."""
+    kind = SCENES[name]
+    size = kind.image_size if image_size is None else image_size
+    least, greatest = kind.digit_size
+    return DigitScenes(split, size=size, digit_size=(size * least, size * greatest), seed=seed)
+
+
+def load_digits(name: str, *, image_size: int | None, seed: int) -> ImageData:
+    """Both splits of these scenes as `ImageData`; see `narrows.data.load`."""
+    train = load_scenes(name, "train", image_size=image_size, seed=seed)
+    held_out = load_scenes(name, "held_out", image_size=image_size)
+    return ImageData(
+        name=name,
+        train=train,
+        held_out=held_out,
+        test=held_out,
+        classes=tuple("0123456789"),
+        image_size=train.size,
         channels=1,
         held_out_rule=HELD_OUT_RULE,
     )

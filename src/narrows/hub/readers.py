@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from narrows.adapters.flamingo import Flamingo
 from narrows.checkpoints.files import read_weights
-from narrows.data.document_files import picture_transform
 from narrows.data.documents import END_OF_CHUNK, IMAGE, Document, InterleavedCollate, without_labels
-from narrows.data.folder import read_image
+from narrows.data.folder import decode_image, image_transform
 from narrows.errors import InvalidArgument, MissingExtra
 from narrows.hub.models import LoadedModel, open_model
 from narrows.models import ImageClassifier
@@ -295,10 +294,10 @@ def read_pictures(paths: Sequence[str | Path], encoder: VisionEncoder) -> Float[
         InvalidArgument: a file that does not exist.
         DataError: one that cannot be read; it is named.
     """
-    transform = picture_transform(encoder.image_size, encoder.channels)
+    transform = image_transform(encoder.image_size, encoder.channels, normalised=False)
     for path in map(Path, paths):
         if not path.is_file():
             raise InvalidArgument("media", expected="picture files", got=f"{str(path)!r}, which does not exist")
-    pictures = [transform(read_image(Path(path))) for path in paths]
+    pictures = [transform(decode_image(Path(path), str(path))) for path in paths]
     empty = torch.zeros(0, encoder.channels, encoder.image_size, encoder.image_size)
     return torch.stack(pictures) if pictures else empty

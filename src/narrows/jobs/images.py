@@ -8,8 +8,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from narrows.data import IGNORED, ImageSet, load
-from narrows.data.folder import HELD_OUT_FOLDERS, FolderImages, find_images, find_unreadable, list_classes
-from narrows.data.load import SCENES
+from narrows.data.folder import FolderImages, find_images, find_unreadable, list_classes
+from narrows.data.images import HELD_OUT_NAMES
+from narrows.data.scenes import SCENES
 from narrows.errors import DataError, InvalidArgument
 from narrows.hub.models import LoadedModel
 
@@ -113,7 +114,7 @@ def _has_classes(root: Path) -> bool:
 
 
 def _labelled(root: Path, opened: LoadedModel) -> Images:
-    part = next((root / name for name in HELD_OUT_FOLDERS if (root / name).is_dir()), root)
+    part = next((root / name for name in HELD_OUT_NAMES if (root / name).is_dir()), root)
     classes, samples = list_classes(part)
     labels = _labels(classes, opened)
     skipped = find_unreadable([path for path, _ in samples])

@@ -7,7 +7,7 @@ from tqdm.auto import tqdm
 
 from narrows.data import ImageSet, picture
 from narrows.data.folder import load_unlabelled
-from narrows.data.load import SCENES, load_scenes
+from narrows.data.scenes import SCENES, load_scenes
 from narrows.errors import InvalidArgument
 from narrows.models import ImageClassifier, create_model, list_models, load_model
 from narrows.routing import Routing
