@@ -43,7 +43,7 @@ CASES = [
         inputs,
         outputs,
         padded={"mask": "tokens"},
-        impls=("reference", "query_first"),
+        impls=("reference", "query_first", "all_queries"),
         fill=fill,
         dynamic=False,  # the common test asks for 2 tokens and more, this takes 3 and more: see the layer's own tests
     )

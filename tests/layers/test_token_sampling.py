@@ -3,10 +3,11 @@ import torch
 import vit_pytorch.ats_vit
 from torch import Tensor, nn
 
-from narrows.errors import InvalidArgument
+from narrows.errors import ImplementationUnavailable, InvalidArgument
 from narrows.layers.token_sampling import AdaptiveTokenSampler, SampledAttention, TokenSample
+from narrows.measure import count_macs
 from narrows.ops.token_sampling import gumbel_sample, inverse_transform_sample
-from tests.support import assert_close
+from tests.support import assert_close, gradients
 
 
 def attention(num_tokens: int = 4, dim: int = 16, **kwargs: object) -> SampledAttention:
@@ -163,6 +164,71 @@ def test_autocast_scores_in_float32() -> None:
     assert seen == [torch.float32, torch.float64]
 
 
+every_impl = pytest.mark.parametrize("impl", ["reference", "query_first", "all_queries"])
+
+
+@every_impl
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_masked_image_is_the_image_alone_whatever_its_padding_holds(impl: str, bias: bool) -> None:
+    layer = attention(impl=impl, qkv_bias=bias).double()
+    tokens, lengths = torch.randn(4, 17, 16, dtype=torch.float64), (17, 9, 1, 0)
+    mask = torch.arange(17) < torch.tensor(lengths)[:, None]
+    tokens = tokens.masked_fill(~mask[..., None], torch.nan).requires_grad_()
+    result = layer(tokens, mask)
+    leaves = (tokens, *layer.parameters())
+    assert all(torch.isfinite(gradient).all() for gradient in gradients(result.tokens, *leaves))
+    for b, length in enumerate(lengths):
+        if length == 0:
+            assert not result.mask[b].any()
+            assert (result.tokens[b] == 0).all()
+        else:
+            alone = layer(tokens[b : b + 1, :length])
+            assert torch.equal(result.ids[b], alone.ids[0])
+            assert torch.equal(result.mask[b], alone.mask[0])
+            assert_close(result.tokens[b], alone.tokens[0], 1e-10)
+
+
+def test_no_product_is_spent_on_tokens_that_are_dropped() -> None:
+    """Upstream attends for all N tokens and projects queries of all."""
+    batch, n, d, k = 2, 65, 16, 8
+    x, layer = torch.randn(batch, n, d), SampledAttention(d, sampler=AdaptiveTokenSampler(k), heads=4)
+    found = count_macs(lambda: layer(x))
+    keys_and_values, read, around = 2 * n * d * d, 2 * (k + 1) * n * d, 2 * (k + 1) * d * d
+    scores = d * d + n * d  # the class token's query, on the keys
+    assert found == batch * (keys_and_values + read + around + scores)
+    rival = vit_pytorch.ats_vit.Attention(d, heads=4, dim_head=4, output_num_tokens=k)
+    assert count_macs(lambda: rival(x, mask=torch.ones(batch, n, dtype=torch.bool))) > 1.5 * found
+
+
+def test_one_can_ask_which_implementation_runs() -> None:
+    """Queries of the kept tokens only are a part of the weight of `qkv`, where that is all it is."""
+    tokens = torch.randn(2, 12, 16)
+    for impl in ("reference", "all_queries", "query_first"):
+        assert attention(impl=impl).implementation() == impl
+    layer, expected = attention(), attention(impl="all_queries")(tokens)
+    assert layer.implementation() == "query_first"
+    shapes: list[torch.Size] = []
+    handle = layer.qkv.register_forward_hook(lambda module, args, output: shapes.append(output.shape))
+    assert layer.implementation() == "all_queries"
+    assert torch.equal(layer(tokens).tokens, expected.tokens)
+    assert shapes == [(2, 12, 48)]
+    layer.impl = "query_first"
+    for call in (layer.implementation, lambda: layer(tokens)):
+        with pytest.raises(ImplementationUnavailable, match=r"SampledAttention: impl='query_first' .*: qkv has hooks"):
+            call()
+    handle.remove()
+    assert_close(layer(tokens).tokens, expected.tokens)
+
+
+@every_impl
+def test_a_class_token_alone_is_kept(impl: str) -> None:
+    layer, tokens = attention(impl=impl), torch.randn(2, 1, 16)
+    sampled = layer(tokens)
+    assert sampled.mask.tolist() == [[True] + [False] * 4] * 2
+    value = layer.qkv(tokens)[..., 32:]
+    assert_close(sampled.tokens[:, :1], layer.out(value))
+
+
 @pytest.mark.compiled
 def test_attention_exports_with_any_number_of_tokens() -> None:
     layer = attention()
@@ -183,5 +249,5 @@ def test_bad_attention_is_refused() -> None:
         SampledAttention(16, sampler=sampler, heads=3)
     with pytest.raises(InvalidArgument, match="head_dim: expected a positive integer, got 0"):
         SampledAttention(16, sampler=sampler, heads=2, head_dim=0)
-    with pytest.raises(InvalidArgument, match=r"impl: expected 'auto' or one of \['query_first', 'reference'\]"):
+    with pytest.raises(InvalidArgument, match=r"impl: expected 'auto' or one of \['all_queries', 'query_first', 'refe"):
         attention(impl="static")(torch.randn(1, 9, 16))

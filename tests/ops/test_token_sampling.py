@@ -1,4 +1,5 @@
 from fractions import Fraction
+from functools import partial
 from itertools import accumulate
 
 import pytest
@@ -9,9 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from narrows.errors import InvalidArgument, InvalidType
-from narrows.measure import count_macs
 from narrows.ops.token_sampling import (
-    AttentionWeights,
     SampledTokens,
     TokenSample,
     gather_tokens,
@@ -303,17 +302,17 @@ def test_significance_is_defined_everywhere() -> None:
 # Attention
 
 
-def attention_inputs(
-    dtype: torch.dtype = torch.float64, batch: int = 3, tokens: int = 9
-) -> tuple[Tensor, AttentionWeights]:
+def attention_inputs(dtype: torch.dtype = torch.float64, batch: int = 3, tokens: int = 9) -> list[Tensor]:
+    """Queries, keys and values `[B, N, 3, 2]`."""
     generator = torch.Generator().manual_seed(0)
+    return [
+        (1.5 * torch.randn(batch, tokens, 3, 2, generator=generator, dtype=torch.float64)).to(dtype).requires_grad_()
+        for _ in range(3)
+    ]
 
-    def normal(*shape: int, scale: float = 1.0) -> Tensor:
-        values = scale * torch.randn(shape, generator=generator, dtype=torch.float64)
-        return values.to(dtype).requires_grad_()
 
-    weights = AttentionWeights(normal(18, 8, scale=0.5), normal(18), normal(8, 6, scale=0.5), normal(8))
-    return normal(batch, tokens, 8), weights
+def attend(query: Tensor, key: Tensor, value: Tensor, **kwargs: object) -> SampledTokens:
+    return sampled_attention(query[:, 0], partial(gather_tokens, query), key, value, **kwargs)
 
 
 def quantile(num_tokens: int) -> object:
@@ -326,12 +325,15 @@ def every_other(scores: Tensor, mask: Tensor | None) -> TokenSample:
     return TokenSample(ids, torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.gather(1, ids))
 
 
-@pytest.mark.parametrize("impl", ["reference", "query_first"])
+both_attentions = pytest.mark.parametrize("impl", ["reference", "fused"])
+
+
+@both_attentions
 def test_attention_is_a_loop_over_images_heads_and_kept_tokens(impl: str) -> None:
-    tokens, weights = attention_inputs()
-    sampled = sampled_attention(tokens, weights, heads=3, sampler=quantile(4), impl=impl)
+    query, key, value = attention_inputs()
+    sampled = attend(query, key, value, sampler=quantile(4), impl=impl)
     for b in range(3):
-        q, k, v = (tokens[b] @ weights.qkv.T + weights.qkv_bias).unflatten(-1, (3, 3, 2)).unbind(1)
+        q, k, v = query[b], key[b], value[b]
         attention = torch.stack([(q[:, h] @ k[:, h].T / 2**0.5).softmax(-1) for h in range(3)])
         scores = sum(attention[h, 0, 1:] * v[1:, h].norm(dim=-1) for h in range(3))
         ids = [0, *(1 + i for i in naive_sample(scores.tolist(), 4))]
@@ -339,120 +341,136 @@ def test_attention_is_a_loop_over_images_heads_and_kept_tokens(impl: str) -> Non
         assert sampled.mask[b].sum() == len(ids)
         for slot, n in enumerate(ids):
             heads = torch.cat([attention[h, n] @ v[:, h] for h in range(3)])
-            assert_close(sampled.tokens[b, slot], heads @ weights.out.T + weights.out_bias, 1e-10)
+            assert_close(sampled.tokens[b, slot], heads, 1e-10)
         assert (sampled.tokens[b, len(ids) :] == 0).all()
 
 
 @pytest.mark.parametrize("mask", [None, tails([9, 5, 2], 9)], ids=["unmasked", "masked"])
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
-def test_query_first_is_the_reference(mask: Tensor | None, bias: bool) -> None:
-    tokens, weights = attention_inputs()
-    if not bias:
-        weights = weights._replace(qkv_bias=None, out_bias=None)
-    leaves = [tokens, *(w for w in weights if w is not None)]
-    results = [
-        sampled_attention(tokens, weights, heads=3, sampler=quantile(4), mask=mask, impl=impl)
-        for impl in ("query_first", "reference")
-    ]
+def test_the_fused_form_is_the_reference(mask: Tensor | None) -> None:
+    inputs = attention_inputs()
+    results = [attend(*inputs, sampler=quantile(4), mask=mask, impl=impl) for impl in ("fused", "reference")]
     assert torch.equal(results[0].ids, results[1].ids)
     assert torch.equal(results[0].mask, results[1].mask)
     assert_close(results[0].tokens, results[1].tokens, 1e-10)
-    for fast, plain in zip(*(gradients(r.tokens, *leaves) for r in results), strict=True):
+    for fast, plain in zip(*(gradients(r.tokens, *inputs) for r in results), strict=True):
         assert_close(fast, plain, 1e-10)
 
 
 def test_gradcheck_of_the_reference() -> None:
-    tokens, weights = attention_inputs(batch=2, tokens=5)
+    def function(*inputs: Tensor) -> Tensor:
+        return attend(*inputs, sampler=every_other, mask=tails([5, 3], 5), impl="reference").tokens
 
-    def function(tokens: Tensor, *weights: Tensor) -> Tensor:
-        return sampled_attention(
-            tokens,
-            AttentionWeights(*weights),
-            heads=3,
-            sampler=every_other,
-            mask=tails([5, 3], 5),
-            impl="reference",
-        ).tokens
-
-    assert torch.autograd.gradcheck(function, (tokens, *weights))
+    assert torch.autograd.gradcheck(function, attention_inputs(batch=2, tokens=5))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_low_precision_attention_is_within_budget(dtype: torch.dtype) -> None:
+@both_attentions
+def test_low_precision_attention_is_within_budget(impl: str, dtype: torch.dtype) -> None:
     """For a fixed choice of tokens: which are chosen is a step function, and has its own tests."""
-    tokens, weights = attention_inputs(dtype)
-    doubled = [t.detach().double().requires_grad_() for t in (tokens, *weights)]
+    inputs = attention_inputs(dtype)
+    doubled = [tensor.detach().double().requires_grad_() for tensor in inputs]
 
-    def plain(tokens: Tensor, qkv: Tensor, qkv_bias: Tensor, out: Tensor, out_bias: Tensor) -> Tensor:
-        q, k, v = (tokens @ qkv.T + qkv_bias).unflatten(-1, (3, 3, 2)).permute(2, 0, 3, 1, 4)
-        attended = (q[:, :, [0, 1, 3, 5, 7]] @ k.transpose(-1, -2) / 2**0.5).softmax(-1) @ v
-        return attended.transpose(1, 2).flatten(2) @ out.T + out_bias
+    def plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        query, key, value = query[:, [0, 1, 3, 5, 7]].transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        attended = (query @ key.transpose(-1, -2) / 2**0.5).softmax(-1) @ value
+        return attended.transpose(1, 2).flatten(2)
 
-    oracle, textbook = plain(*doubled), plain(tokens, *weights)
-    exact, lost = gradients(oracle, *doubled), gradients(textbook, tokens, *weights)
-    for impl in ("reference", "query_first"):
-        fast = sampled_attention(tokens, weights, heads=3, sampler=every_other, impl=impl).tokens
-        assert fast.dtype == dtype
-        assert_within_budget(fast, textbook, oracle)
-        for found, plain_gradient, gradient in zip(gradients(fast, tokens, *weights), lost, exact, strict=True):
-            assert_within_budget(found, plain_gradient, gradient)
+    oracle, textbook = plain(*doubled), plain(*inputs)
+    exact, lost = gradients(oracle, *doubled), gradients(textbook, *inputs)
+    fast = attend(*inputs, sampler=every_other, impl=impl).tokens
+    assert fast.dtype == dtype
+    assert_within_budget(fast, textbook, oracle)
+    for found, plain_gradient, gradient in zip(gradients(fast, *inputs), lost, exact, strict=True):
+        assert_within_budget(found, plain_gradient, gradient)
 
 
 @settings(derandomize=True, max_examples=20, deadline=None)
 @given(
-    num_tokens=st.sampled_from([2, 3, 8, 9, 17]),
+    num_tokens=st.sampled_from([1, 2, 3, 8, 9, 17]),
     capacity=st.sampled_from([1, 4, 8, 20]),
     lengths=st.lists(st.integers(0, 17), min_size=2, max_size=2),
 )
 def test_a_masked_image_is_the_image_alone(num_tokens: int, capacity: int, lengths: list[int]) -> None:
-    _, weights = attention_inputs()
-    tokens, mask = torch.randn(2, num_tokens, 8, dtype=torch.float64), tails(lengths, num_tokens)
-    tokens = tokens.masked_fill(~mask[..., None], torch.nan).requires_grad_()
-    leaves = (tokens, *weights)
-    for impl in ("reference", "query_first"):
-        result = sampled_attention(tokens, weights, heads=3, sampler=quantile(capacity), mask=mask, impl=impl)
-        assert result.tokens.shape == (2, capacity + 1, 8)
-        assert all(torch.isfinite(gradient).all() for gradient in gradients(result.tokens, *leaves))
+    mask = tails(lengths, num_tokens)
+    inputs = [tensor.detach() for tensor in attention_inputs(batch=2, tokens=num_tokens)]
+    inputs = [tensor.masked_fill(~mask[..., None, None], 1e6).requires_grad_() for tensor in inputs]
+    for impl in ("reference", "fused"):
+        result = attend(*inputs, sampler=quantile(capacity), mask=mask, impl=impl)
+        assert result.tokens.shape == (2, capacity + 1, 6)
+        assert all(torch.isfinite(gradient).all() for gradient in gradients(result.tokens, *inputs))
         for b, length in enumerate(lengths):
             if length == 0:
                 assert not result.mask[b].any()
                 assert (result.tokens[b] == 0).all()
-            elif length > 1:
-                alone = sampled_attention(
-                    tokens[b : b + 1, :length], weights, heads=3, sampler=quantile(capacity), impl=impl
-                )
+            else:
+                one = [tensor[b : b + 1, :length] for tensor in inputs]
+                alone = attend(*one, sampler=quantile(capacity), impl=impl)
                 assert torch.equal(result.ids[b], alone.ids[0])
                 assert torch.equal(result.mask[b], alone.mask[0])
                 assert_close(result.tokens[b], alone.tokens[0], 1e-10)
 
 
-def test_upstream_scores_after_dropout_and_narrows_before_it() -> None:
-    tokens, weights = attention_inputs()
-    expected = sampled_attention(tokens, weights, heads=3, sampler=quantile(4))
-    for impl in ("reference", "query_first"):
-        dropped = sampled_attention(tokens, weights, heads=3, sampler=quantile(4), dropout=0.8, impl=impl)
+def test_scores_are_taken_before_dropout() -> None:
+    """Upstream takes them after it."""
+    inputs = attention_inputs()
+    expected = attend(*inputs, sampler=quantile(4))
+    for impl in ("reference", "fused"):
+        dropped = attend(*inputs, sampler=quantile(4), dropout=0.8, impl=impl)
         assert torch.equal(dropped.ids, expected.ids)
         assert not torch.equal(dropped.tokens, expected.tokens)
 
 
-def test_no_product_is_spent_on_tokens_that_are_dropped() -> None:
-    """Upstream attends for all N tokens and projects queries of all."""
-    batch, n, d, k = 2, 65, 16, 8
-    x, weights = torch.randn(batch, n, d), AttentionWeights(torch.randn(48, d), None, torch.randn(d, 16), None)
-    found = count_macs(lambda: sampled_attention(x, weights, heads=4, sampler=quantile(k)))
-    keys_and_values, attention, around = 2 * n * d * d, 2 * (k + 1) * n * d, 2 * (k + 1) * d * d
-    scores = 2 * d * d + 4 * n * d  # the class token's query, through the keys' weights, on the tokens
-    assert found == batch * (keys_and_values + attention + around + scores)
-    rival = vit_pytorch.ats_vit.Attention(d, heads=4, dim_head=4, output_num_tokens=k)
-    assert count_macs(lambda: rival(x, mask=torch.ones(batch, n, dtype=torch.bool))) > 1.5 * found
+def test_queries_of_dropped_tokens_are_never_asked_for() -> None:
+    query, key, value = attention_inputs()
+    asked: list[Tensor] = []
+
+    def queries(ids: Tensor) -> Tensor:
+        asked.append(ids)
+        return gather_tokens(query, ids)
+
+    sampled = sampled_attention(query[:, 0], queries, key, value, sampler=quantile(4), impl="fused")
+    assert len(asked) == 1
+    assert torch.equal(asked[0], sampled.ids)
+
+
+# Transformations of torch.func
+
+
+@both_samplings
+def test_vmap_samples_as_a_loop_does(impl: str) -> None:
+    scores, mask = torch.rand(4, 3, 12), torch.rand(4, 3, 12) < 0.8
+    found = torch.func.vmap(lambda s, m: tuple(inverse_transform_sample(s, 5, m, impl=impl)))(scores, mask)
+    for index in range(4):
+        expected = inverse_transform_sample(scores[index], 5, mask[index], impl=impl)
+        assert torch.equal(found[0][index], expected.ids)
+        assert torch.equal(found[1][index], expected.mask)
+
+
+@both_samplings
+@pytest.mark.parametrize("randomness", ["same", "different"])
+def test_vmap_draws(impl: str, randomness: str) -> None:
+    scores = torch.rand(3, 12).expand(4, -1, -1)
+    draw = torch.func.vmap(lambda s: tuple(gumbel_sample(s, 5, impl=impl)), randomness=randomness)
+    samples = [TokenSample(ids, mask) for ids, mask in zip(*draw(scores), strict=True)]
+    assert all(1 <= len(ids) <= 5 for sample in samples for ids in kept(sample))
+    assert all(kept(sample) == kept(samples[0]) for sample in samples[1:]) == (randomness == "same")
+
+
+@both_samplings
+def test_nothing_to_choose_from(impl: str) -> None:
+    """A class token alone, and an empty batch."""
+    for sample in (inverse_transform_sample, gumbel_sample):
+        assert kept(sample(torch.rand(2, 0), 3, impl=impl)) == [[], []]
+        empty = sample(torch.rand(0, 5), 3, torch.ones(0, 5, dtype=torch.bool), impl=impl)
+        assert empty.ids.shape == empty.mask.shape == (0, 3)
 
 
 # Back on the grid
 
 
 def test_restore_puts_tokens_back_and_leaves_the_rest() -> None:
-    tokens, weights = attention_inputs()
-    sampled = sampled_attention(tokens, weights, heads=3, sampler=quantile(4))
+    tokens = torch.randn(3, 9, 6, dtype=torch.float64)
+    sampled = attend(*attention_inputs(), sampler=quantile(4))
     restored = restore(sampled, tokens)
     for b in range(3):
         where = sampled.ids[b, sampled.mask[b]]
@@ -494,11 +512,15 @@ def test_errors_name_the_argument() -> None:
             InvalidArgument, match=r"impl: expected 'auto' or one of \['reference', 'static'\], got 'fast'"
         ):
             sample(scores, 3, impl="fast")
-    tokens, weights = attention_inputs()
-    with pytest.raises(InvalidArgument, match=r"tokens: expected shape \[B, N, D\] with D = 8, got shape \(3, 9, 7\)"):
-        sampled_attention(tokens[..., :7], weights, heads=3, sampler=every_other)
-    with pytest.raises(InvalidArgument, match="heads: expected a divisor of 6, got 4"):
-        sampled_attention(tokens, weights, heads=4, sampler=every_other)
+    query, key, value = attention_inputs()
+    with pytest.raises(InvalidArgument, match=r"key: expected shape \[B, N, H, d\], got shape \(3, 9, 3\)"):
+        attend(query, key[..., 0], value, sampler=every_other)
+    with pytest.raises(InvalidArgument, match=r"value: expected the shape of key \(3, 9, 3, 2\), got \(3, 8, 3, 2\)"):
+        attend(query, key, value[:, 1:], sampler=every_other)
+    with pytest.raises(InvalidArgument, match=r"class_query: expected shape \[B, H, d\] = \(3, 3, 2\), got \(3, 2, 2"):
+        attend(query[:, :, 1:], key, value, sampler=every_other)
+    with pytest.raises(InvalidArgument, match=r"impl: expected 'auto' or one of \['fused', 'reference'\], got 'fast'"):
+        attend(query, key, value, sampler=every_other, impl="fast")
     sampled = SampledTokens(torch.rand(2, 3, 4), torch.zeros(2, 3).long(), torch.ones(2, 3).bool())
     with pytest.raises(InvalidArgument, match=r"fill: expected shape \[B, N, D\] with D = 4, got shape \(2, 9, 5\)"):
         restore(sampled, torch.rand(2, 9, 5))

@@ -7,17 +7,18 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from narrows.errors import InvalidArgument
+from narrows.errors import ImplementationUnavailable, InvalidArgument
+from narrows.layers.plain import linear_part, why_not_plain
 from narrows.ops.token_sampling import (
-    AttentionWeights,
     SampledTokens,
     TokenSample,
+    gather_tokens,
     gumbel_sample,
     inverse_transform_sample,
     sampled_attention,
 )
 from narrows.routing import Routing
-from narrows.validation import check_choice, check_positive
+from narrows.validation import check_choice, check_mask, check_positive, check_tokens
 
 __all__ = ["AdaptiveTokenSampler", "SampledAttention", "SampledTokens", "TokenSample", "one_hot_routing"]
 
@@ -65,7 +66,8 @@ class AdaptiveTokenSampler(nn.Module):
             scores: `[B, N]`, not negative, usually the `significance` of the tokens after the class token.
             mask: `[B, N]`, True at real tokens.
             num_tokens: K of this call.
-            generator: source of the noise of "gumbel"; torch's global one otherwise.
+            generator: source of the noise of "gumbel"; torch's global one otherwise. `torch.compile(fullgraph=True)`
+                takes no module that is called with a generator.
 
         Returns:
             `ids [B, K]` in raster order and `mask [B, K]`.
@@ -97,7 +99,8 @@ class SampledAttention(nn.Module):
         head_dim: width of a head; `dim / heads` if None.
         qkv_bias: whether queries, keys and values have a bias.
         dropout: on the attention weights, after scores were taken from them, and on the result.
-        impl: "auto", "reference" or "query_first".
+        impl: "reference", the whole attention matrix; "query_first", which projects queries of the kept tokens only, by
+            a part of the weight of `qkv`; "all_queries", which calls `qkv` once, on all tokens, and gathers; or "auto".
         device: where parameters are made.
         dtype: of the parameters.
     """
@@ -121,10 +124,15 @@ class SampledAttention(nn.Module):
             raise InvalidArgument("heads", expected=f"a divisor of dim = {dim}", got=heads, hint="Or give head_dim.")
         head_dim = dim // heads if head_dim is None else head_dim
         check_positive(head_dim=head_dim)
-        self.heads, self.dropout, self.impl = heads, dropout, impl
+        self.dim, self.heads, self.dropout, self.impl = dim, heads, dropout, impl
         self.sampler = sampler
         self.qkv = nn.Linear(dim, 3 * heads * head_dim, bias=qkv_bias, device=device, dtype=dtype)
         self.out = nn.Linear(heads * head_dim, dim, device=device, dtype=dtype)
+
+    def reset_parameters(self) -> None:
+        """Both linear maps as torch's do."""
+        self.qkv.reset_parameters()
+        self.out.reset_parameters()
 
     def forward(
         self,
@@ -145,18 +153,54 @@ class SampledAttention(nn.Module):
             `tokens [B, K + 1, D]` with the class token first, `ids` of their positions among the N, and `mask`; slots
             that hold no token are 0.
         """
-        weights = AttentionWeights(self.qkv.weight, self.qkv.bias, self.out.weight, self.out.bias)
-        dropout = self.dropout if self.training else 0.0
-        attended = sampled_attention(
-            tokens,
-            weights,
-            heads=self.heads,
+        check_tokens("tokens", tokens, dim=self.dim)
+        check_mask("mask", mask, tuple(tokens.shape[:2]))
+        if mask is not None:
+            tokens = tokens.masked_fill(~mask[..., None], 0.0)
+        impl, dropout = self.implementation(), self.dropout if self.training else 0.0
+        if impl == "query_first":
+            inner = self.qkv.out_features // 3
+            key, value = self._by_head(linear_part(self.qkv, tokens, inner, 3 * inner), 2)
+
+            def queries(ids: Tensor) -> Tensor:
+                return self._by_head(linear_part(self.qkv, gather_tokens(tokens, ids), 0, inner), 1)[0]
+
+            (class_query,) = self._by_head(linear_part(self.qkv, tokens[:, 0], 0, inner), 1)
+        else:
+            query, key, value = self._by_head(self.qkv(tokens), 3)
+            class_query, queries = query[:, 0], partial(gather_tokens, query)
+        attended, ids, kept = sampled_attention(
+            class_query,
+            queries,
+            key,
+            value,
             sampler=partial(self.sampler, num_tokens=num_tokens, generator=generator),
             mask=mask,
             dropout=dropout,
-            impl=self.impl,
+            impl="reference" if impl == "reference" else "fused",
         )
-        return attended._replace(tokens=F.dropout(attended.tokens, dropout))
+        result = self.out(attended).masked_fill(~kept[..., None], 0.0)
+        return SampledTokens(F.dropout(result, dropout), ids, kept)
+
+    def implementation(self) -> str:
+        """Which implementation `forward` takes as the layer is now: "reference", "query_first" or "all_queries".
+
+        Hooks, LoRA, quantised weights, pruning and the like on `qkv` leave "all_queries", which calls it.
+        impl="query_first" raises then, as `forward` does.
+        """
+        if self.impl in ("reference", "all_queries"):
+            return self.impl
+        if self.impl not in ("auto", "query_first"):
+            expected = "'auto' or one of ['all_queries', 'query_first', 'reference']"
+            raise InvalidArgument("impl", expected=expected, got=repr(self.impl))
+        reason = why_not_plain((("qkv", self.qkv),))
+        if reason is None:
+            return "query_first"
+        if self.impl == "auto":
+            return "all_queries"
+        raise ImplementationUnavailable(
+            f"SampledAttention: impl='query_first' cannot run here: {reason}. Use impl='all_queries' or impl='auto'."
+        )
 
     def routing(
         self,
@@ -167,6 +211,10 @@ class SampledAttention(nn.Module):
     ) -> Routing:
         """Which of the N tokens are kept, for the arguments of `forward`; see `one_hot_routing`."""
         return one_hot_routing(self(tokens, mask, num_tokens, generator), tokens.shape[1])
+
+    def _by_head(self, projected: Float[Tensor, "*batch PHd"], parts: int) -> tuple[Tensor, ...]:
+        """`[..., parts * H * d]` as so many `[..., H, d]`."""
+        return projected.unflatten(-1, (parts, self.heads, -1)).unbind(-3)
 
 
 def one_hot_routing(sampled: SampledTokens, num_positions: int) -> Routing:

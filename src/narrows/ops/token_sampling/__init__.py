@@ -4,21 +4,21 @@ from narrows.ops.token_sampling.api import (
     IMPLEMENTATIONS,
     gumbel_sample,
     inverse_transform_sample,
+    restore,
     sampled_attention,
 )
 from narrows.ops.token_sampling.common import (
-    AttentionWeights,
+    Queries,
     SampledTokens,
     Sampler,
     TokenSample,
     gather_tokens,
     significance,
 )
-from narrows.ops.token_sampling.restore import restore
 
 __all__ = [
     "IMPLEMENTATIONS",
-    "AttentionWeights",
+    "Queries",
     "SampledTokens",
     "Sampler",
     "TokenSample",

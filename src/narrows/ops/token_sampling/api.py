@@ -9,26 +9,26 @@ from torch import Tensor
 
 from narrows.errors import InvalidArgument
 from narrows.ops.dispatch import Implementation, resolve
-from narrows.ops.token_sampling import query_first, reference, static
-from narrows.ops.token_sampling.common import AttentionWeights, SampledTokens, Sampler, TokenSample
+from narrows.ops.token_sampling import fast, reference
+from narrows.ops.token_sampling.common import Queries, SampledTokens, Sampler, TokenSample, compact
 from narrows.validation import check_mask, check_positive, check_tokens
 
 QUANTILE_IMPLEMENTATIONS: Mapping[str, Implementation] = MappingProxyType(
     {
-        "reference": Implementation(reference.inverse_transform_sample, "row by row, every quantile searched"),
-        "static": Implementation(static.inverse_transform_sample, "quantiles counted, fixed shapes"),
+        "reference": Implementation(reference.inverse_transform_sample, "the nearest entry to every quantile"),
+        "static": Implementation(fast.inverse_transform_sample, "quantiles counted, without comparing all with all"),
     }
 )
 GUMBEL_IMPLEMENTATIONS: Mapping[str, Implementation] = MappingProxyType(
     {
-        "reference": Implementation(reference.gumbel_sample, "row by row, Gumbel-max"),
-        "static": Implementation(static.gumbel_sample, "exponential race, fixed shapes"),
+        "reference": Implementation(reference.gumbel_sample, "Gumbel-max"),
+        "static": Implementation(fast.gumbel_sample, "exponential race, one logarithm less"),
     }
 )
 IMPLEMENTATIONS: Mapping[str, Implementation] = MappingProxyType(
     {
         "reference": Implementation(reference.sampled_attention, "full attention, rows gathered"),
-        "query_first": Implementation(query_first.sampled_attention, "scores first, queries of the kept tokens only"),
+        "fused": Implementation(fast.sampled_attention, "scores first, fused attention of the kept tokens only"),
     }
 )
 
@@ -66,6 +66,8 @@ def inverse_transform_sample(
         InvalidArgument, InvalidType: shapes, dtypes or `num_samples` are not as above.
     """
     _check(scores, num_samples, mask)
+    if scores.shape[1] == 0:
+        return compact(torch.zeros_like(scores, dtype=torch.bool), num_samples)
     run = resolve("inverse_transform_sample", impl, QUANTILE_IMPLEMENTATIONS, auto="static")
     return run(_defined(scores), num_samples, mask, sample_always)
 
@@ -89,22 +91,26 @@ def gumbel_sample(
         num_samples: K, how many draws, and the capacity of the result.
         mask: `[B, N]`, True at real tokens.
         sample_always: draw also where all tokens would fit.
-        generator: source of the noise; torch's global one otherwise.
+        generator: source of the noise; torch's global one otherwise. `torch.compile(fullgraph=True)` takes no function
+            with a generator given, whatever the function.
         impl: "auto" or a name in `GUMBEL_IMPLEMENTATIONS`.
 
     Raises:
         InvalidArgument, InvalidType: shapes, dtypes or `num_samples` are not as above.
     """
     _check(scores, num_samples, mask)
+    if scores.shape[1] == 0:
+        return compact(torch.zeros_like(scores, dtype=torch.bool), num_samples)
     run = resolve("gumbel_sample", impl, GUMBEL_IMPLEMENTATIONS, auto="static")
     return run(_defined(scores), num_samples, mask, sample_always, generator)
 
 
 def sampled_attention(
-    tokens: Float[Tensor, "B N D"],
-    weights: AttentionWeights,
+    class_query: Float[Tensor, "B H d"],
+    queries: Queries,
+    key: Float[Tensor, "B N H d"],
+    value: Float[Tensor, "B N H d"],
     *,
-    heads: int,
     sampler: Sampler,
     mask: Bool[Tensor, "B N"] | None = None,
     dropout: float = 0.0,
@@ -112,33 +118,55 @@ def sampled_attention(
 ) -> SampledTokens:
     r"""Multi-head attention of the class token and the tokens it finds significant, over all tokens.
 
-    \[ O = \mathrm{softmax}(Q_S K^T / \sqrt{d}) V W_o, \qquad S = \{cls\} \cup \text{sampler}(\text{significance}) \]
+    \[ O = \mathrm{softmax}(Q_S K^T / \sqrt{d}) V, \qquad S = \{cls\} \cup \text{sampler}(\text{significance}) \]
 
     Scores are taken from the class token's row before dropout, in float32 at least, and carry no gradient: the choice
     is no function of the parameters, the rows that were chosen are.
 
     Args:
-        tokens: `[B, N, D]`, the class token first; it is always read and always kept.
-        weights: the projections.
-        heads: H.
+        class_query: `[B, H, d]`, of the class token, which is the first of the N.
+        queries: gives the queries `[B, M, H, d]` of the tokens at positions `[B, M]`. Which they are is known only when
+            scores are, so that those of dropped tokens need not be there.
+        key, value: `[B, N, H, d]`, finite at masked tokens too.
         sampler: scores `[B, N - 1]` and mask of the tokens after the class token to a `TokenSample` of K of them.
         mask: `[B, N]`, True at real tokens. A sample without any gives zeros.
         dropout: probability at which attention weights are dropped.
         impl: "auto" or a name in `IMPLEMENTATIONS`.
 
     Returns:
-        K + 1 tokens, the class token first, with their positions among the N.
+        What K + 1 tokens read, `[B, K + 1, H * d]`, the class token first, with their positions among the N.
 
     Raises:
         InvalidArgument, InvalidType: shapes or dtypes are not as above.
     """
-    check_tokens("tokens", tokens, dim=weights.qkv.shape[1])
-    check_mask("mask", mask, tuple(tokens.shape[:2]))
-    check_positive(heads=heads)
-    if weights.qkv.shape[0] % (3 * heads):
-        raise InvalidArgument("heads", expected=f"a divisor of {weights.qkv.shape[0] // 3}", got=heads)
-    run = resolve("sampled_attention", impl, IMPLEMENTATIONS, auto="query_first")
-    return run(tokens, weights, heads, sampler, mask, dropout)
+    check_tokens("key", key, layout="[B, N, H, d]")
+    if value.shape != key.shape:
+        raise InvalidArgument("value", expected=f"the shape of key {tuple(key.shape)}", got=tuple(value.shape))
+    expected = (key.shape[0], *key.shape[2:])
+    if tuple(class_query.shape) != expected:
+        raise InvalidArgument("class_query", expected=f"shape [B, H, d] = {expected}", got=tuple(class_query.shape))
+    check_mask("mask", mask, tuple(key.shape[:2]))
+    run = resolve("sampled_attention", impl, IMPLEMENTATIONS, auto="fused")
+    return run(class_query, queries, key, value, sampler, mask, dropout)
+
+
+def restore(sampled: SampledTokens, fill: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+    """Kept tokens at the positions they came from; every other position as in `fill`.
+
+    Args:
+        sampled: K tokens and their positions among N.
+        fill: `[B, N, D]`, what dropped positions get: their last state, or zeros.
+
+    Raises:
+        InvalidArgument: `fill` has another batch or width than the tokens.
+    """
+    check_tokens("fill", fill, dim=sampled.tokens.shape[-1])
+    if fill.shape[0] != sampled.tokens.shape[0]:
+        raise InvalidArgument("fill", expected=f"a batch of {sampled.tokens.shape[0]}", got=fill.shape[0])
+    # Slots that hold no token go to one row more, which is cut off.
+    rows = sampled.ids.masked_fill(~sampled.mask, fill.shape[1])[..., None].expand_as(sampled.tokens)
+    padded = torch.cat((fill, torch.zeros_like(fill[:, :1])), 1)
+    return padded.scatter(1, rows, sampled.tokens.to(fill.dtype))[:, :-1]
 
 
 def _check(scores: Tensor, num_samples: int, mask: Tensor | None) -> None:

@@ -39,24 +39,11 @@ class SampledTokens(NamedTuple):
     mask: Bool[Tensor, "B K"]
 
 
-class AttentionWeights(NamedTuple):
-    """Parameters of multi-head attention with I = heads * head_dim; a bias may be None.
-
-    Args:
-        qkv: `[3 I, D]`, the rows of query, key and value one below the other.
-        qkv_bias: `[3 I]`.
-        out: `[D, I]`.
-        out_bias: `[D]`.
-    """
-
-    qkv: Float[Tensor, "I3 D"]
-    qkv_bias: Float[Tensor, "I3"] | None
-    out: Float[Tensor, "D I"]
-    out_bias: Float[Tensor, "D"] | None
-
-
 # Scores [B, N] and mask [B, N] of the tokens after the class token to the tokens that are kept.
 Sampler = Callable[[Tensor, Tensor | None], TokenSample]
+
+# Positions [B, M] to the queries [B, M, H, d] of the tokens there.
+Queries = Callable[[Tensor], Tensor]
 
 
 def significance(
@@ -92,6 +79,14 @@ def compact(kept: Bool[Tensor, "B N"], num_slots: int) -> TokenSample:
     return TokenSample(ids, torch.arange(num_slots, device=kept.device) < kept.sum(1, keepdim=True))
 
 
+def sample_of(
+    sampled: Bool[Tensor, "B N"], real: Bool[Tensor, "B N"], num_samples: int, sample_always: bool
+) -> TokenSample:
+    """What was sampled or, decided for each image, all real tokens where they fit."""
+    fits = real.sum(1, keepdim=True) <= (1 if sample_always else num_samples)
+    return compact((sampled | fits) & real, num_samples)
+
+
 def with_class_token(sample: TokenSample, mask: Bool[Tensor, "B N"] | None) -> TokenSample:
     """A sample of the tokens after the class token as one of all tokens, the class token (position 0) first."""
     present = torch.ones_like(sample.mask[:, :1]) if mask is None else mask[:, :1]
@@ -99,7 +94,7 @@ def with_class_token(sample: TokenSample, mask: Bool[Tensor, "B N"] | None) -> T
     return TokenSample(ids, torch.cat((present, sample.mask), 1))
 
 
-def gather_tokens(tokens: Float[Tensor, "B N D"], ids: Int[Tensor, "B K"]) -> Float[Tensor, "B K D"]:
+def gather_tokens(tokens: Float[Tensor, "B N *D"], ids: Int[Tensor, "B K"]) -> Float[Tensor, "B K *D"]:
     """The tokens at `ids`, whole rows at a time: half the time of an elementwise `gather`."""
     starts = torch.arange(tokens.shape[0], device=ids.device)[:, None] * tokens.shape[1]
     return tokens.flatten(0, 1).index_select(0, (starts + ids).flatten()).unflatten(0, ids.shape)

@@ -1,10 +1,20 @@
-"""Sampling in fixed shapes: no loop over images, no device synchronisation, one graph under compile."""
+"""The fast forms: sampling in fixed shapes without comparing all with all, attention without the attention matrix."""
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from narrows.ops.token_sampling.common import GUMBEL_EPSILON, TokenSample, compact
+from narrows.ops.attention import attention
+from narrows.ops.token_sampling.common import (
+    GUMBEL_EPSILON,
+    Queries,
+    SampledTokens,
+    Sampler,
+    TokenSample,
+    sample_of,
+    significance,
+    with_class_token,
+)
 from narrows.precision import at_least_float32, autocast_off
 
 
@@ -36,7 +46,7 @@ def inverse_transform_sample(
     above = above.clamp(0, num_samples)
     is_last = places == scores.shape[1] - 1
     nearest = torch.zeros_like(real).scatter(1, order, (above > above.roll(-1, 1)) | is_last)
-    return _gated(nearest, real, num_samples, sample_always)
+    return sample_of(nearest, real, num_samples, sample_always)
 
 
 def gumbel_sample(
@@ -52,9 +62,36 @@ def gumbel_sample(
         probabilities = (at_least_float32(scores) + GUMBEL_EPSILON).masked_fill(~real, 0.0)
         shape = (scores.shape[0], num_samples, scores.shape[1])
         noise = probabilities.new_empty(shape).uniform_(generator=generator)
-        # Times of arrival, negative: the first is the greatest.
-        winners = noise.add_(GUMBEL_EPSILON).log_().sub_(GUMBEL_EPSILON).div_(probabilities[:, None]).max(-1).indices
-    return _gated(torch.zeros_like(real).scatter(1, winners, True), real, num_samples, sample_always)
+        # Times of arrival, negative: the first is the greatest. Only the last step may not be in place: under
+        # `torch.func.vmap` the noise may be the same for all, and the probabilities are not.
+        arrivals = noise.add_(GUMBEL_EPSILON).log_().sub_(GUMBEL_EPSILON) / probabilities[:, None]
+        winners = arrivals.max(-1).indices
+    return sample_of(torch.zeros_like(real).scatter(1, winners, True), real, num_samples, sample_always)
+
+
+def sampled_attention(
+    class_query: Float[Tensor, "B H d"],
+    queries: Queries,
+    key: Float[Tensor, "B N H d"],
+    value: Float[Tensor, "B N H d"],
+    sampler: Sampler,
+    mask: Bool[Tensor, "B N"] | None,
+    dropout: float,
+) -> SampledTokens:
+    """The class token's row of attention first, for the scores; then that of the sampled tokens alone, fused."""
+    # The class token may always be read, so that no row of attention is empty.
+    readable = None if mask is None else torch.cat((torch.ones_like(mask[:, :1]), mask[:, 1:]), 1)
+    scores = _scores(class_query.detach(), key.detach(), value.detach(), readable)
+    ids, kept = with_class_token(sampler(scores, None if mask is None else mask[:, 1:]), mask)
+    attended = attention(
+        queries(ids).transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        None if readable is None else readable[:, None, None, :],
+        dropout=dropout,
+    )
+    attended = attended.transpose(1, 2).flatten(2)
+    return SampledTokens(attended.masked_fill(~kept[..., None], 0.0), ids, kept)
 
 
 def _whole(scores: Tensor, real: Tensor) -> Tensor:
@@ -75,7 +112,18 @@ def _first(ascending: Tensor, *, after: Tensor) -> Tensor:
     return ascending.gather(1, after.sum(1, keepdim=True).clamp_max(ascending.shape[1] - 1))
 
 
-def _gated(sampled: Tensor, real: Tensor, num_samples: int, sample_always: bool) -> TokenSample:
-    """What was sampled, or, decided for each image, everything where that fits."""
-    fits = real.sum(1, keepdim=True) <= (1 if sample_always else num_samples)
-    return compact((sampled | fits) & real, num_samples)
+def _scores(
+    class_query: Float[Tensor, "B H d"],
+    key: Float[Tensor, "B N H d"],
+    value: Float[Tensor, "B N H d"],
+    readable: Bool[Tensor, "B N"] | None,
+) -> Float[Tensor, "B M"]:
+    """Significance of the tokens after the class token."""
+    with autocast_off(key):
+        query, key, value = at_least_float32(class_query), at_least_float32(key), at_least_float32(value)
+        logits = torch.einsum("bhd,bnhd->bhn", query, key) * query.shape[-1] ** -0.5
+        norms = torch.linalg.vector_norm(value, dim=-1).transpose(1, 2)
+        if readable is None:
+            return significance(logits.softmax(-1)[..., 1:], norms[..., 1:])
+        weights = logits.masked_fill(~readable[:, None], -torch.inf).softmax(-1)
+        return significance(weights[..., 1:], norms[..., 1:], readable[:, 1:])
