@@ -96,6 +96,24 @@ def test_a_segmenter_is_saved_and_opened(tmp_path):
     assert_close(Segmenter.from_pretrained(tmp_path).eval()(images), model(images), 0.0)
 
 
+def test_device_and_dtype_reach_every_parameter_and_resetting_draws_each():
+    model = _small(device="meta", dtype=torch.bfloat16)
+    assert {(value.device.type, value.dtype) for value in model.parameters()} == {("meta", torch.bfloat16)}
+    torch.manual_seed(0)
+    made = _small().state_dict()
+    reset = _small(device="meta").to_empty(device="cpu")
+    for value in reset.parameters():
+        nn.init.constant_(value, torch.nan)
+    torch.manual_seed(1)
+    reset.reset_parameters()
+    for name, value in reset.state_dict().items():
+        deviation = made[name].std().item()
+        # Six standard errors of a mean and of a standard deviation.
+        error = 6 * deviation * (2 / value.numel()) ** 0.5
+        assert abs(value.mean().item() - made[name].mean().item()) <= error, name
+        assert abs(value.std().item() - deviation) <= error, name
+
+
 def test_errors_say_what_is_expected():
     with pytest.raises(InvalidType, match="backbone: expected a module that returns feature maps"):
         Segmenter(nn.Conv2d(1, 1, 1), num_classes=2)

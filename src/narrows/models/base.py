@@ -1,4 +1,4 @@
-"""What every model of narrows offers, and what every image classifier does."""
+"""Base classes: of everything that is saved to a folder, and of image classifiers."""
 
 from dataclasses import replace
 from typing import Any, cast

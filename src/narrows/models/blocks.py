@@ -126,7 +126,7 @@ class TokenEmbedding(nn.Module):
         """Tokens, the class token first where there is one."""
         check_images(images, self.channels)
         grid = self.grid(images)
-        # What follows would copy a transposed map in every norm.
+        # Contiguous, because every norm after it would copy a transposed map.
         tokens = self.stem(images).flatten(2).transpose(1, 2).contiguous()
         if self.class_token is not None:
             tokens = torch.cat((self.class_token.expand(tokens.shape[0], -1, -1), tokens), 1)

@@ -14,7 +14,7 @@ from narrows.validation import check_positive
 
 
 class Backbone(Protocol):
-    """What has feature maps to give: `SepViT`."""
+    """A model with feature maps of several scales, as `SepViT` is one."""
 
     feature_info: list[dict[str, Any]]
 
@@ -22,12 +22,12 @@ class Backbone(Protocol):
         """Feature maps of the stages."""
 
     def prune_intermediate_layers(self, indices: int | Sequence[int], *, prune_norm: bool) -> list[int]:
-        """Drop what these maps do not need."""
+        """Drop the stages and layers that these maps do not need."""
         ...
 
 
 class FeatureInfo:
-    """Width and scale of feature maps, the way timm says it."""
+    """Width and scale of feature maps, as timm's `feature_info` has them."""
 
     def __init__(self, maps: Sequence[dict[str, Any]]) -> None:
         self._maps = tuple(maps)
@@ -37,11 +37,11 @@ class FeatureInfo:
         return [entry["num_chs"] for entry in self._maps]
 
     def reduction(self) -> list[int]:
-        """How many pixels, each way, are one position of each map."""
+        """How many pixels, in height and in width, one position of each map stands for."""
         return [entry["reduction"] for entry in self._maps]
 
     def module_name(self) -> list[str]:
-        """Which submodule makes each map."""
+        """Name of the submodule that makes each map."""
         return [entry["module"] for entry in self._maps]
 
     def __len__(self) -> int:
@@ -151,7 +151,7 @@ class PyramidNetwork(nn.Module):
 
 
 def take_indices(stages: int, indices: int | Sequence[int] | None) -> list[int]:
-    """Which of so many stages `indices` means, counted from the first."""
+    """Numbers of stages from the first on: a negative index counts from the end, an integer n means the last n."""
     if indices is None:
         return list(range(stages))
     wanted = list(range(-indices, 0)) if isinstance(indices, int) else list(indices)

@@ -56,6 +56,11 @@ def create_model(
 
     >>> model = create_model("vit_mini", num_classes=3)
 
+    A large model is made without memory, sharded or moved, and then drawn as its constructor would:
+
+    >>> model = create_model("vit_mini", device="meta")
+    >>> model.to_empty(device="cpu").reset_parameters()
+
     Raises:
         InvalidArgument: no such name, no such argument of that model, or features of a model without stages.
     """

@@ -92,7 +92,7 @@ class SepViTStage(nn.Module):
 
     Args:
         channels: width of the incoming feature map.
-        shape: what the stage is made for.
+        shape: its sizes.
         window_grids: for each block, the grid of windows it is trained on: a single one gets no attention between
             windows. None where that is not known.
         per_window: whether each window of that grid has a window token of its own.
@@ -336,7 +336,7 @@ class SepViT(ImageClassifier):
         return {"stem": r"^stages\.0\.embedding", "blocks": blocks if coarse else fine}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Compute the blocks anew in the backward pass of training instead of keeping what they computed."""
+        """Activation checkpointing: the backward pass computes each block again instead of keeping its activations."""
         for stage in self.stages:
             stage.grad_checkpointing = enable  # pyright: ignore[reportArgumentType]
 

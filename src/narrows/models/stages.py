@@ -13,7 +13,7 @@ Number = TypeVar("Number", int, float)
 
 
 class StageShape(NamedTuple):
-    """What a stage is made for.
+    """The sizes of one stage.
 
     Args:
         dim: token width.

@@ -147,7 +147,7 @@ class UpstreamStage(nn.Module):
 
     Args:
         channels: width of the incoming feature map.
-        shape: what the stage is made for.
+        shape: its sizes.
         norm: normalise the outgoing feature map.
         head_dim, pointwise, dropout: see `UpstreamSeparableAttention`.
         device, dtype: where and in what precision parameters are made.
