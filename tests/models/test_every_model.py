@@ -9,10 +9,11 @@ import peft
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call, grad, jvp, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
 from narrows.errors import InvalidArgument
-from narrows.models import ImageClassifier, create_model, list_models, load_model
+from narrows.models import ATSViT, ImageClassifier, create_model, list_models, load_model
 from tests.support import assert_close, gradients, parameter_gradients
 
 KEYS = Path(__file__).parents[1] / "snapshots" / "model_state_dict_keys.json"
@@ -133,6 +134,35 @@ def test_lora_on_every_linear_map_changes_the_output_trains_and_merges(name: str
     for key, gradient in zip(adapters, gradients(outputs, *adapters.values()), strict=True):
         assert gradient.abs().max() > 0, f"{key} gets no gradient"
     assert_close(adapted.merge_and_unload()(x), outputs, 1e-9)
+
+
+@every_ready_model
+def test_hooks_of_every_submodule_fire(name: str) -> None:
+    model, fired = build(name), set()
+    called = {key: m for key, m in model.named_modules() if key and type(m).forward is not nn.Module.forward}
+    for key, module in called.items():
+        module.register_forward_hook(lambda *_, key=key: fired.add(key))
+    if isinstance(model, ATSViT):  # its blocks hand on more than tokens, one after another
+        del called["blocks"]
+    model(images())
+    assert fired == called.keys()
+
+
+@every_ready_model
+def test_torch_func_transforms_a_model(name: str) -> None:
+    model, x = build(name).double(), images(2).double()
+    parameters = dict(model.named_parameters())
+
+    def loss(x: Tensor, parameters: dict[str, Tensor] = parameters) -> Tensor:
+        return functional_call(model, parameters, (x,)).square().sum()
+
+    u, v = torch.randn_like(x), torch.randn_like(x)
+    assert_close(jvp(loss, (x,), (u,))[1], (grad(loss)(x) * u).sum(), 1e-9)
+    along_u, along_v = jvp(grad(loss), (x,), (u,))[1], jvp(grad(loss), (x,), (v,))[1]
+    assert_close((along_u * v).sum(), (along_v * u).sum(), 1e-9)
+    per_image = vmap(grad(lambda p, image: loss(image[None], p)), (None, 0))(parameters, x)
+    for key, gradient in grad(lambda p: loss(x, p))(parameters).items():
+        assert_close(per_image[key].sum(0), gradient, 1e-9)
 
 
 @every_model
