@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-from narrows.checkpoints.files import read_weights
+from narrows.checkpoints.files import Renamed, fill, read_weights
 from narrows.errors import InvalidArgument
 
 
@@ -27,3 +28,45 @@ def test_checkpoints_hold_weights_and_nothing_else(tmp_path: Path) -> None:
         read_weights(tmp_path)
     torch.save({"model_state_dict": {"b": torch.ones(1)}, "epoch": 3}, tmp_path / "training.pth")
     assert list(read_weights(tmp_path / "training.pth")) == ["b"]
+
+
+def test_weights_are_put_into_a_module_all_or_none() -> None:
+    linear = nn.Linear(2, 3)
+    before = linear.weight.clone()
+    given = {"theirs.w": torch.ones(3, 4), "theirs.bias": torch.ones(3), "other": torch.ones(1)}
+    weights = Renamed(given, [(r"^theirs\.w$", "weight")], argument="state")
+    message = (
+        "state: expected the parameters of a Linear, all of them and no others, got no bias, "
+        r"theirs\.w of shape \(3, 4\) in place of \(3, 2\), also theirs\.bias, also other"
+    )
+    with pytest.raises(InvalidArgument, match=message):
+        fill(linear, weights)
+    assert torch.equal(linear.weight, before)
+
+
+def test_weights_keep_their_dtype_and_are_copied() -> None:
+    given = {"weight": torch.ones(3, 2, dtype=torch.bfloat16), "bias": torch.ones(3)}
+    linear = nn.Linear(2, 3)
+    fill(linear, Renamed(given))
+    assert (linear.weight.dtype, linear.bias.dtype, linear.weight.requires_grad) == (
+        torch.bfloat16,
+        torch.float32,
+        True,
+    )
+    given["bias"].zero_()
+    assert (linear.bias == 1).all()
+
+
+def test_two_weights_for_one_name_must_be_the_same() -> None:
+    given = {"a.weight": torch.ones(2), "b.weight": torch.ones(2)}
+    rules = [(r"^[ab]\.", "")]
+    assert list(Renamed(given, rules)) == ["weight"]
+    given["b.weight"] = torch.zeros(2)
+    with pytest.raises(InvalidArgument, match=r"one weight for weight, got 'a\.weight' and 'b\.weight', which differ"):
+        Renamed(given, rules)
+
+
+def test_names_lead_back_to_the_checkpoint() -> None:
+    first = Renamed({"x.0.a": torch.ones(1), "x.1.a": torch.ones(1), "y": torch.ones(1)}, [(r"^x\.", "layers.")])
+    second = Renamed(first.under("layers.1."), [("a", "weight")])
+    assert second.names == {"weight": "x.1.a"}

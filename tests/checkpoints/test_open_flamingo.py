@@ -106,7 +106,9 @@ def test_every_form_of_a_checkpoint_is_read(recorded, form, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda state: {}, "expected weights named 'perceiver...'"),
+        (lambda state: {}, "checkpoint: expected tensors by name, got nothing"),
+        (lambda state: {"epoch": 3}, "expected tensors by name, got 'epoch' of type int"),
+        (lambda state: {"a": torch.ones(1)}, "expected weights named 'perceiver...' and .*Is it a checkpoint of Open"),
         (lambda state: {k: v for k, v in state.items() if "perceiver" in k}, "gated_cross_attn_layer"),
         (lambda state: {k.replace("to_q", "query"): v for k, v in state.items()}, "no 'layers.0.attn.to_q.weight'"),
         (
@@ -115,13 +117,51 @@ def test_every_form_of_a_checkpoint_is_read(recorded, form, tmp_path):
             ),
             "got both",
         ),
-        (lambda state: state | {"perceiver.proj.weight": torch.zeros(2)}, r"got also \['proj.weight'\]"),
+        (lambda state: state | {"perceiver.proj.weight": torch.zeros(2)}, r"got also perceiver\.proj\.weight"),
+        (
+            lambda state: {k: v for k, v in state.items() if not k.endswith(("norm_media.bias", "attn_gate"))},
+            r"got no layers\.0\.attn\.norm_media\.bias, no layers\.1\.attn\.norm_media\.bias\.",
+        ),
+        (
+            lambda state: {k: v[:3] if k.endswith("attn.norm.bias") else v for k, v in state.items()},
+            r"model\.layers\.1\.gated_cross_attn_layer\.attn\.norm\.bias of shape \(3,\) in place of \(8,\)",
+        ),
+        (
+            lambda state: {k: v[0] if k.endswith("to_q.weight") else v for k, v in state.items()},
+            r"got perceiver\.layers\.0\.0\.to_q\.weight of shape \(6,\)",
+        ),
+        (
+            lambda state: state | {"gated_cross_attn_layers.1.attn_gate": torch.full((1,), 9.0)},
+            r"one weight for narrows\.blocks\.1\.attn_gate, got '.*attn_gate' and '.*attn_gate', which differ",
+        ),
     ],
-    ids=["empty", "no blocks", "other names", "both embeddings", "one too many"],
+    ids=[
+        "empty",
+        "no tensors",
+        "something else",
+        "no blocks",
+        "other names",
+        "both embeddings",
+        "one too many",
+        "two missing",
+        "another shape",
+        "another layout",
+        "two that differ",
+    ],
 )
 def test_other_weights_are_refused(recorded, change, message):
     with pytest.raises(InvalidArgument, match=message):
         read_open_flamingo(change(under(recorded, "model/checkpoint.")), head_dim=HEAD_DIM)
+
+
+def test_parts_keep_the_dtype_of_their_weights(recorded):
+    state = under(recorded, "model/checkpoint.")
+    mixed = {name: value.double() if "norm" in name else value.bfloat16() for name, value in state.items()}
+    parts = read_open_flamingo({"model_state_dict": mixed}, head_dim=HEAD_DIM)
+    for part in (parts.resampler, *parts.blocks.values()):
+        for name, parameter in part.named_parameters():
+            is_norm = "norm" in name
+            assert parameter.dtype == (torch.float64 if is_norm else torch.bfloat16), name
 
 
 def test_heads_of_another_width_are_refused(recorded):

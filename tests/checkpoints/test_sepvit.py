@@ -1,5 +1,7 @@
 """Checkpoints with the names of the paper's release, made here: nobody publishes one that could be loaded."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -114,9 +116,19 @@ def test_dense_checkpoints_have_zero_tokens_and_exchange_in_every_block() -> Non
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: s.pop("blocks.1.0.attn.proj.bias"), r"none for \['stages.1.blocks.0.attention.out.bias'\]"),
-        (lambda s: s.update(extra=torch.zeros(1)), r"besides them \['extra'\]"),
-        (lambda s: s.update({"norm.weight": torch.zeros(5)}), r"norm.weight: expected shape \(96,\), got shape \(5,\)"),
+        (
+            lambda s: [s.pop("blocks.1.0.attn.proj.bias"), s.pop("head.bias")],
+            r"got no stages\.1\.blocks\.0\.attention\.out\.bias, no head\.bias\.",
+        ),
+        (lambda s: s.update(extra=torch.zeros(1), more=torch.zeros(1)), "no others, got also extra, also more"),
+        (
+            lambda s: s.update({"blocks.0.0.norm1.weight": torch.zeros(5)}),
+            r"blocks\.0\.0\.norm1\.weight of shape \(5,\)",
+        ),
+        (
+            lambda s: s.update({"blocks.0.0.win_tokens": torch.zeros(1, 64, 1, 5)}),
+            r"blocks\.0\.0\.win_tokens of shape \(1, 64, 1, 5\) in place of \(8, 8, 32\)",
+        ),
         (
             lambda s: s.update({"blocks.0.0.win_tokens": torch.zeros(1, 63, 1, 32)}),
             r"blocks.0.0.win_tokens: expected tokens of square windows on a grid of 56 .*got shape \(1, 63, 1, 32\)",
@@ -129,3 +141,11 @@ def test_messages(change, message: str) -> None:
     change(state)
     with pytest.raises(InvalidArgument, match=message):
         read_sepvit(state)
+
+
+def test_a_file_is_read_as_its_state_dict_is(tmp_path: Path) -> None:
+    torch.save({"state_dict": official(), "epoch": 299}, tmp_path / "sepvit.pth")
+    expected = read_sepvit(official()).state_dict()
+    assert all(
+        torch.equal(value, expected[name]) for name, value in read_sepvit(tmp_path / "sepvit.pth").state_dict().items()
+    )

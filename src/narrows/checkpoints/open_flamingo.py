@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from narrows.checkpoints.files import read_weights
+from narrows.checkpoints.files import Renamed, fill, read_weights, weights_in
 from narrows.errors import InvalidArgument
 from narrows.layers.gated_cross_attention import LAST_MEDIUM, GatedCrossAttentionBlock
 from narrows.layers.perceiver_resampler import PerceiverResampler
@@ -20,8 +20,12 @@ _RESAMPLER_NAMES = (
     (r"^(layers\.\d+)\.feed_forward\.", r"\1.ff."),
     (r"^(layers\.\d+)\.(norm_media|norm_latents|to_q|to_kv|to_out)\.", r"\1.attn.\2."),
 )
-_BLOCK = re.compile(r"\b(?:gated_cross_attn_layers\.(\d+)|(\d+)\.gated_cross_attn_layer)\.(.+)$")
-_RESAMPLER = re.compile(r"\bperceiver\.(.+)$")
+# Their modules in the whole model. Each block is in it under two names.
+_MODEL_NAMES = (
+    (r"^.*\bgated_cross_attn_layers\.(\d+)\.", r"narrows.blocks.\1."),
+    (r"^.*\b(\d+)\.gated_cross_attn_layer\.", r"narrows.blocks.\1."),
+    (r"^(?:.*\.)?perceiver\.", "narrows.resampler."),
+)
 
 
 class OpenFlamingoParts(NamedTuple):
@@ -65,41 +69,36 @@ class OpenFlamingoParts(NamedTuple):
 
 
 def read_open_flamingo(
-    checkpoint: str | Path | Mapping[str, Tensor], *, head_dim: int = 64, attend: Attend = LAST_MEDIUM
+    checkpoint: str | Path | Mapping[str, Any], *, head_dim: int = 64, attend: Attend = LAST_MEDIUM
 ) -> OpenFlamingoParts:
     """Resampler and gated blocks of a checkpoint of OpenFlamingo or Otter, with its weights and outputs.
 
     Args:
-        checkpoint: a file (`.pt`, of the weights alone or as training saves them, or `.safetensors`), or a state dict
-            of the whole model or of what was trained.
+        checkpoint: a file (`.pt` or `.safetensors`) or what is in it: the state dict of the whole model or of what was
+            trained, alone or as training saves it.
         head_dim: width of a head, which no state dict tells; 64 in every model of theirs.
         attend: `LastMedium()`, or `AllPrevious()` for models built with `only_attend_immediate_media=False`.
 
     Raises:
-        InvalidArgument: a file that does not exist, or weights without resampler or gated blocks.
+        InvalidArgument: a file that does not exist, weights without resampler or gated blocks, or with other parts than
+            theirs; the message names each.
     """
-    state = checkpoint if isinstance(checkpoint, Mapping) else read_weights(checkpoint)
-    resampler: dict[str, Tensor] = {}
-    blocks: dict[int, dict[str, Tensor]] = {}
-    others: dict[str, Tensor] = {}
-    for name, value in state.items():
-        if found := _BLOCK.search(name):
-            blocks.setdefault(int(found[1] or found[2]), {})[found[3]] = value
-        elif found := _RESAMPLER.search(name):
-            resampler[found[1]] = value
-        else:
-            others[name] = value
-    if not resampler or not blocks:
+    given = weights_in(checkpoint) if isinstance(checkpoint, Mapping) else read_weights(checkpoint)
+    state = Renamed(given, _MODEL_NAMES)
+    resampler = state.under("narrows.resampler.")
+    layers = {int(found[1]) for name in state if (found := re.match(r"narrows\.blocks\.(\d+)\.", name))}
+    if not resampler or not layers:
         raise InvalidArgument(
             "checkpoint",
             expected="weights named 'perceiver...' and '...gated_cross_attn_layer...'",
-            got=f"{len(state)} tensors, the first of them {next(iter(state), 'none')!r}",
+            got=f"{len(given)} tensors, the first of them {next(iter(given))!r}",
             hint="Is it a checkpoint of OpenFlamingo or Otter?",
         )
+    blocks = {layer: state.under(f"narrows.blocks.{layer}.") for layer in sorted(layers)}
     return OpenFlamingoParts(
         resampler_of(resampler, head_dim=head_dim),
-        {layer: block_of(blocks[layer], head_dim=head_dim, attend=attend) for layer in sorted(blocks)},
-        others,
+        {layer: block_of(weights, head_dim=head_dim, attend=attend) for layer, weights in blocks.items()},
+        {name: value for name, value in state.items() if name == state.names[name]},
     )
 
 
@@ -112,14 +111,12 @@ def resampler_of(state: Mapping[str, Tensor], *, head_dim: int = 64) -> Perceive
     Their media are `[B, M, F, N, D]`, as ours with frames.
 
     Raises:
-        InvalidArgument: both kinds of embeddings, or names that are not theirs.
+        InvalidArgument: both kinds of embeddings, or names or shapes that are not theirs.
     """
-    ours: dict[str, Tensor] = dict(state)
-    for theirs, name in _RESAMPLER_NAMES:
-        ours = {re.sub(theirs, name, key): value for key, value in ours.items()}
+    ours = Renamed(state, _RESAMPLER_NAMES, argument="checkpoint" if isinstance(state, Renamed) else "state")
     frames, media = ours.pop("frame_embs", None), ours.pop("media_time_embs", None)
     if frames is not None and media is not None:
-        raise InvalidArgument("state", expected="frame_embs or media_time_embs or neither", got="both")
+        raise InvalidArgument(ours.argument, expected="frame_embs or media_time_embs or neither", got="both")
     latents, to_q, hidden = (
         _tensor(ours, name) for name in ("latents", "layers.0.attn.to_q.weight", "layers.0.ff.1.weight")
     )
@@ -128,7 +125,7 @@ def resampler_of(state: Mapping[str, Tensor], *, head_dim: int = 64) -> Perceive
     ours["time_embeddings"] = time if media is None else media.squeeze(1)
     resampler = PerceiverResampler(
         dim,
-        depth=1 + max(int(key.split(".")[1]) for key in ours if key.startswith("layers.")),
+        depth=1 + max(int(found[1]) for name in ours if (found := re.match(r"layers\.(\d+)\.", name))),
         num_latents=num_latents,
         heads=_heads(to_q, head_dim),
         head_dim=head_dim,
@@ -138,7 +135,7 @@ def resampler_of(state: Mapping[str, Tensor], *, head_dim: int = 64) -> Perceive
         device=latents.device,
         dtype=latents.dtype,
     )
-    _load(resampler, ours)
+    fill(resampler, ours)
     return resampler
 
 
@@ -148,9 +145,10 @@ def block_of(
     """The `GatedCrossAttentionBlock` that has the weights of theirs or of `OtterGatedCrossAttentionBlock`.
 
     Raises:
-        InvalidArgument: names that are not theirs.
+        InvalidArgument: names or shapes that are not theirs.
     """
-    ours = {re.sub(r"^feed_forward\.", "ff.", key): value for key, value in state.items()}
+    argument = "checkpoint" if isinstance(state, Renamed) else "state"
+    ours = Renamed(state, [(r"^feed_forward\.", "ff.")], argument=argument)
     to_q, to_kv, hidden = (_tensor(ours, f"{name}.weight") for name in ("attn.to_q", "attn.to_kv", "ff.1"))
     dim = to_q.shape[1]
     block = GatedCrossAttentionBlock(
@@ -163,7 +161,7 @@ def block_of(
         device=to_q.device,
         dtype=to_q.dtype,
     )
-    _load(block, ours)
+    fill(block, ours)
     return block
 
 
@@ -173,10 +171,14 @@ def _sizes(attention: Any, feed_forward: Any) -> dict[str, Any]:
     return {"heads": attention.heads, "head_dim": inner // attention.heads, "mlp_ratio": ratio}
 
 
-def _tensor(state: Mapping[str, Tensor], name: str) -> Tensor:
-    if name not in state:
+def _tensor(state: Renamed, name: str) -> Tensor:
+    """A matrix that sizes are read from."""
+    if name not in state or state[name].ndim != 2:
+        got = f"no {name!r}" if name not in state else f"{state.names[name]} of shape {tuple(state[name].shape)}"
         raise InvalidArgument(
-            "state", expected="parameters named as in OpenFlamingo or Otter", got=f"{sorted(state)[:4]}, no {name!r}"
+            state.argument,
+            expected="parameters named as in OpenFlamingo or Otter",
+            got=f"{got}, beside {sorted(state.names.values())[:4]}",
         )
     return state[name]
 
@@ -185,10 +187,3 @@ def _heads(to_q: Tensor, head_dim: int) -> int:
     if len(to_q) % head_dim:
         raise InvalidArgument("head_dim", expected=f"a divisor of the inner width {len(to_q)}", got=head_dim)
     return len(to_q) // head_dim
-
-
-def _load(module: PerceiverResampler | GatedCrossAttentionBlock, state: Mapping[str, Tensor]) -> None:
-    wrong = sorted(set(state) ^ set(module.state_dict()))
-    if wrong:
-        raise InvalidArgument("state", expected=f"the parameters of a {type(module).__name__}", got=f"also {wrong[:4]}")
-    module.load_state_dict(dict(state))

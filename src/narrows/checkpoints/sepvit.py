@@ -3,10 +3,12 @@
 import re
 from collections.abc import Mapping
 from math import isqrt
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from narrows.checkpoints.files import Renamed, fill, read_weights, weights_in
 from narrows.errors import InvalidArgument
 from narrows.models.sepvit import SepViT
 from narrows.validation import check_choice
@@ -31,7 +33,7 @@ _IMAGE_SIZE, _PATCH_STRIDE, _HEAD_DIM = 224, 4, 32
 _DENSE_WINDOWS = (7, (7, 14), (7, 14), 7)
 
 
-def read_sepvit(state: Mapping[str, Any], *, window_tokens: str = "per_window") -> SepViT:
+def read_sepvit(state: str | Path | Mapping[str, Any], *, window_tokens: str = "per_window") -> SepViT:
     """The `SepViT` that has the weights of a checkpoint of the paper's release.
 
     Widths, depths, windows and classes are read from names and shapes. A classification checkpoint has a window token
@@ -39,7 +41,7 @@ def read_sepvit(state: Mapping[str, Any], *, window_tokens: str = "per_window") 
     Both run at any size.
 
     Args:
-        state: their state dict, or what holds it under "model" or "state_dict".
+        state: their state dict, what holds it under "model" or "state_dict", or a file of either.
         window_tokens: "per_window" keeps every window token of a classification checkpoint, and its outputs at 224
             pixels; "shared" takes their mean, which does not depend on the size.
 
@@ -47,16 +49,17 @@ def read_sepvit(state: Mapping[str, Any], *, window_tokens: str = "per_window") 
         InvalidArgument: names that are not theirs or are missing, shapes that do not fit.
     """
     check_choice("window_tokens", window_tokens, ("per_window", "shared"))
-    weights = _renamed(state.get("model", state.get("state_dict", state)))
+    given = weights_in(state, argument="state") if isinstance(state, Mapping) else read_weights(state)
+    weights = Renamed(given, _NAMES, argument="state")
     widths: list[int] = []
-    while (embedding := weights.get(f"stages.{len(widths)}.embedding.weight")) is not None:
+    while (embedding := weights.get(f"stages.{len(widths)}.embedding.weight")) is not None and embedding.ndim == 4:
         widths.append(len(embedding))
     depths = [_count(weights, rf"^stages\.{index}\.blocks\.(\d+)") for index in range(len(widths))]
     if not widths or 0 in depths:
         raise InvalidArgument(
             "state",
             expected="weights named 'patch_embeds.0.proj.weight', 'blocks.0.0.norm1.weight' and so on",
-            got=f"{len(weights)} tensors, the first of them {next(iter(state), 'none')!r}",
+            got=f"{len(weights)} tensors, the first of them {next(iter(given))!r}",
             hint="Is it a checkpoint of SepViT?",
         )
     classifies = any(name.endswith("window_token") for name in weights)
@@ -81,19 +84,8 @@ def read_sepvit(state: Mapping[str, Any], *, window_tokens: str = "per_window") 
             weights[name] = value if token is None else _token(token, value)
         elif name in ("norm.weight", "norm.bias") and not classifies:
             weights.setdefault(name, value)  # the dense networks end with their feature maps
-    _check(weights, expected)
-    model.load_state_dict(weights)
+    fill(model, weights)
     return model
-
-
-def _renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    ours: dict[str, Tensor] = {}
-    for name, value in state.items():
-        renamed = name
-        for theirs, new in _NAMES:
-            renamed = re.sub(theirs, new, renamed)
-        ours[renamed] = value
-    return ours
 
 
 def _count(weights: Mapping[str, Tensor], numbered: str) -> int:
@@ -108,8 +100,8 @@ def _windows(weights: Mapping[str, Tensor], depths: list[int]) -> list[list[int]
         sizes.append([])
         for block in range(depth):
             token = weights.get(f"stages.{stage}.blocks.{block}.attention.window_token")
-            side = 1 if token is None else isqrt(token.shape[1])
-            if token is not None and (side**2 != token.shape[1] or grid % side):
+            side = 1 if token is None or token.ndim < 2 else isqrt(token.shape[1])
+            if token is not None and (token.ndim != 4 or side**2 != token.shape[1] or grid % side):
                 raise InvalidArgument(
                     f"blocks.{stage}.{block}.win_tokens",
                     expected=f"tokens of square windows on a grid of {grid} x {grid}: [1, windows, 1, width]",
@@ -120,17 +112,7 @@ def _windows(weights: Mapping[str, Tensor], depths: list[int]) -> list[list[int]
 
 
 def _token(theirs: Tensor, ours: Tensor) -> Tensor:
-    """`[1, K, 1, D]` in raster order as `[rows, columns, D]`, or their mean."""
+    """`[1, K, 1, D]` in raster order as `[rows, columns, D]`, or their mean; as it is where D is another."""
+    if theirs.shape[-1] != ours.shape[-1]:
+        return theirs
     return theirs.view(ours.shape) if theirs.numel() == ours.numel() else theirs.mean((0, 1, 2)).view(ours.shape)
-
-
-def _check(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    missing, besides = sorted(set(expected) - set(weights)), sorted(set(weights) - set(expected))
-    if missing or besides:
-        got = f"none for {missing[:4]}" if missing else f"besides them {besides[:4]}"
-        raise InvalidArgument("state", expected="the parameters of a SepViT, all of them and no others", got=got)
-    for name, value in expected.items():
-        if weights[name].shape != value.shape:
-            raise InvalidArgument(
-                name, expected=f"shape {tuple(value.shape)}", got=f"shape {tuple(weights[name].shape)}"
-            )
