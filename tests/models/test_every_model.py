@@ -26,7 +26,7 @@ SMALL = {
 MODELS = [*list_models("*_mini"), *SMALL]  # one of each class
 
 # Of layers that are being mended. TODO(14)
-PENDING = ("slot_vit_mini", "soft_moe_vit_mini", "ats_vit_mini")
+PENDING = ("slot_vit_mini", "soft_moe_vit_mini")
 
 every_model = pytest.mark.parametrize("name", MODELS)
 every_ready_model = pytest.mark.parametrize("name", [name for name in MODELS if name not in PENDING])

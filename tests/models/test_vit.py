@@ -157,10 +157,10 @@ def test_macs_are_counted_with_the_tokens_really_kept() -> None:
     model, batch = build(), images(2)
 
     def block(tokens: int, kept: int, samples: bool) -> int:
-        d, mlp, heads = 16, 24, 2
-        # Keys and values, queries and results, the class token's query and what it reads tokens with.
-        projections = 2 * (tokens + kept + samples) * d * d
-        return projections + samples * heads * tokens * d + 2 * kept * tokens * d + 2 * kept * d * mlp
+        d, mlp = 16, 24
+        # Keys and values, queries and results, the class token's query; its scores, attention, feed-forward.
+        projections = (2 * tokens + 2 * kept + samples) * d * d
+        return projections + samples * tokens * d + 2 * kept * tokens * d + 2 * kept * d * mlp
 
     expected = 0
     for b in range(2):
