@@ -1,11 +1,16 @@
+from copy import deepcopy
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from narrows.errors import InvalidArgument, InvalidType
-from narrows.layers.experts import ExpertList, StackedExperts, make_experts
+from narrows.layers.soft_moe import ExpertList, StackedExperts, make_experts
+from narrows.models import create_model, load_model
 from tests.support import assert_close, gradients
 
 
@@ -24,13 +29,13 @@ class CountOperations(TorchDispatchMode):
 def one_by_one(experts: StackedExperts, slots: Tensor) -> Tensor:
     outputs = []
     for e in range(slots.shape[1]):
-        hidden = F.linear(slots[:, e], experts.weight_in[e], experts.bias_in[e])
+        hidden = F.linear(slots[:, e], experts.expand.weight[e], experts.expand.bias[e])
         if experts.gated:
             half = hidden.shape[-1] // 2
             hidden = hidden[..., :half] * F.gelu(hidden[..., half:])
         else:
             hidden = F.gelu(hidden)
-        outputs.append(F.linear(hidden, experts.weight_out[e], experts.bias_out[e]))
+        outputs.append(F.linear(hidden, experts.contract.weight[e], experts.contract.bias[e]))
     return torch.stack(outputs, 1)
 
 
@@ -82,9 +87,46 @@ def test_a_gated_expert_has_as_many_parameters_as_a_plain_one() -> None:
 
 def test_each_expert_starts_like_a_linear_layer_of_its_own() -> None:
     experts = StackedExperts(64, 8)
-    for weight, fan_in in ((experts.weight_in, 64), (experts.weight_out, 256)):
+    for weight, fan_in in ((experts.expand.weight, 64), (experts.contract.weight, 256)):
         assert weight.abs().max() <= fan_in**-0.5
         assert weight.std().item() == pytest.approx((3 * fan_in) ** -0.5, rel=0.02)
+
+
+def as_saved_before(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The keys and the layout that experts were saved with up to this release: weights `[out, E, in]`."""
+    older = {}
+    for name, value in state.items():
+        place, _, last = name.rpartition("experts.")
+        if place or name.startswith("experts."):
+            which, kind = last.split(".")
+            last = f"{kind}_{'in' if which == 'expand' else 'out'}"
+            value = value.transpose(0, 1) if kind == "weight" else value
+        older[f"{place}experts.{last}" if last != name else name] = value.contiguous()
+    return older
+
+
+@pytest.mark.parametrize("kind", ["gelu", "geglu"])
+@pytest.mark.parametrize("num_experts", [3, 4], ids=["", "as many experts as features"])
+def test_experts_saved_in_the_older_layout_still_open(num_experts: int, kind: str) -> None:
+    saved = nn.ModuleDict({"experts": StackedExperts(4, num_experts, kind=kind, mult=1.5 if kind == "geglu" else 1)})
+    older = as_saved_before(saved.state_dict())
+    assert older.keys() == {"experts.weight_in", "experts.bias_in", "experts.weight_out", "experts.bias_out"}
+    opened = nn.ModuleDict({"experts": StackedExperts(4, num_experts, kind=kind, mult=1.5 if kind == "geglu" else 1)})
+    opened.load_state_dict(older)
+    for name, value in opened.state_dict().items():
+        assert torch.equal(value, saved.state_dict()[name]), name
+    again = opened.state_dict()
+    deepcopy(opened).load_state_dict(again)
+    assert older.keys() == {"experts.weight_in", "experts.bias_in", "experts.weight_out", "experts.bias_out"}
+
+
+def test_a_folder_of_a_model_saved_in_the_older_layout_still_opens(tmp_path: Path) -> None:
+    model = create_model("soft_moe_vit_mini").eval()
+    model.save_pretrained(tmp_path)
+    save_file(as_saved_before(model.state_dict()), tmp_path / "model.safetensors")
+    opened = load_model(tmp_path)
+    for name, value in opened.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
 
 
 def test_what_does_not_fit_is_named() -> None:

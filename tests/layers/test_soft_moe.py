@@ -36,8 +36,8 @@ def by_hand(layer: SoftMoE, x: Tensor) -> Tensor:
     outputs = []
     for index, slot in enumerate(slots):
         e = index // layer.slots.shape[1]
-        hidden = nn.functional.gelu(slot @ experts.weight_in[:, e].T + experts.bias_in[e])
-        outputs.append(hidden @ experts.weight_out[:, e].T + experts.bias_out[e])
+        hidden = nn.functional.gelu(slot @ experts.expand.weight[e].T + experts.expand.bias[e])
+        outputs.append(hidden @ experts.contract.weight[e].T + experts.contract.bias[e])
     return logits.softmax(1) @ torch.stack(outputs)
 
 

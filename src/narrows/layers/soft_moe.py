@@ -1,16 +1,17 @@
-"""Soft mixture of experts as layers: slots that are parameters, or slots made from the tokens."""
+"""Soft mixture of experts as layers: slots that are parameters, or slots made from the tokens; and their experts."""
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from narrows.errors import InvalidArgument
-from narrows.layers.experts import make_experts
+from narrows.errors import InvalidArgument, InvalidType
+from narrows.layers.initialisation import draw_, reset_submodules
 from narrows.ops.soft_moe import (
     Segments,
     dispatch_weights,
@@ -22,6 +23,154 @@ from narrows.ops.soft_moe import (
 )
 from narrows.routing import Routing
 from narrows.validation import check_choice, check_mask, check_positive, check_tokens
+
+STACKED = ("gelu", "geglu")
+
+
+class StackedLinear(nn.Module):
+    """Linear maps of E experts, run as one batched product: expert e has `weight[e]` and `bias[e]`, as `nn.Linear`.
+
+    Args:
+        num_experts: E.
+        in_features: width of the inputs.
+        out_features: width of the outputs.
+        device: where parameters are made.
+        dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        in_features: int,
+        out_features: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(num_experts, out_features, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw new parameters as `nn.Linear` would for each expert."""
+        bound = self.weight.shape[-1] ** -0.5
+        draw_(self.weight, partial(nn.init.uniform_, a=-bound, b=bound))
+        draw_(self.bias, partial(nn.init.uniform_, a=-bound, b=bound))
+
+    def forward(self, rows: Float[Tensor, "B E P in_features"]) -> Float[Tensor, "B E P out_features"]:
+        """Map the rows `[:, e]` by expert e."""
+        batch, _, rows_per_expert, _ = rows.shape
+        # Features before rows: so the gradients of the weights come out in the layout of the weights.
+        columns = rows.transpose(0, 1).flatten(1, 2).mT
+        mapped = torch.baddbmm(self.bias[..., None], self.weight, columns)
+        return mapped.mT.unflatten(1, (batch, rows_per_expert)).transpose(0, 1)
+
+    def extra_repr(self) -> str:
+        """What `print(layer)` shows."""
+        num_experts, out_features, in_features = self.weight.shape
+        return f"{num_experts} x ({in_features} -> {out_features})"
+
+
+class StackedExperts(nn.Module):
+    r"""Feed-forward experts with stacked weights, run as two batched products however many there are.
+
+    $W_2\,\mathrm{GELU}(W_1 x + b_1) + b_2$, or $W_2 (u \cdot \mathrm{GELU}(g)) + b_2$ with $[u, g] = W_1 x + b_1$.
+
+    Args:
+        dim: D, width of the slots.
+        num_experts: E.
+        kind: "gelu", or "geglu", whose first map makes values u and gates g.
+        mult: hidden width in multiples of `dim`; a gated expert has 2/3 of it, which is as many parameters.
+        dropout: share of hidden values dropped in training.
+        device: where parameters are made.
+        dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        *,
+        kind: str = "gelu",
+        mult: float = 4.0,
+        dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_positive(dim=dim, num_experts=num_experts)
+        check_choice("kind", kind, STACKED)
+        if not 0 <= dropout < 1:
+            raise InvalidArgument("dropout", expected="a share from 0 to below 1", got=dropout)
+        self.gated, self.dropout = kind == "geglu", dropout
+        hidden = int(dim * mult * 2 / 3) if self.gated else int(dim * mult)
+        if hidden < 1:
+            raise InvalidArgument("expert_mult", expected="a multiple of dim that leaves a hidden width", got=mult)
+        features = 2 * hidden if self.gated else hidden
+        self.expand = StackedLinear(num_experts, dim, features, device=device, dtype=dtype)
+        self.contract = StackedLinear(num_experts, hidden, dim, device=device, dtype=dtype)
+        self.register_load_state_dict_pre_hook(_open_older_experts)
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew."""
+        reset_submodules(self)
+
+    def forward(self, slots: Float[Tensor, "B E P D"]) -> Float[Tensor, "B E P D"]:
+        """Run every expert on its own slots."""
+        hidden = self.expand(slots)
+        if self.gated:
+            values, gates = hidden.chunk(2, dim=-1)
+            hidden = values * F.gelu(gates)
+        else:
+            hidden = F.gelu(hidden)
+        return self.contract(F.dropout(hidden, self.dropout, self.training))
+
+    def extra_repr(self) -> str:
+        """What `print(layer)` shows."""
+        return f"{'geglu' if self.gated else 'gelu'}, dropout={self.dropout}"
+
+
+def _open_older_experts(_: nn.Module, state: dict[str, Any], prefix: str, *__: object) -> None:
+    """Weights of older releases: called `weight_in`, `weight_out`, `[out, E, in]`, and `bias_in`, `bias_out`."""
+    for side, name in (("in", "expand"), ("out", "contract")):
+        if f"{prefix}weight_{side}" in state:
+            state[f"{prefix}{name}.weight"] = state.pop(f"{prefix}weight_{side}").transpose(0, 1).contiguous()
+        if f"{prefix}bias_{side}" in state:
+            state[f"{prefix}{name}.bias"] = state.pop(f"{prefix}bias_{side}")
+
+
+class ExpertList(nn.ModuleList):
+    """Any modules as experts, run one after another: the number of operations grows with their number."""
+
+    def forward(self, slots: Float[Tensor, "B E P D"]) -> Float[Tensor, "B E P D"]:
+        """Give expert e the slots `[B, P, D]` that are its own."""
+        return torch.stack([expert(own) for expert, own in zip(self, slots.unbind(1), strict=True)], dim=1)
+
+
+def make_experts(
+    experts: str | Callable[[int], nn.Module],
+    dim: int,
+    num_experts: int,
+    *,
+    mult: float,
+    dropout: float,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> StackedExperts | ExpertList:
+    """Experts from what a layer's constructor takes: a kind of stacked expert, or a function of the expert's number."""
+    if isinstance(experts, str):
+        check_choice("experts", experts, STACKED)
+        return StackedExperts(dim, num_experts, kind=experts, mult=mult, dropout=dropout, device=device, dtype=dtype)
+    if isinstance(experts, nn.Module) or not callable(experts):
+        raise InvalidType(
+            "experts",
+            expected=f"one of {STACKED} or a function from the number of an expert to its module",
+            got=type(experts).__name__,
+            hint="From a list of modules: experts=modules.__getitem__.",
+        )
+    check_positive(num_experts=num_experts)
+    return ExpertList(experts(index) for index in range(num_experts))
 
 
 class UnitNormalization(nn.Module):
@@ -228,7 +377,7 @@ class SoftMoE(_SoftMixture):
         )
         check_positive(slots_per_expert=slots_per_expert)
         self.slots = nn.Parameter(torch.empty(num_experts, slots_per_expert, dim, device=device, dtype=dtype))
-        self.reset_parameters()
+        self._draw()
 
     @classmethod
     def for_tokens(
@@ -245,8 +394,12 @@ class SoftMoE(_SoftMixture):
         return cls(dim, num_experts=num_experts, slots_per_expert=slots_per_expert, **options)  # type: ignore[arg-type]
 
     def reset_parameters(self) -> None:
-        """Draw new slot parameters, of length about 1."""
-        nn.init.normal_(self.slots, std=self.dim**-0.5)
+        """Draw all parameters anew: slot parameters of length about 1."""
+        reset_submodules(self)
+        self._draw()
+
+    def _draw(self) -> None:
+        draw_(self.slots, partial(nn.init.normal_, std=self.dim**-0.5))
 
     def _slots(self, values: Tensor, mask: Tensor | None) -> Segments:
         return Segments(self.slots.flatten(0, 1), None)

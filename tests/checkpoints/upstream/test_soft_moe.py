@@ -46,7 +46,7 @@ def pairs(ours: SoftMoE | DynamicSlotsSoftMoE, theirs: nn.Module) -> list[Pair]:
     for name, parameter in theirs.named_parameters():
         if ".experts." in f".{name}":
             index, position, kind = name.split(".")[-3:]
-            stacked = getattr(ours.experts, f"{kind}_{'in' if position == '0' else 'out'}")
+            stacked = getattr(ours.experts.expand if position == "0" else ours.experts.contract, kind)
             found.append(Pair(parameter, stacked, int(index)))
         elif name == "norm.gamma":
             found.append(Pair(parameter, ours.normalization.token_gain, None))

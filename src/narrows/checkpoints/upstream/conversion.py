@@ -226,7 +226,7 @@ def _check_nothing_left(theirs: nn.Module, conversion: Conversion, taken: set[st
     for name, part in theirs.named_modules():
         expected = conversion.without_module.get(name)
         changed = type(part) is not expected or getattr(part, "approximate", "none") != "none"
-        if name not in known and _is_plain(part) and changed:
+        if (name not in known or expected is not None) and _is_plain(part) and changed:
             wanted = "nothing, as upstream has there" if expected is None else f"an nn.{expected.__name__}()"
             raise InvalidArgument(joined(path, name), expected=wanted, got=repr(part))
     for name, _ in theirs.named_parameters(remove_duplicate=False):

@@ -75,17 +75,18 @@ def _conversion(
     """Expert e of upstream, `Linear, activation, Dropout, Linear`, becomes row e of the stacked experts."""
     each = [f"{name}.{index}" for index in range(len(experts))]
     stacked = {
-        f"experts.{kind}_{side}": Rearranged(tuple(f"{expert}.{place}.{kind}" for expert in each), _stack)
-        for side, place in (("in", 0), ("out", 3))
+        f"experts.{name}.{kind}": Rearranged(tuple(f"{expert}.{place}.{kind}" for expert in each), _stack)
+        for name, place in (("expand", 0), ("contract", 3))
         for kind in ("weight", "bias")
     }
+    stacks = {"experts.expand": f"{each[0]}.0", "experts.contract": f"{each[0]}.3"}
     inside: dict[int, type[nn.Module]] = {0: nn.Linear, 3: nn.Linear}
     if not _is_gated(experts):
         inside[1] = nn.GELU
     return Conversion(
         ours,
         as_upstream,
-        {**modules, "normalization": "norm", "experts": name},
+        {**modules, "normalization": "norm", "experts": name, **stacks},
         {**parameters, **stacked},
         without_module={f"{expert}.{place}": kind for expert in each for place, kind in inside.items()},
         dropouts={"experts": tuple(f"{expert}.2" for expert in each)},
