@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 
-from narrows.bench.rows import Row, record, table
+from narrows.bench.rows import table
 from narrows.bench.runner import run
 
 parser = argparse.ArgumentParser(description=__doc__)
@@ -15,17 +15,6 @@ parser.add_argument("--device", default="cpu")
 parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="race torch.compile of both too")
 parser.add_argument("--repeats", type=int, default=9)
 parser.add_argument("--record", type=Path, help="folder to append the rows to")
-arguments = parser.parse_args()
-
-
-def keep(row: Row) -> None:
-    """Each row is printed and recorded as it comes: a run that is cut short keeps what it has."""
-    print(row.case, row.mode, row.quantity, row.ratio_p50, row.verdict, row.note, flush=True)
-    if arguments.record:
-        record([row], arguments.record)
-
-
-settings = {"device": arguments.device, "compile": arguments.compile, "repeats": arguments.repeats}
-rows = run(arguments.pattern, on_row=keep, **settings)
+rows = run(**vars(parser.parse_args()))
 print(table(rows))
 sys.exit(any(row.verdict in ("disagrees", "failed", "missed") for row in rows))

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import narrows.bench
+from narrows.bench import runner
 from narrows.bench.case import BenchCase, Contest
-from narrows.bench.machine import describe, rival_version
-from narrows.bench.rows import Row
+from narrows.bench.rows import Row, describe, rival_version
 from narrows.bench.runner import MissingRival, find_cases, race, run
 from narrows.errors import InvalidArgument, NarrowsError
 
@@ -221,7 +221,7 @@ def test_the_rivals_version_is_that_of_its_package() -> None:
 
 def test_outside_a_checkout_there_is_no_commit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GIT_DIR", "/nonexistent")
-    assert describe(CPU).commit == ""
+    assert describe(CPU)["commit"] == ""
 
 
 @pytest.fixture
@@ -256,11 +256,17 @@ class TestFinding:
         with pytest.raises(InvalidArgument, match=r"pattern: expected a match for any of \['fake/a', .* got 'fakes'"):
             find_cases("fakes")
 
-    def test_run_hands_out_rows_as_they_come(self) -> None:
+    def test_run_names_and_records_rows_as_they_come(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         seen: list[Row] = []
-        rows = run("fake/*", repeats=1, on_row=seen.append)
+        monkeypatch.setattr(runner, "record_rows", lambda rows, folder: seen.extend(rows))
+        rows = run("fake/*", repeats=1, record=tmp_path)
         assert rows == seen
         assert [row.case for row in rows] == ["fake/a"] * 3 + ["fake/b"] * 3
+        printed = capsys.readouterr().err
+        assert "fake/a (eager): forward" in printed
+        assert f"Recorded in {tmp_path}" in printed
 
 
 def test_a_missing_rival_is_named_with_what_to_install(room: Path) -> None:
@@ -293,7 +299,7 @@ def test_a_fault_of_narrows_itself_is_not_blamed_on_a_rival(room: Path) -> None:
 MAPPED = """
 import ctypes
 import torch
-from narrows.bench.machine import settle_allocator
+from narrows.bench.runner import settle_allocator
 
 class Mallinfo2(ctypes.Structure):
     _fields_ = [(name, ctypes.c_size_t) for name in

@@ -14,9 +14,9 @@ def test_info_names_versions_extras_devices_models_and_implementations(capsys):
 
 
 def test_a_missing_extra_comes_with_the_way_to_get_it(monkeypatch):
-    monkeypatch.setattr(info, "EXTRAS", {"app": ("torch", "no-such-package")})
-    found = info.extras()["app"]
-    assert found == f"torch {info._version('torch')}; missing: no-such-package (pip install 'narrows[app]')"
+    monkeypatch.setattr(info, "EXTRAS", {"onnx": ("torch", "no-such-package")})
+    found = info.extras()["onnx"]
+    assert found == f"torch {info._version('torch')}; missing: no-such-package (pip install 'narrows[onnx]')"
 
 
 def test_an_implementation_that_cannot_run_says_why(monkeypatch):

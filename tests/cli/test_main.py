@@ -108,7 +108,7 @@ def test_without_the_extra_a_command_says_how_to_get_it(monkeypatch, capsys):
         return importing(name, *args, **kwargs)
 
     importing = builtins.__import__
-    for module in ("bench", "parsing"):
+    for module in ("commands", "parsing"):
         importlib.import_module(f"narrows.cli.{module}")  # so that monkeypatch brings them back
         monkeypatch.delitem(sys.modules, f"narrows.cli.{module}")
     monkeypatch.setattr(builtins, "__import__", without)

@@ -11,9 +11,8 @@ import torch
 
 from narrows.data import DigitScenes
 from narrows.errors import DataError, InvalidArgument
-from narrows.jobs.compare import MODELS, compare
-from narrows.jobs.comparison import Comparison, Expense
-from narrows.jobs.comparison_report import carriers_in_use, narrowest
+from narrows.jobs.compare import MODELS, Comparison, ModelCost, compare, narrowest
+from narrows.jobs.report import carriers_in_use
 from narrows.measure import Cost, Timing
 from narrows.models import load_model
 from narrows.routing import Routing
@@ -53,7 +52,7 @@ def test_the_table_shows_the_spread_and_what_is_carried(comparison: Comparison) 
     carried = float(re.search(r"64 → ([\d.]+)", ats)[1])
     assert 1 <= carried <= 16
     assert " 256 → 16 " in sepvit, "the windows of the first stage carry the tokens of the image"
-    costs = {name: expense.cost.macs for name, expense in comparison.expenses.items()}
+    costs = {name: found.cost.macs for name, found in comparison.costs.items()}
     assert costs["ats_vit_mini"] < costs["vit_mini"]
 
 
@@ -123,9 +122,9 @@ def test_narrowest_looks_at_the_finest_grid_and_counts_carriers_in_use() -> None
 
 def test_points_have_the_mean_and_the_spread_over_seeds() -> None:
     cost = Cost(10, 2e6, 100, Timing((0.5,)), 8, "cpu", "float32")
-    expense = Expense(cost, 8.0, 64, Timing((1.0,)), 2**20)
+    found = ModelCost(cost, 8.0, 64, Timing((1.0,)), 2**20)
     run = Run("vit_mini", 0, 0.9, 100, 1.0, Path("x"))
-    found = Comparison([run, replace(run, seed=1, accuracy=0.94)], {"vit_mini": expense}, Path("x"))
-    (point,) = found.points()
+    comparison = Comparison([run, replace(run, seed=1, accuracy=0.94)], {"vit_mini": found}, Path("x"))
+    (point,) = comparison.points()
     assert (point.cost, point.quality) == (2.0, pytest.approx(92))
     assert point.spread == pytest.approx(100 * 0.04 / 2**0.5)

@@ -11,13 +11,11 @@ import torch
 
 import narrows
 from narrows.data import DigitScenes
-from narrows.demo import vit as scenes
+from narrows.demo import vit
 from narrows.errors import InvalidArgument, InvalidType, NarrowsError
 from narrows.hub.models import open_model
-from narrows.jobs.budgets import parse_budget
 from narrows.jobs.images import load_images
-from narrows.jobs.reduce import reduce
-from narrows.jobs.reduction_result import ReductionResult
+from narrows.jobs.reduce import ReductionResult, parse_budget, reduce
 from narrows.measure import macs_per_sample
 from tests.hub.small_models import save_images, save_ours, save_timm, save_transformers
 
@@ -38,8 +36,8 @@ def result(ours: str, images: str, tmp_path_factory: pytest.TempPathFactory) -> 
     return reduce(
         ours,
         data=images,
-        methods=["ats", "topk", "tome"],
-        budgets=["0.75", "4"],
+        method=["ats", "topk", "tome"],
+        budget=["0.75", "4"],
         output=folder / "runs",
         save=folder / "saved" / "reduction.json",
         device="cpu",
@@ -53,12 +51,12 @@ def test_every_method_meets_every_budget_beside_the_untouched_model(result: Redu
         *(f"{method} {budget}" for method in ("ats", "topk", "tome") for budget in ("0.75", "4")),
     ]
     untouched, *reduced = result.trials
-    assert untouched.judgement.agreement == 1
+    assert untouched.agreement == 1
     for trial in reduced:
         assert fmean(trial.macs) < fmean(untouched.macs), trial.name
         assert trial.kept <= (12 if trial.budget == "0.75" else 4), trial.name
-        assert 0 <= trial.judgement.agreement <= 1
-        assert trial.judgement.accuracy is not None
+        assert 0 <= trial.agreement <= 1
+        assert trial.accuracy is not None
         assert trial.memory > 0
     assert [trial.kept for trial in reduced if trial.method == "topk"] == [12, 4]
 
@@ -127,7 +125,7 @@ def test_what_is_saved_reduces_a_model_the_same_way(result: ReductionResult, our
 def test_what_is_exported_is_the_reduced_model(ours: str, images: str, tmp_path: Path, method: str) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     file = tmp_path / "onnx" / "reduced.onnx"
-    few = {"methods": [method], "budgets": ["0.5"], "device": "cpu", "output": tmp_path / "runs"}
+    few = {"method": [method], "budget": ["0.5"], "device": "cpu", "output": tmp_path / "runs"}
     found = reduce(ours, data=images, export=file, **few)
     model = narrows.load_model(ours)
     assert found.chosen.reduction is not None
@@ -139,44 +137,46 @@ def test_what_is_exported_is_the_reduced_model(ours: str, images: str, tmp_path:
 
 
 def test_models_of_timm_and_of_transformers(images: str, tmp_path: Path) -> None:
-    few = {"methods": ["topk"], "budgets": ["0.5"], "limit": 4, "device": "cpu", "output": tmp_path / "runs"}
+    few = {"method": ["topk"], "budget": ["0.5"], "limit": 4, "device": "cpu", "output": tmp_path / "runs"}
     found = reduce("timm:test_vit", checkpoint=save_timm(tmp_path / "weights.pth"), data=images, **few)
-    assert (found.tokens, found.trials[1].kept, found.num_images) == (100, 50, 4)
+    assert (found.tokens, found.trials[1].kept, len(found.images)) == (100, 50, 4)
     found = reduce(f"hf:{save_transformers(tmp_path / 'vit', classifies=False)}", data=images, **few)
-    assert (found.tokens, found.trials[1].kept, found.labelled, found.classifies) == (16, 8, False, False)
-    assert -1 <= found.trials[1].judgement.agreement <= 1
+    assert (found.tokens, found.trials[1].kept, found.images.labelled, found.classifies) == (16, 8, False, False)
+    assert -1 <= found.trials[1].agreement <= 1
     assert "cosine" in found.report.read_text(encoding="utf-8")
 
 
 def test_without_a_model_one_is_trained_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NARROWS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(DigitScenes, "__len__", lambda _: 256)
-    monkeypatch.setattr(scenes, "DATA", "digits")
-    monkeypatch.setattr(scenes, "SIZE", 16)
-    monkeypatch.setattr(scenes, "MODEL", {"dim": 16, "depth": 4, "heads": 2, "mlp_dim": 16, "global_pool": "max"})
-    monkeypatch.setattr(scenes.open_scenes_vit, "__defaults__", (1,))
-    few = {"methods": ["ats"], "budgets": ["0.5"], "limit": 20, "device": "cpu", "output": tmp_path / "runs"}
+    monkeypatch.setattr(vit, "DATA", "digits")
+    monkeypatch.setattr(vit, "SIZE", 16)
+    monkeypatch.setattr(vit, "MODEL", {"dim": 16, "depth": 4, "heads": 2, "mlp_dim": 16, "global_pool": "max"})
+    monkeypatch.setattr(vit.open_scenes_vit, "__defaults__", (1,))
+    few = {"method": ["ats"], "budget": ["0.5"], "limit": 20, "device": "cpu", "output": tmp_path / "runs"}
     first = reduce(**few)
     (kept,) = (tmp_path / "cache").iterdir()
     assert {"config.json", "model.safetensors"} <= {path.name for path in kept.iterdir()}
-    monkeypatch.setattr(scenes, "train", None)
+    monkeypatch.setattr(vit, "train", None)
     second = reduce(**few)
-    assert [trial.judgement for trial in first.trials] == [trial.judgement for trial in second.trials]
+    assert [(one.agreement, one.accuracy) for one in first.trials] == [
+        (one.agreement, one.accuracy) for one in second.trials
+    ]
 
 
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"budgets": ["0"]}, InvalidArgument, "budget: expected a count of 1 to 16 tokens, got 0"),
-        ({"budgets": ["0.0"]}, InvalidArgument, "budget: expected a share above 0 and at most 1, got 0.0"),
-        ({"budgets": ["1.5"]}, InvalidArgument, "budget: expected a share above 0 and at most 1, got 1.5"),
-        ({"budgets": ["17"]}, InvalidArgument, "budget: expected a count of 1 to 16 tokens, got 17"),
-        ({"budgets": ["half"]}, InvalidArgument, r"budget: expected a share \(0.5\), .*got 'half'"),
-        ({"budgets": ["9:0.5"]}, InvalidArgument, "budget: expected numbers of blocks from 0 to 3, got"),
-        ({"budgets": ["0.001M"]}, InvalidArgument, "budget: expected a target of at least"),
-        ({"budgets": []}, InvalidArgument, "budgets: expected at least one, got none"),
-        ({"methods": ["tpk"]}, InvalidArgument, "method: expected one of .*'topk'.*got 'tpk'"),
-        ({"methods": []}, InvalidArgument, "methods: expected at least one, got none"),
+        ({"budget": ["0"]}, InvalidArgument, "budget: expected a count of 1 to 16 tokens, got 0"),
+        ({"budget": ["0.0"]}, InvalidArgument, "budget: expected a share above 0 and at most 1, got 0.0"),
+        ({"budget": ["1.5"]}, InvalidArgument, "budget: expected a share above 0 and at most 1, got 1.5"),
+        ({"budget": ["17"]}, InvalidArgument, "budget: expected a count of 1 to 16 tokens, got 17"),
+        ({"budget": ["half"]}, InvalidArgument, r"budget: expected a share \(0.5\), .*got 'half'"),
+        ({"budget": ["9:0.5"]}, InvalidArgument, "budget: expected numbers of blocks from 0 to 3, got"),
+        ({"budget": ["0.001M"]}, InvalidArgument, "budget: expected a target of at least"),
+        ({"budget": []}, InvalidArgument, "budget: expected at least one, got none"),
+        ({"method": ["tpk"]}, InvalidArgument, "method: expected one of .*'topk'.*got 'tpk'"),
+        ({"method": []}, InvalidArgument, "method: expected at least one, got none"),
         ({"limit": 0}, InvalidArgument, "limit: expected a positive integer, got 0"),
         ({"device": "tpu"}, InvalidArgument, "device: expected 'auto', 'cpu' or 'cuda', got 'tpu'"),
         ({"data": None}, InvalidArgument, "data: expected a folder of images to judge by, got none. Add --data"),
@@ -196,8 +196,8 @@ def test_bad_input_is_refused_before_anything_is_measured(
     given = {
         "model": ours,
         "data": images,
-        "methods": ["topk"],
-        "budgets": ["0.5"],
+        "method": ["topk"],
+        "budget": ["0.5"],
         "output": tmp_path,
         "device": "cpu",
     }

@@ -1,12 +1,24 @@
-"""What a benchmark leaves behind: rows, kept as CSV and read as a table."""
+"""What a benchmark leaves behind: rows that say where and how they were measured, kept as CSV and read as a table."""
 
 import csv
+import os
+import platform
 import re
+import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
+from functools import cache
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
+from typing import Any
 
+import torch
+from torch import nn
+
+from narrows import __version__
 from narrows.errors import InvalidArgument
+from narrows.visualize import Cell, text_table
 
 
 @dataclass(frozen=True)
@@ -73,26 +85,24 @@ def record(rows: Iterable[Row], folder: str | Path) -> list[Path]:
 def table(rows: Sequence[Row]) -> str:
     """Rows as text: medians of both, their ratio with its 20th and 80th percentile, the target and the verdict."""
     head = ("case", "mode", "quantity", "rival", "narrows", "ratio", "target", "verdict")
-    lines = [head, *(_line(row) for row in rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     notes = dict.fromkeys(f"{row.case} ({row.mode}): {row.note}" for row in rows if row.note)
-    return "\n".join((text[0], "  ".join("-" * width for width in widths), *text[1:], *notes))
+    return "\n".join((text_table(head, [_cells(row) for row in rows]), *notes))
 
 
-def _line(row: Row) -> tuple[str, ...]:
-    ratio = f"{row.ratio_p50:.2f}" if row.ratio_p50 is not None else ""
-    if row.unit == "s" and row.ratio_p50 is not None:
-        ratio += f" ({row.ratio_p20:.2f} to {row.ratio_p80:.2f})"
-    target = "" if row.target is None else f"{row.target:g}"
+def _cells(row: Row) -> tuple[object, ...]:
+    ratio = None
+    if row.ratio_p50 is not None:
+        spread = f" ({row.ratio_p20:.2f} to {row.ratio_p80:.2f})" if row.unit == "s" else ""
+        ratio = Cell(row.ratio_p50, f"{row.ratio_p50:.2f}{spread}")
+    target = None if row.target is None else Cell(row.target, f"{row.target:g}")
     rival, ours = (_readable(value, row.unit) for value in (row.rival_p50, row.narrows_p50))
-    return (row.case, row.mode, row.quantity, rival, ours, ratio, target, row.verdict)
+    return row.case, row.mode, row.quantity, rival, ours, ratio, target, row.verdict
 
 
-def _readable(value: float | None, unit: str) -> str:
+def _readable(value: float | None, unit: str) -> Cell | None:
     if value is None:
-        return ""
-    return f"{value * 1e3:.3g} ms" if unit == "s" else f"{value / 2**20:.3g} MiB"
+        return None
+    return Cell(value, f"{value * 1e3:.3g} ms" if unit == "s" else f"{value / 2**20:.3g} MiB")
 
 
 def _cell(value: object) -> object:
@@ -117,3 +127,64 @@ def _check_columns(path: Path) -> None:
             got=", ".join(header) or "an empty file",
             hint="Move that file away; its rows come from another version of narrows.",
         )
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """What a timing cannot be understood without: the columns of a row that no case decides."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "device": device.type,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        "threads": torch.get_num_threads(),
+        "narrows": __version__,
+        "commit": _commit(),
+        "torch": torch.__version__,
+    }
+
+
+def rival_version(rival: nn.Module) -> str:
+    """Name and version of the package that `rival` comes from, or whose modules it holds: "slot-attention 1.5.2"."""
+    for module in rival.modules():
+        package = type(module).__module__.partition(".")[0]
+        if package in ("torch", "narrows", "builtins", "__main__"):
+            continue
+        for distribution in _distributions().get(package, ()):
+            return f"{distribution.replace('_', '-')} {version(distribution)}"
+    return f"torch {torch.__version__}"
+
+
+@cache
+def _distributions() -> dict[str, list[str]]:
+    return dict(packages_distributions())
+
+
+def _processor() -> str:
+    """Its name, on x86 its family and model, and the vector extension that PyTorch uses: for the record.
+
+    Clouds give one name to processors that differ by a factor of two.
+    """
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in reversed(lines))}
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    generation = f"family {fields['cpu family']} model {fields['model']} " if "cpu family" in fields else ""
+    return f"{name} {generation}{torch.backends.cpu.get_cpu_capability()}"
+
+
+def _commit() -> str:
+    """The commit this source stands at, "+" after it where the source has changed since; empty outside a checkout."""
+    try:
+        commit = _git("rev-parse", "--short", "HEAD")
+        changed = _git("status", "--porcelain", "--untracked-files=no", ".")  # not the rows that are being recorded
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return f"{commit}+" if changed else commit
+
+
+def _git(*arguments: str) -> str:
+    """What git says of the package's folder."""
+    package = Path(__file__).parents[1]
+    return subprocess.run(("git", *arguments), cwd=package, capture_output=True, text=True, check=True).stdout.strip()

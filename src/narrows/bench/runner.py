@@ -2,11 +2,13 @@
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from functools import partial
 from math import inf
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -14,8 +16,8 @@ from torch import Tensor, nn
 
 import narrows.bench
 from narrows.bench.case import BenchCase, Contest
-from narrows.bench.machine import describe, rival_version, settle_allocator
-from narrows.bench.rows import Row
+from narrows.bench.rows import Row, describe, rival_version
+from narrows.bench.rows import record as record_rows
 from narrows.errors import InvalidArgument, NarrowsError
 from narrows.measure import Spread, compare_speed, saved_for_backward
 
@@ -57,31 +59,37 @@ def find_cases(pattern: str = "*", *, device: str | None = None) -> list[BenchCa
 def run(
     pattern: str = "*",
     *,
-    device: torch.device | str = "cpu",
+    device: str = "cpu",
     compile: bool | None = None,
     repeats: int = 9,
-    on_row: Callable[[Row], object] = lambda _: None,
+    record: str | Path | None = None,
 ) -> list[Row]:
-    """Race every case that matches `pattern`.
+    """Time narrows and its rivals side by side, interleaved, after checking that both compute the same.
+
+    Each row is named on stderr, and recorded, as soon as it is there: a run that is cut short keeps what it has.
 
     Args:
-        pattern: shell wildcard over the names of cases.
+        pattern: shell wildcard over the names of cases, for instance "slot_attention/*".
         device: where both run.
-        compile: race them under `torch.compile` too; by default on CUDA only.
+        compile: race both under torch.compile too; by default on CUDA only.
         repeats: samples of each time.
-        on_row: called with each row as soon as it is there.
+        record: folder in which the rows are kept as CSV.
 
     Raises:
         InvalidArgument: no case matches, or a case with no tolerance gives no reason.
         MissingRival: a package to race against is not installed.
     """
-    device = torch.device(device)
-    modes = ("eager", "compiled") if compile or (compile is None and device.type == "cuda") else ("eager",)
+    place = torch.device(device)
+    modes = ("eager", "compiled") if compile or (compile is None and place.type == "cuda") else ("eager",)
     rows: list[Row] = []
-    for case in find_cases(pattern, device=device.type):
-        for row in race(case, device, modes=modes, repeats=repeats):
+    for case in find_cases(pattern, device=place.type):
+        for row in race(case, place, modes=modes, repeats=repeats):
             rows.append(row)
-            on_row(row)
+            print(f"{row.case} ({row.mode}): {row.quantity} {row.verdict}".rstrip(), file=sys.stderr, flush=True)
+            if record is not None:
+                record_rows([row], record)
+    if record is not None:
+        print(f"Recorded in {record}", file=sys.stderr)
     return rows
 
 
@@ -103,7 +111,7 @@ def race(
         tensor.requires_grad_()
     row = partial(
         Row,
-        **describe(device)._asdict(),
+        **describe(device),
         rival_version=rival_version(contest.rival),
         case=case.name,
         rival=case.rival,
@@ -139,6 +147,15 @@ def race(
                 **_quantiles("rival", theirs),
                 **_quantiles("ratio", ratio),
             )
+
+
+def settle_allocator() -> None:
+    """Let the C library keep the memory that is freed, as it does in a process that has run for a while.
+
+    glibc maps large blocks afresh, page fault by page fault, and hands free memory back. What is large, it learns from
+    the blocks that were freed, up to 32 MiB. Otherwise the cases that ran before would decide the time of the next.
+    """
+    torch.empty(31 * 2**20, dtype=torch.uint8)
 
 
 class _Result(NamedTuple):

@@ -12,25 +12,25 @@ from narrows.errors import NarrowsError
 
 
 class Command(NamedTuple):
-    """A command: the module of this room whose `run(arguments)` does it, and a line for the help."""
+    """A command: the function that does it, as `module.function` of this room, and a line for the help."""
 
-    module: str
+    place: str
     summary: str
 
 
 COMMANDS = {
     "compare": Command(
-        "compare", "train a baseline and every mechanism under one budget; report what each costs and keeps"
+        "commands.compare", "train a baseline and every mechanism under one budget; report what each costs and keeps"
     ),
-    "show": Command("show", "draw where the tokens of images go in a model"),
-    "reduce": Command("reduce", "let a vision transformer carry fewer tokens; report what it costs and keeps"),
-    "info": Command("info", "say what is installed, which models there are and what can run here"),
-    "fit": Command("training", "train one model, with checkpoints and exact resume"),
-    "validate": Command("training", "loss and accuracy on the held-out images"),
-    "test": Command("training", "loss and accuracy on the test images"),
-    "predict": Command("training", "class and probability of images, as a table"),
-    "generate": Command("generate", "let a language model write after a prompt with pictures"),
-    "bench": Command("bench", "time narrows against the packages people use today"),
+    "show": Command("commands.show", "draw where the tokens of images go in a model"),
+    "reduce": Command("commands.reduce", "let a vision transformer carry fewer tokens; report what it costs and keeps"),
+    "info": Command("info.run", "say what is installed, which models there are and what can run here"),
+    "fit": Command("training.run", "train one model, with checkpoints and exact resume"),
+    "validate": Command("training.run", "loss and accuracy on the held-out images"),
+    "test": Command("training.run", "loss and accuracy on the test images"),
+    "predict": Command("training.run", "class and probability of images, as a table"),
+    "generate": Command("commands.generate", "let a language model write after a prompt with pictures"),
+    "bench": Command("commands.bench", "time narrows against the packages people use today"),
 }
 
 _GROUPS = {
@@ -76,7 +76,8 @@ def _run(arguments: list[str]) -> int:
         hint = f"Did you mean {close[0]!r}?" if close else f"There are {', '.join(COMMANDS)}."
         print(f"narrows: unknown command {name!r}. {hint} See `narrows --help`.", file=sys.stderr)
         return 2
-    importlib.import_module(f"narrows.cli.{COMMANDS[name].module}").run([name, *rest])
+    module, _, function = COMMANDS[name].place.partition(".")
+    getattr(importlib.import_module(f"narrows.cli.{module}"), function)([name, *rest])
     return 0
 
 

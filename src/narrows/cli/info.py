@@ -20,7 +20,6 @@ EXTRAS = {
     "viz": ("matplotlib", "pillow"),
     "train": ("lightning", "torchmetrics", "jsonargparse", "tensorboard", "torchvision", "scikit-learn"),
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
-    "app": ("gradio",),
 }
 
 

@@ -2,10 +2,11 @@
 
 import difflib
 import inspect
+import json
 import re
 import sys
-from collections.abc import Callable, Iterable
-from typing import Any, NoReturn
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any, NoReturn, get_origin
 
 from narrows.errors import MissingExtra
 
@@ -44,18 +45,32 @@ def underscored(arguments: Iterable[str]) -> list[str]:
     return [re.sub(r"^--[\w.-]+", lambda option: "--" + option[0][2:].replace("-", "_"), a) for a in arguments]
 
 
-def call(function: Callable[..., Any], arguments: list[str], *, several: str = "", first: str = "") -> None:
-    """Call `function` with the options in `arguments[1:]`; `arguments[0]` is the command.
+def call(function: Callable[..., Any], arguments: list[str], *, several: str = "", first: str = "") -> Any:
+    """Call `function` with the options in `arguments[1:]`, and return what it returns; `arguments[0]` is the command.
 
     Arguments without a default have no option name. The one called `several` takes one value or more and comes last;
-    the one called `first` has a default and no option name either.
+    the one called `first` has a default and no option name either. Sequences are written with commas: `--models a,b`.
     """
     command, *options = arguments
+    parameters = inspect.signature(function).parameters
     parser = ClearErrors(prog=f"narrows {command}", description=(function.__doc__ or "").partition("\n")[0])
     parser.add_function_arguments(function, as_group=False, as_positional=True, skip={several, first})
     if first:
-        default = inspect.signature(function).parameters[first].default
-        parser.add_argument(first, nargs="?", default=default, help=f"(default: {default})")
+        parser.add_argument(first, nargs="?", default=parameters[first].default)
     if several:
         parser.add_argument(several, nargs="+")
-    function(**vars(parser.parse_args(underscored(options))))
+    listed = {f"--{name}" for name, one in parameters.items() if get_origin(one.annotation) is Sequence}
+    return function(**vars(parser.parse_args(_with_lists(underscored(options), listed))))
+
+
+def _with_lists(options: Sequence[str], listed: Collection[str]) -> list[str]:
+    """`--models a,b` and `--models=a,b` as `--models=["a", "b"]`, for the options in `listed`."""
+    found: list[str] = []
+    for argument in options:
+        if found and found[-1] in listed and not argument.startswith("--"):
+            argument = f"{found.pop()}={argument}"
+        option, given, value = argument.partition("=")
+        if given and option in listed and not value.startswith("["):
+            argument = f"{option}={json.dumps([part.strip() for part in value.split(',') if part.strip()])}"
+        found.append(argument)
+    return found

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
+import torch
 from huggingface_hub import PyTorchModelHubMixin
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -51,6 +52,11 @@ class LoadedModel:
     num_classes: int = 0
     classes: tuple[str, ...] = ()
     prepare: "Callable[[Image.Image], Tensor] | None" = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where its parameters are."""
+        return next(self.module.parameters()).device
 
     @property
     def channels(self) -> int:

@@ -14,7 +14,7 @@ from narrows.validation import check_positive
 from narrows.visualize import reading, save
 
 SHOWN = 3
-"""Held-out prompts of the offline job that are printed."""
+"""Held-out prompts that are printed."""
 
 
 def generate(
@@ -28,24 +28,24 @@ def generate(
     output: str | Path = FOLDER,
     device: str = "auto",
 ) -> str:
-    """What a language model with gated cross attention writes after a prompt with pictures.
+    """Let a language model write after a prompt with pictures; without arguments, one that reads digit scenes.
 
-    Without `lm` and `checkpoint` it is the one of the offline job: a small language model that has learned to read
-    digit scenes, trained into `output` if it is not there yet. Without a prompt as well, it is asked about held-out
-    scenes, and a picture shows which image each word looked at.
+    Without `lm` and `checkpoint` it is a small language model that has learned to read digit scenes, trained into
+    `output` if it is not there yet. Without a prompt as well, it is asked about held-out scenes, and a picture shows
+    which image each word looked at.
 
     Args:
         lm: a folder or a hub name of a causal language model.
         checkpoint: what was trained for it: the folder `model` of a run of `narrows fit`.
         prompt: the text, with `<image>` where a picture stands; without any, the pictures stand before it.
-        media: picture files, in the order of their places.
+        media: picture files in the order of their places, in a shell separated by commas.
         max_new_tokens: at most so many tokens are written.
         picture: where to draw which image each word looks at.
-        output: folder of the offline job.
+        output: folder of the small language model, which is used, and trained if need be, without lm and checkpoint.
         device: "auto", "cpu" or "cuda".
 
     Returns:
-        What was written; without a prompt, what the offline job found.
+        What was written; without a prompt, how the questions were answered.
 
     Raises:
         InvalidArgument: arguments that do not belong together, a file that does not exist.
@@ -87,7 +87,7 @@ def draw_reading(reader: Reader, document: Document, path: str | Path) -> Path:
 
 
 def _show_digits(reader: Reader, path: Path) -> str:
-    """The answers of the offline job, some of its texts, and its picture."""
+    """How held-out scenes are read: answers to questions, some texts, and the picture."""
     prompts = DigitPrompts("held_out", size=reader.encoder.image_size, channels=reader.encoder.channels)
     answers = examine(reader, prompts)
     several = [document for document in prompts.documents(range(20)) if len(document.images) > 1][:SHOWN]

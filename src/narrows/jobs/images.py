@@ -1,4 +1,4 @@
-"""The images that a reduction is judged by, as the opened model takes them."""
+"""The images that a token reduction is judged by, as the model takes them."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -54,8 +54,8 @@ class Images:
         ]
 
 
-def load_images(data: str | Path, opened: LoadedModel, *, limit: int) -> Images:
-    """The images in `data` for an opened model, at most `limit`, evenly spread over all there are.
+def load_images(data: str | Path, model: LoadedModel, *, limit: int) -> Images:
+    """The images in `data` for a model, at most `limit`, evenly spread over all there are.
 
     Of a model of narrows, which may have been trained on them, only held-out images are looked at (see
     `narrows.data.load`); of other models every image in the folder. A folder has one folder of images for each class
@@ -64,7 +64,7 @@ def load_images(data: str | Path, opened: LoadedModel, *, limit: int) -> Images:
 
     Args:
         data: "digits", "small_digits", or a folder of images.
-        opened: the model.
+        model: the model.
         limit: at most so many images.
 
     Raises:
@@ -72,36 +72,36 @@ def load_images(data: str | Path, opened: LoadedModel, *, limit: int) -> Images:
         DataError: images that cannot be read.
     """
     scenes = str(data) in SCENES
-    if scenes and (opened.prepare is not None or len(opened.mean) != 1):
+    if scenes and (model.prepare is not None or model.channels != 1):
         got = f"{str(data)!r}, which are grey"
-        raise InvalidArgument("data", expected="a folder of images", got=got, hint=f"{opened.name} takes colour.")
+        raise InvalidArgument("data", expected="a folder of images", got=got, hint=f"{model.name} takes colour.")
     root = Path(data)
     if not scenes and not root.is_dir():
         expected = f"{', '.join(map(repr, SCENES))} or a folder of images"
         raise InvalidArgument("data", expected=expected, got=f"{str(data)!r}, which is none")
-    if scenes or (opened.prepare is None and _has_classes(root)):
-        found = _held_out(data, opened)
+    if scenes or (model.prepare is None and _has_classes(root)):
+        found = _held_out(data, model)
     elif _has_classes(root):
-        found = _labelled(root, opened)
+        found = _labelled(root, model)
     else:
-        found = _unlabelled(root, opened)
-    return replace(found, chosen=spread(len(found.images), limit))
+        found = _unlabelled(root, model)
+    return replace(found, chosen=evenly_spaced(len(found.images), limit))
 
 
-def spread(count: int, limit: int) -> tuple[int, ...]:
+def evenly_spaced(count: int, limit: int) -> tuple[int, ...]:
     """At most `limit` of `count` indices, evenly spaced.
 
-    >>> spread(10, 4)
+    >>> evenly_spaced(10, 4)
     (0, 2, 5, 7)
     """
     return tuple(range(count)) if count <= limit else tuple(index * count // limit for index in range(limit))
 
 
-def _held_out(data: str | Path, opened: LoadedModel) -> Images:
-    loaded = load(data, image_size=opened.size[0])
-    if loaded.channels != len(opened.mean):
-        raise InvalidArgument("data", expected=f"images of {len(opened.mean)} channels", got=f"{loaded.channels}")
-    fits = loaded.num_classes == opened.num_classes
+def _held_out(data: str | Path, model: LoadedModel) -> Images:
+    loaded = load(data, image_size=model.size[0])
+    if loaded.channels != model.channels:
+        raise InvalidArgument("data", expected=f"images of {model.channels} channels", got=f"{loaded.channels}")
+    fits = loaded.num_classes == model.num_classes
     return Images(
         loaded.held_out, (), f"held out: {loaded.held_out_rule}", labelled=fits, classes=loaded.classes if fits else ()
     )
@@ -113,42 +113,40 @@ def _has_classes(root: Path) -> bool:
     return len(folders) > 1 and all((root / folder).is_dir() for folder in folders)
 
 
-def _labelled(root: Path, opened: LoadedModel) -> Images:
+def _labelled(root: Path, model: LoadedModel) -> Images:
     part = next((root / name for name in HELD_OUT_NAMES if (root / name).is_dir()), root)
     classes, samples = list_classes(part)
-    labels = _labels(classes, opened)
+    labels = _labels(classes, model)
     skipped = find_unreadable([path for path, _ in samples])
     kept = [(path, IGNORED if labels is None else labels[label]) for path, label in samples if path not in skipped]
     rule = f"every image in {part.name}/"
     if labels is None:
-        rule += f", whose {len(classes)} classes cannot be told to be among the model's {opened.num_classes}"
+        rule += f", whose {len(classes)} classes cannot be told to be among the model's {model.num_classes}"
     return Images(
-        _files(kept, root, opened),
+        _files(kept, root, model),
         (),
         rule,
         labelled=labels is not None,
-        classes=opened.classes or tuple(classes),
+        classes=model.classes or tuple(classes),
     )
 
 
-def _labels(classes: Sequence[str], opened: LoadedModel) -> list[int] | None:
+def _labels(classes: Sequence[str], model: LoadedModel) -> list[int] | None:
     """Which output each class is; None if that cannot be told."""
-    outputs = {name.lower(): index for index, name in enumerate(opened.classes)}
+    outputs = {name.lower(): index for index, name in enumerate(model.classes)}
     if all(name.lower() in outputs for name in classes):
         return [outputs[name.lower()] for name in classes]
-    return list(range(len(classes))) if len(classes) == opened.num_classes else None
+    return list(range(len(classes))) if len(classes) == model.num_classes else None
 
 
-def _unlabelled(root: Path, opened: LoadedModel) -> Images:
+def _unlabelled(root: Path, model: LoadedModel) -> Images:
     files = find_images([root])
     skipped = find_unreadable(files)
     kept = [(file, IGNORED) for file in files if file not in skipped]
     if not kept:
         raise DataError(f"{root}: none of the images can be read.")
-    return Images(_files(kept, root, opened), (), f"every image in {root.name}/, which has no labels")
+    return Images(_files(kept, root, model), (), f"every image in {root.name}/, which has no labels")
 
 
-def _files(samples: Sequence[tuple[Path, int]], root: Path, opened: LoadedModel) -> FolderImages:
-    return FolderImages(
-        samples, image_size=opened.size[0], channels=len(opened.mean), root=root, prepare=opened.prepare
-    )
+def _files(samples: Sequence[tuple[Path, int]], root: Path, model: LoadedModel) -> FolderImages:
+    return FolderImages(samples, image_size=model.size[0], channels=model.channels, root=root, prepare=model.prepare)

@@ -1,26 +1,152 @@
-"""A model untouched and under several token reductions, side by side: what each costs and keeps."""
+"""`narrows reduce`: a model untouched and under several token reductions, and what each costs and keeps."""
 
-from collections.abc import Sequence
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
+from statistics import fmean
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from narrows.adapters import Reduction, reduce_tokens
-from narrows.demo import vit as scenes
-from narrows.errors import InvalidArgument
+from narrows.adapters import reduce_tokens
+from narrows.adapters.token_reduction import TargetLatency, TargetMACs
+from narrows.adapters.token_reduction.targets import Budget
+from narrows.demo import vit
+from narrows.errors import InvalidArgument, MissingExtra
 from narrows.hub.models import LoadedModel, open_model
-from narrows.jobs.budgets import parse_budget
-from narrows.jobs.export import check_export, export_onnx
-from narrows.jobs.images import Images, load_images
-from narrows.jobs.reduction_report import write_report
-from narrows.jobs.reduction_result import ReductionResult, write_config
-from narrows.jobs.trials import run_trials
+from narrows.jobs.images import Images, evenly_spaced, load_images
+from narrows.jobs.report import Result, add_picture, machine, mebibytes, per_second, percent
+from narrows.jobs.trials import COUNTED, Candidate, Trial, run_trials
+from narrows.measure.cost import scaled
+from narrows.routing import Routing
 from narrows.training.run import accelerator_of, new_folder
 from narrows.validation import check_positive
+from narrows.visualize import Cell, ParetoPoint, Report, curves, gallery
 
 METHODS = ("ats", "topk", "evit", "tome", "random")
 BUDGETS = ("0.7", "0.5", "0.35")
+MAY_LOSE = 0.01
+"""Quality that the chosen reduction may lose."""
+NUM_PICTURES = 4
+LEAST_SPAN = 8.0
+"""Points of accuracy that the plot shows at least."""
+_TARGET = re.compile(r"(\d+(?:\.\d+)?)(ms|[MGT])(?:MACs?)?")
+_UNITS = {"M": 1e6, "G": 1e9, "T": 1e12}
+
+
+@dataclass(frozen=True)
+class ReductionResult(Result):
+    """A model untouched and under several reductions.
+
+    Args:
+        trials: the untouched model first.
+        images: what it was judged by.
+        folder: where report and pictures are.
+        written: what else was written where, by "Saved" and "Exported".
+    """
+
+    trials: Sequence[Trial]
+    images: Images
+    folder: Path
+    written: dict[str, Path] = field(default_factory=dict)
+
+    @property
+    def untouched(self) -> Trial:
+        """The model as it was."""
+        return self.trials[0]
+
+    @property
+    def reduced(self) -> Sequence[Trial]:
+        """The model under every reduction."""
+        return self.trials[1:]
+
+    @property
+    def tokens(self) -> int:
+        """How many an image becomes, beside the prefix."""
+        reduction = self.reduced[0].reduction
+        assert reduction is not None
+        return reduction.host.num_tokens
+
+    @property
+    def classifies(self) -> bool:
+        """Whether the model gives classes, else features."""
+        return self.untouched.model.num_classes > 0
+
+    @property
+    def chosen(self) -> Trial:
+        """The reduction of fewest MACs that loses at most one point of quality; if none does, the one of best quality.
+
+        Quality is accuracy, or without labels agreement with the untouched model.
+        """
+        kept = [trial for trial in self.reduced if self.loss(trial) <= MAY_LOSE]
+        if kept:
+            return min(kept, key=lambda trial: fmean(trial.macs))
+        return min(self.reduced, key=self.loss)
+
+    @property
+    def why(self) -> str:
+        """What sets the chosen one apart, as the end of a sentence that begins with its name."""
+        kept = f"{100 * self.chosen.quality:.1f} %, untouched {100 * self.untouched.quality:.1f} %"
+        if self.loss(self.chosen) <= MAY_LOSE:
+            return f"needs fewest MACs of those that lose at most one point ({kept})"
+        return f"loses least, though more than one point ({kept})"
+
+    def loss(self, trial: Trial) -> float:
+        """By how much its quality is below that of the untouched model."""
+        return round(self.untouched.quality - trial.quality, 9)
+
+    @property
+    def quality(self) -> str:
+        """What `Trial.quality` is, with its unit."""
+        if self.images.labelled:
+            return "accuracy (%)"
+        return "same class as the untouched model (%)" if self.classifies else "cosine with the untouched features (%)"
+
+    @property
+    def columns(self) -> Mapping[str, str | None]:
+        """Heads of the table."""
+        return {
+            "method": None,
+            "budget": None,
+            **({"accuracy": "max"} if self.images.labelled else {}),
+            "agreement": "max",
+            "tokens": None,
+            "MACs/image": "min",
+            "images/s": "max",
+            "speed": "max",
+            "memory": None,
+        }
+
+    def rows(self) -> list[list[object]]:
+        """A row for each trial, under `columns`."""
+        return [self._row(trial) for trial in self.trials]
+
+    def point(self, trial: Trial) -> ParetoPoint:
+        """Quality in percent against MACs of an image."""
+        return ParetoPoint(trial.name, fmean(trial.macs), 100 * trial.quality)
+
+    def _row(self, trial: Trial) -> list[object]:
+        untouched = trial is self.untouched
+        faster = trial.timing.times_faster_than(self.untouched.timing).median
+        accuracy = [] if trial.accuracy is None else [percent(trial.accuracy)]
+        low, high = min(trial.macs), max(trial.macs)
+        spread = "" if low == high else f" ({scaled(low)} to {scaled(high)})"
+        return [
+            trial.method,
+            trial.budget or None,
+            *accuracy,
+            None if untouched else percent(trial.agreement),
+            Cell(trial.kept, f"{self.tokens}" if untouched else f"{self.tokens} → {trial.kept:.3g}"),
+            Cell(fmean(trial.macs), scaled(fmean(trial.macs)) + spread),
+            per_second(trial.throughput.median),
+            None if untouched else Cell(faster, f"{faster:.2f}×"),
+            mebibytes(trial.memory),
+        ]
 
 
 def reduce(
@@ -28,8 +154,8 @@ def reduce(
     *,
     data: str | Path | None = None,
     checkpoint: str | Path | None = None,
-    methods: Sequence[str] = METHODS,
-    budgets: Sequence[str] = BUDGETS,
+    method: Sequence[str] = METHODS,
+    budget: Sequence[str] = BUDGETS,
     limit: int = 1000,
     batch_size: int = 32,
     output: str | Path = "runs",
@@ -37,23 +163,26 @@ def reduce(
     export: str | Path | None = None,
     device: str = "auto",
 ) -> ReductionResult:
-    """Measure a vision transformer untouched and under every method and budget.
+    """Report what a vision transformer costs and keeps when it carries fewer tokens.
 
-    Without a model it takes one of its own, trained once on digit scenes and kept (`open_scenes_vit`). Table, pictures
-    and `report.html` are written to `<output>/<time>/`.
+    It is measured untouched and under every method and budget. Table, pictures and `report.html` are written to
+    `<output>/<time>/`, and there the chosen reduction (`ReductionResult.chosen`) as `reduction.json`.
 
     Args:
-        model: "timm:<name>", "hf:<name or folder>", a folder written by narrows, or a registry name of narrows.
-        data: a folder of images, with one folder for each class or without; "digits" or "small_digits" for models of
-            digit scenes; by default what the model that narrows trains was trained on.
-        checkpoint: a file with weights in place of those that belong to the model's name.
-        methods: names that `reduce_tokens` takes.
-        budgets: as `parse_budget` reads them.
+        model: timm:<name>, hf:<name or folder>, a folder written by narrows, or a registry name; by default a small
+            vision transformer that is trained on digit scenes, once, in a few minutes, and kept.
+        data: a folder of images, with one folder for each class (for accuracy too) or without; "digits" or
+            "small_digits" for models of digit scenes.
+        checkpoint: a file with weights (safetensors, or .pth with nothing but weights) for the model; nothing is
+            downloaded then.
+        method: names that `reduce_tokens` takes, in a shell separated by commas.
+        budget: each a share of the tokens (0.5), a count (98), MACs per image (2.9G), the time of a batch (40ms), or
+            shares block by block (3:0.7/6:0.49/9:0.34), in a shell separated by commas.
         limit: at most so many images.
         batch_size: images in a batch.
         output: folder of all runs.
-        save: where to write the chosen reduction (`ReductionResult.chosen`) as JSON.
-        export: where to write the model under it as ONNX.
+        save: file for the chosen reduction, as JSON that narrows.reduce_tokens(model, **json) takes.
+        export: file for the model under the chosen reduction, as ONNX.
         device: "auto", "cpu" or "cuda".
 
     Raises:
@@ -61,54 +190,202 @@ def reduce(
         NarrowsError: weights that cannot be downloaded.
     """
     check_positive(limit=limit, batch_size=batch_size)
-    for name, given in (("methods", methods), ("budgets", budgets)):
+    for name, given in (("method", method), ("budget", budget)):
         if not given:
             raise InvalidArgument(name, expected="at least one", got="none")
     place = torch.device(accelerator_of(device))
     if export is not None:
         check_export(export)
-    opened, images = _open(model, data, checkpoint, limit, device)
-    opened.module.to(place)
+    loaded = _open(model, data, checkpoint, device)
+    images = load_images(vit.DATA if data is None else data, loaded, limit=limit)
+    loaded.module.to(place)
     calibration = images.batch(range(min(batch_size, len(images))))[0].to(place)
-    reductions = _reductions(opened, methods, budgets, calibration)
+    candidates = [Candidate(loaded), *_reduced(loaded, method, budget, calibration)]
     folder = new_folder(Path(output))
     tqdm.write(
-        f"{opened.name}: untouched and under {len(reductions) - 1} reductions, on {len(images):,} images "
+        f"{loaded.name}: untouched and under {len(candidates) - 1} reductions, on {len(images):,} images "
         f"({images.rule}); results in {folder}"
     )
-    trials = run_trials(opened, reductions, images, batch_size=batch_size, device=place)
-    tokens = next(reduction for reduction in reductions.values() if reduction is not None).host.num_tokens
-    result = ReductionResult(opened.name, trials, tokens, len(images), images.labelled, opened.num_classes > 0, folder)
-    write_report(result, opened, images, place)
-    write_config(result.chosen, folder / "reduction.json")
+    result = ReductionResult(run_trials(candidates, images, batch_size=batch_size), images, folder)
+    result.write_csv(folder / "reductions.csv")
+    _write_report(result)
+    _write_config(result.chosen, folder / "reduction.json")
     if save is not None:
-        write_config(result.chosen, save)
+        _write_config(result.chosen, Path(save))
+        result.written["Saved"] = Path(save)
     if export is not None:
-        export_onnx(opened, result.chosen, calibration, export)
+        result.chosen.export_onnx(calibration, export)
+        result.written["Exported"] = Path(export)
     return result
 
 
-def _open(
-    model: str | None, data: str | Path | None, checkpoint: str | Path | None, limit: int, device: str
-) -> tuple[LoadedModel, Images]:
+def _open(model: str | None, data: str | Path | None, checkpoint: str | Path | None, device: str) -> LoadedModel:
     if model is None:
         if checkpoint is not None:
             raise InvalidArgument("checkpoint", expected="a model that it belongs to", got="none", hint="Add --model.")
-        opened = scenes.open_scenes_vit(device=device)
-        return opened, load_images(scenes.DATA if data is None else data, opened, limit=limit)
+        return vit.open_scenes_vit(device=device)
     if data is None:
         raise InvalidArgument("data", expected="a folder of images to judge by", got="none", hint="Add --data.")
-    opened = open_model(model, checkpoint)
-    return opened, load_images(data, opened, limit=limit)
+    return open_model(model, checkpoint)
 
 
-def _reductions(
-    opened: LoadedModel, methods: Sequence[str], budgets: Sequence[str], images: torch.Tensor
-) -> dict[tuple[str, str], Reduction | None]:
+def _reduced(model: LoadedModel, methods: Sequence[str], budgets: Sequence[str], images: Tensor) -> list[Candidate]:
     """Every reduction, tried on the model and removed again: what does not work shows before anything is measured."""
-    found: dict[tuple[str, str], Reduction | None] = {("untouched", ""): None}
-    for method in methods:
-        for budget in budgets:
-            with reduce_tokens(opened.module, method=method, budget=parse_budget(budget, images=images)) as reduction:
-                found[method, budget] = reduction
+    found = []
+    for method, budget in product(methods, budgets):
+        with reduce_tokens(model.module, method=method, budget=parse_budget(budget, images=images)) as reduction:
+            found.append(Candidate(model, reduction, method, budget))
     return found
+
+
+def _write_config(trial: Trial, path: Path) -> None:
+    """The reduction of a trial as JSON: `narrows.reduce_tokens(model, **json.load(file))` does the same again."""
+    assert trial.reduction is not None, "the untouched model has nothing to write"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    entries = {"method": trial.method, "budget": list(trial.reduction.schedule)}
+    path.write_text(json.dumps(entries) + "\n", encoding="utf-8")
+
+
+def parse_budget(text: str, images: Tensor | None = None) -> Budget:
+    """A share ("0.5"), a count ("98"), a target ("2.9G" MACs, "40ms" for a batch), or block by block ("3:0.7/6:0.49").
+
+    >>> parse_budget("0.5"), parse_budget("98"), parse_budget("3:0.7/6:96")
+    (0.5, 98, {3: 0.7, 6: 96})
+
+    Args:
+        text: what was written.
+        images: the calibration batch of a target.
+
+    Raises:
+        InvalidArgument: it is none of these.
+    """
+    text = text.strip()
+    try:
+        if target := _TARGET.fullmatch(text):
+            number, unit = float(target[1]), target[2]
+            if unit == "ms":
+                return TargetLatency(number / 1e3, images)
+            return TargetMACs(number * _UNITS[unit], images)
+        if ":" in text:
+            return {int(block): _number(entry) for block, entry in (part.split(":") for part in text.split("/"))}
+        return _number(text)
+    except ValueError as error:
+        if isinstance(error, InvalidArgument):
+            raise
+        raise InvalidArgument(
+            "budget",
+            expected="a share (0.5), a count (98), a target (2.9G MACs, 40ms), or block:share/block:share",
+            got=repr(text),
+        ) from None
+
+
+def _number(text: str) -> int | float:
+    return int(text) if re.fullmatch(r"[+-]?\d+", text) else float(text)
+
+
+def check_export(path: str | Path) -> None:
+    """Raise, before anything is measured, if nothing could be written there.
+
+    Raises:
+        InvalidArgument: a file name that does not end in .onnx.
+        MissingExtra: without the packages that write ONNX.
+    """
+    if Path(path).suffix != ".onnx":
+        raise InvalidArgument("export", expected="a file name ending in .onnx", got=repr(str(path)))
+    for package in ("onnx", "onnxscript"):
+        if find_spec(package) is None:
+            raise MissingExtra(package, extra="onnx", purpose="write ONNX")
+
+
+def _write_report(result: ReductionResult) -> None:
+    """Write `report.html` and the pictures of a result into its folder."""
+    images, reduced = result.images, result.reduced
+    report = Report(
+        f"What token reduction costs and keeps: {result.untouched.model.name}",
+        f"{result.tokens} tokens an image; {len(images):,} images ({images.rule})",
+    )
+    agreement = (
+        "Agreement is the share of images that get the same class as from the untouched model."
+        if result.classifies
+        else "Agreement is the mean cosine between the features and those of the untouched model."
+    )
+    report.paragraph(
+        f"{agreement} Tokens: what an image becomes, and how many of them are left at the end, on average. MACs are "
+        f"multiply-accumulates of one image with the tokens really kept, mean and range over {COUNTED} images at most. "
+        f"Speed is that of batches of {result.untouched.batch} against the untouched model, taken in turns on one "
+        f"machine ({machine()}). Memory is what a batch has alive at its peak beyond the weights."
+    )
+    result.add_table(report, "The untouched model and every reduction.")
+    report.section("Quality against cost")
+    lines = {
+        method: [result.point(trial) for trial in reduced if trial.method == method]
+        for method in dict.fromkeys(trial.method for trial in reduced)
+    }
+    untouched = result.point(result.untouched)
+    figure = curves(lines, untouched, x="MACs per image", y=result.quality, least_span=LEAST_SPAN)
+    caption = "A line for each method through its budgets; dashed, what the untouched model reaches."
+    add_picture(report, figure, result.folder / "pictures" / "tradeoff.png", caption)
+    _add_token_pictures(report, result)
+    chosen = result.chosen
+    assert chosen.reduction is not None
+    report.section("Use it")
+    report.paragraph(f"Of these, {chosen.name} {result.why}.")
+    report.paragraph(
+        f'reduction = narrows.reduce_tokens(model, method="{chosen.method}", '
+        f"budget={list(chosen.reduction.schedule)}) reduces your model the same way; reduction.remove() undoes it."
+    )
+    report.write(result.report)
+
+
+def _add_token_pictures(report: Report, result: ReductionResult) -> None:
+    """Which tokens were kept: by every method, block by block, and budget by budget."""
+    positions = _positions_to_show(result.images)
+    batch = result.images.batch(positions)[0]
+    model, chosen = result.untouched.model, result.chosen
+    pictures, names = model.picture(batch), result.images.names(positions)
+    batch = batch.to(model.device)
+
+    def on_grid(trial: Trial) -> list[Routing]:
+        return [routing for routing in trial.routing(batch) if routing.grid is not None]
+
+    def at_the_end(trials: Mapping[str, Trial]) -> dict[str, Routing]:
+        return {name: routing for name, trial in trials.items() for routing in on_grid(trial)[-1:]}
+
+    def draw(section: str, file: str, columns: Mapping[str, Routing], caption: str) -> None:
+        report.section(section)
+        if columns:
+            figure = gallery(pictures, columns, captions=names)
+            add_picture(report, figure, result.folder / "pictures" / f"{file}.png", caption)
+
+    by_budget: dict[str, list[float]] = {}
+    for trial in result.reduced:
+        by_budget.setdefault(trial.budget, []).append(fmean(trial.macs))
+    middle = sorted(by_budget, key=lambda budget: fmean(by_budget[budget]))[len(by_budget) // 2]
+    draw(
+        "Which tokens were kept",
+        "methods",
+        at_the_end({trial.method: trial for trial in result.reduced if trial.budget == middle}),
+        f"What every method leaves at the end, at the budget {middle}.",
+    )
+    draw(
+        f"Block by block: {chosen.name}",
+        "blocks",
+        {routing.name: routing for routing in on_grid(chosen)},
+        "The same images, after each block that reduces: later blocks carry what is left then.",
+    )
+    draw(
+        f"Budget by budget: {chosen.method}",
+        "budgets",
+        at_the_end({f"budget {trial.budget}": trial for trial in result.reduced if trial.method == chosen.method}),
+        "The same images, what is left at the end.",
+    )
+
+
+def _positions_to_show(images: Images) -> list[int]:
+    """The first of each of a few classes; without labels a few images from all over."""
+    if not images.labelled:
+        return list(evenly_spaced(len(images), NUM_PICTURES))
+    asked = evenly_spaced(len(images), 64)
+    labels = images.batch(asked)[1].tolist()
+    first = dict(reversed(list(zip(labels, asked, strict=True))))
+    return [first[label] for label in sorted(first)][:NUM_PICTURES]
