@@ -52,7 +52,7 @@ class Candidate:
         if self.reduction is None:
             yield
         else:
-            with self.reduction.attached_for_a_while():
+            with self.reduction.attached_temporarily():
                 yield
 
     def __call__(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B width"]:
