@@ -22,6 +22,9 @@ class Routing:
         grid: `(height, width)` of the tokens that stand on a grid, or None.
         prefix: how many tokens before the grid stand on no grid (a class token).
         name: where in a model it was recorded, as `named_modules` spells it.
+        joint_heads: whether heads share what the weights sum to (one softmax over carriers and heads together), so that
+            a carrier's share of a token is the sum over the heads. Otherwise every head divides the token anew, and the
+            share is their mean.
     """
 
     weights: Float[Tensor, "B H K N"]
@@ -29,6 +32,7 @@ class Routing:
     grid: tuple[int, int] | None = None
     prefix: int = 0
     name: str = ""
+    joint_heads: bool = False
 
     def __post_init__(self) -> None:
         if self.weights.ndim != 4:
@@ -50,10 +54,11 @@ class Routing:
         return replace(self, grid=grid, prefix=prefix)
 
     def maps(self) -> Float[Tensor, "B K h w"]:
-        """The weights as one picture for each carrier, averaged over heads: `[B, K, height, width]`."""
+        """The weights as one picture for each carrier, `[B, K, height, width]`; heads averaged, or added if joint."""
         if self.grid is None:
             raise InvalidArgument("grid", expected="a routing whose tokens stand on a grid", got=None)
-        return self.weights.mean(1)[..., self.prefix :].unflatten(-1, self.grid)
+        weights = self.weights.sum(1) if self.joint_heads else self.weights.mean(1)
+        return weights[..., self.prefix :].unflatten(-1, self.grid)
 
     def detach(self) -> "Routing":
         """The same routing in float32 on the CPU, cut from the graph: what pictures and reports want."""

@@ -1,5 +1,8 @@
 """Checks of arguments that several rooms share. They trace under `torch.compile` and `torch.export`."""
 
+import operator
+from typing import SupportsIndex
+
 import torch
 from torch import Tensor
 
@@ -27,13 +30,49 @@ def check_mask(name: str, mask: Tensor | None, shape: tuple[int, ...], *, layout
         raise InvalidArgument(name, expected=f"shape {layout} = {tuple(shape)}", got=f"shape {tuple(mask.shape)}")
 
 
-def check_positive(**values: int) -> None:
-    """Raise on the first of the named integers that is not at least 1."""
+def as_tokens(tokens: Tensor, mask: Tensor | None, *, dim: int) -> tuple[Tensor, Tensor | None, tuple[int, int] | None]:
+    """Tokens `[B, N, D]`, their mask `[B, N]`, and the grid `(H, W)` they stand on where an image was given.
+
+    Args:
+        tokens: `[B, N, D]`, or an image `[B, D, H, W]` whose pixels are tokens, row by row.
+        mask: `[B, N]` or `[B, H, W]`, True at real tokens.
+        dim: D.
+    """
+    if tokens.ndim != 4:
+        check_tokens("tokens", tokens, dim=dim)
+        check_mask("mask", mask, tokens.shape[:2])
+        return tokens, mask, None
+    if tokens.shape[1] != dim:
+        raise InvalidArgument("tokens", expected=f"images [B, {dim}, H, W]", got=f"shape {tuple(tokens.shape)}")
+    check_tokens("tokens", tokens, layout="[B, D, H, W]")
+    batch, _, height, width = tokens.shape
+    check_mask("mask", mask, (batch, height, width), layout="[B, H, W]")
+    return tokens.flatten(2).mT, None if mask is None else mask.flatten(1), (height, width)
+
+
+def check_positive(**values: SupportsIndex | torch.SymInt) -> None:
+    """Raise on the first of the named integers that is not at least 1.
+
+    Any integer type will do, NumPy's among them, and so will a size that is still open under `torch.export`; a truth
+    value is not an integer.
+    """
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int):
+        if not _is_integer(value):
             raise InvalidType(name, expected="a positive integer", got=repr(value))
-        if value < 1:
+        if value < 1:  # pyright: ignore[reportOperatorIssue]
             raise InvalidArgument(name, expected="a positive integer", got=value)
+
+
+def _is_integer(value: object) -> bool:
+    if isinstance(value, int | torch.SymInt):
+        return not isinstance(value, bool)
+    if isinstance(value, Tensor) and value.dtype == torch.bool:
+        return False
+    try:
+        operator.index(value)  # pyright: ignore[reportArgumentType]
+    except TypeError:
+        return False
+    return True
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

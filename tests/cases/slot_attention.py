@@ -7,7 +7,7 @@ from narrows.layers.slot_attention import LearnedSlots, SlotAttention
 from narrows.layers.two_way_slot_attention import TwoWaySlotAttention
 from tests.cases import LayerCase
 
-IMPLS = ("reference", "absorbed")
+IMPLS = ("reference", "mixed", "absorbed")
 
 
 def fill(layer: nn.Module) -> None:

@@ -10,8 +10,6 @@ CASES = all_cases()
 
 # Layers that do not keep the newer promises yet, by the beginning of their names. Empty when this is done.
 PENDING = (
-    "SlotAttention",
-    "TwoWay",
     "SoftMoE",
     "DynamicSlotsSoftMoE",
 )

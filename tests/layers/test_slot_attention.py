@@ -1,28 +1,313 @@
-"""SlotAttention: initial slots, calls, heads, mixed precision, routing, errors."""
+"""SlotAttention: its implementations against loops, initial slots, calls, heads, precision, routing, errors."""
 
 import math
 from collections.abc import Callable
+from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from slot_attention import MultiHeadSlotAttention as UpstreamMultiHead
 from slot_attention import SlotAttention as Upstream
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from narrows.checkpoints import from_upstream
-from narrows.errors import InvalidArgument, NarrowsError
-from narrows.layers.slot_attention import LearnedSlots, SlotAttention
+from narrows.errors import ImplementationUnavailable, InvalidArgument, NarrowsError
+from narrows.layers.slot_attention import IMPLEMENTATIONS, LearnedSlots, SlotAttention
 from narrows.layers.two_way_slot_attention import TwoWaySlotAttention
-from tests.support import assert_close
+from tests.support import assert_close, assert_within_budget_on_average, gradients
 
 LAYERS = {
     "SlotAttention": SlotAttention,
     "TwoWaySlotAttention": TwoWaySlotAttention,
 }
 both_layers = pytest.mark.parametrize("build", LAYERS.values(), ids=LAYERS)
+every_implementation = pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 Build = Callable[..., nn.Module]
+
+FORMS: dict[str, dict[str, Any]] = {
+    "one head": {},
+    "biases": {"qkv_bias": True},
+    "heads": {"heads": 2},
+    "heads and output": {"heads": 2, "head_dim": 3, "qkv_bias": True},
+    "joint heads": {"heads": 3, "head_dim": 3, "joint_heads": True},
+}
+
+
+def make(form: str, D: int = 6, K: int = 4, S: int = 4, **options: Any) -> SlotAttention:
+    """A layer in float64, every parameter of which matters."""
+    options = {"mlp_dim": 7, **FORMS[form], **options}
+    layer = SlotAttention(D, num_slots=K, slot_dim=S, **options).double()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.3 * torch.randn_like(parameter)
+            else:
+                parameter.normal_(std=parameter.shape[1] ** -0.5)
+    return layer
+
+
+def draw(B: int = 2, N: int = 9, D: int = 6, K: int = 4, S: int = 4) -> tuple[Tensor, Tensor]:
+    """Tokens and initial slots in float64."""
+    return torch.randn(B, N, D).double(), torch.randn(B, K, S).double()
+
+
+def ragged(B: int, N: int) -> Tensor:
+    """A mask with holes; the first sample has one token only."""
+    mask = torch.rand(B, N) > 0.4
+    mask[0], mask[:, N // 2] = False, True
+    return mask
+
+
+def linear(x: Tensor, module: nn.Module) -> Tensor:
+    return x @ module.weight.T if module.bias is None else x @ module.weight.T + module.bias
+
+
+def normalize(x: Tensor, norm: nn.Module) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (centred.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight + norm.bias
+
+
+def gru_step(u: Tensor, s: Tensor, cell: nn.Module) -> Tensor:
+    i_r, i_z, i_n = (u @ cell.weight_ih.T + cell.bias_ih).chunk(3, -1)
+    h_r, h_z, h_n = (s @ cell.weight_hh.T + cell.bias_hh).chunk(3, -1)
+    new, z = torch.tanh(i_n + torch.sigmoid(i_r + h_r) * h_n), torch.sigmoid(i_z + h_z)
+    return (1 - z) * new + z * s
+
+
+def feed_forward(x: Tensor, mlp: nn.Module) -> Tensor:
+    return linear(linear(normalize(x, mlp.norm), mlp.expand).relu(), mlp.contract)
+
+
+def plain(layer: nn.Module, tokens: Tensor, slots: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The textbook formula for one sample after another, on its real tokens alone, in whatever precision they have."""
+    H = layer.heads
+    all_slots, all_attention = [], []
+    for b in range(len(tokens)):
+        keep = torch.ones(tokens.shape[1], dtype=torch.bool) if mask is None else mask[b]
+        x, s = normalize(tokens[b, keep], layer.norm_tokens), slots[b]
+        k, v = linear(x, layer.to_k).chunk(H, -1), linear(x, layer.to_v).chunk(H, -1)
+        for _ in range(layer.num_iterations):
+            q = linear(normalize(s, layer.norm_slots), layer.to_q).chunk(H, -1)
+            logits = torch.stack([q[h] @ k[h].T / q[h].shape[-1] ** 0.5 / layer.temperature for h in range(H)])
+            shape = logits.shape
+            attention = logits.flatten(0, 1).softmax(0).view(shape) if layer.joint_heads else logits.softmax(1)
+            mean = (attention + 1e-8) / (attention + 1e-8).sum(-1, keepdim=True)
+            u = torch.cat([mean[h] @ v[h] for h in range(H)], -1)
+            s = gru_step(u if layer.to_out is None else linear(u, layer.to_out), s, layer.gru)
+            s = s + feed_forward(s, layer.mlp)
+        full = torch.zeros(shape[1], tokens.shape[1], dtype=s.dtype)
+        full[:, keep] = attention.sum(0) if layer.joint_heads else attention.mean(0)
+        all_slots.append(s)
+        all_attention.append(full)
+    return torch.stack(all_slots), torch.stack(all_attention)
+
+
+def outputs_and_gradients(layer: nn.Module, function: Any, tokens: Tensor, slots: Tensor) -> list[Tensor]:
+    """All outputs, and the gradients of tokens, slots and parameters, for a projection of the outputs."""
+    tokens, slots = tokens.detach().requires_grad_(), slots.detach().requires_grad_()
+    outputs = function(tokens, slots)
+    parameters = [p for name, p in layer.named_parameters() if "initial_slots" not in name]
+    total = torch.cat([output.flatten() for output in outputs]).double()
+    of_tokens, of_slots, *of_parameters = gradients(total, tokens, slots, *parameters)
+    of_parameters = torch.cat([gradient.flatten() for gradient in of_parameters])
+    return [*(output.detach() for output in outputs), of_tokens, of_slots, of_parameters]
+
+
+def called(layer: nn.Module, impl: str, mask: Tensor | None = None) -> Any:
+    """The layer as a function of tokens and slots."""
+    layer.impl = impl
+    return lambda tokens, slots: layer(tokens, mask, slots)
+
+
+@every_implementation
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("masked", [False, True])
+def test_every_implementation_is_algorithm_1(impl: str, form: str, masked: bool) -> None:
+    layer, (tokens, slots) = make(form, impl=impl, temperature=0.7), draw()
+    mask = ragged(2, 9) if masked else None
+    for ours, expected in zip(layer(tokens, mask, slots), plain(layer, tokens, slots, mask), strict=True):
+        assert_close(ours, expected, 1e-10)
+
+
+@every_implementation
+@pytest.mark.parametrize("form", ["heads and output", "joint heads"])
+def test_gradcheck(impl: str, form: str) -> None:
+    layer = make(form, D=3, K=2, S=3, num_iterations=2, impl=impl)
+    tokens, slots = draw(N=5, D=3, K=2, S=3)
+    mask = ragged(2, 5)
+
+    def function(tokens: Tensor, slots: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
+        return tuple(layer(tokens, mask, slots))
+
+    parameters = [p for name, p in layer.named_parameters() if "initial_slots" not in name]
+    assert torch.autograd.gradcheck(function, (tokens.requires_grad_(), slots.requires_grad_(), *parameters))
+
+
+@pytest.mark.parametrize("impl", ["mixed", "absorbed"])
+def test_twice_differentiable(impl: str) -> None:
+    layer = make("joint heads", D=3, K=2, S=2, num_iterations=2, impl=impl)
+    tokens, slots = draw(B=1, N=4, D=3, K=2, S=2)
+    mask = ragged(1, 4)
+
+    def function(tokens: Tensor, slots: Tensor) -> tuple[Tensor, ...]:
+        return tuple(layer(tokens, mask, slots))
+
+    assert torch.autograd.gradgradcheck(function, (tokens.requires_grad_(), slots.requires_grad_()))
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    form=st.sampled_from(list(FORMS)),
+    B=st.integers(1, 3),
+    N=st.sampled_from([1, 2, 7, 15, 16, 17, 31, 64]),
+    D=st.sampled_from([1, 5, 8, 17]),
+    K=st.sampled_from([1, 2, 3, 7, 9]),
+    S=st.sampled_from([2, 4, 14]),
+    masked=st.booleans(),
+    strided=st.booleans(),
+    T=st.integers(1, 4),
+)
+def test_implementations_agree(
+    form: str, B: int, N: int, D: int, K: int, S: int, masked: bool, strided: bool, T: int
+) -> None:
+    torch.manual_seed(N * D * K * S)
+    layer, (tokens, slots) = make(form, D, K, S, num_iterations=T), draw(B, N, D, K, S)
+    mask = torch.rand(B, N) > 0.5 if masked else None
+    if strided:
+        tokens, slots = tokens.mT.contiguous().mT, slots.repeat_interleave(2, 1)[:, ::2]
+    results = [outputs_and_gradients(layer, called(layer, i, mask), tokens, slots) for i in IMPLEMENTATIONS]
+    for fast in results[1:]:
+        for value, expected in zip(fast, results[0], strict=True):
+            assert_close(value, expected, 1e-10)
+
+
+@pytest.mark.parametrize("impl", ["mixed", "absorbed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_no_less_exact_than_the_plain_formula(impl: str, dtype: torch.dtype, form: str) -> None:
+    draws = []
+    for seed in range(8):
+        torch.manual_seed(seed)
+        low = make(form, D=16, K=5, S=12).to(dtype)
+        tokens, slots = (x.to(dtype) for x in draw(N=63, D=16, K=5, S=12))
+        mask = ragged(2, 63) if seed % 2 else None
+        exact = deepcopy(low).double()
+        draws.append(
+            (
+                outputs_and_gradients(low, called(low, impl, mask), tokens, slots),
+                outputs_and_gradients(low, partial(plain, low, mask=mask), tokens, slots),
+                outputs_and_gradients(exact, partial(plain, exact, mask=mask), tokens.double(), slots.double()),
+            )
+        )
+    assert_within_budget_on_average(draws)
+
+
+@every_implementation
+def test_a_mask_is_a_truncation_and_hides_even_nan(impl: str) -> None:
+    layer, (tokens, slots) = make("heads"), draw()
+    alone = outputs_and_gradients(layer, called(layer, impl), tokens[:, :6], slots)
+    tokens[:, 6:] = torch.nan
+    mask = (torch.arange(9) < 6).expand(2, 9)
+    padded = outputs_and_gradients(layer, called(layer, impl, mask), tokens, slots)
+    assert_close(padded[0], alone[0], 1e-10)
+    assert torch.equal(padded[1][..., 6:], torch.zeros(2, 4, 3))
+    assert_close(padded[1][..., :6], alone[1], 1e-10)
+    assert all(torch.isfinite(gradient).all() for gradient in padded[2:])
+    assert padded[2][:, 6:].abs().max() == 0
+
+
+@every_implementation
+@pytest.mark.parametrize("empty", ["all masked", "no tokens"])
+def test_slots_of_a_sample_without_tokens_have_read_zeros(impl: str, empty: str) -> None:
+    layer, (tokens, slots) = make("biases"), draw()
+    mask = torch.zeros(2, 9, dtype=torch.bool)
+    if empty == "no tokens":
+        tokens, mask = tokens[:, :0], None
+    results = outputs_and_gradients(layer, called(layer, impl, mask), tokens, slots)
+    blind = deepcopy(layer)
+    nn.init.zeros_(blind.to_v.weight)
+    nn.init.zeros_(blind.to_v.bias)
+    assert_close(results[0], blind(torch.zeros(2, 1, 6).double(), slots=slots).slots, 1e-10)
+    assert all(torch.isfinite(result).all() for result in results)
+
+
+@every_implementation
+def test_order_of_tokens_and_of_slots(impl: str) -> None:
+    layer, (tokens, slots) = make("joint heads", impl=impl), draw()
+    expected = layer(tokens, slots=slots)
+    of_tokens, of_slots = torch.randperm(9), torch.randperm(4)
+    moved = layer(tokens[:, of_tokens], slots=slots[:, of_slots])
+    assert_close(moved.slots, expected.slots[:, of_slots], 1e-10)
+    assert_close(moved.attention, expected.attention[:, of_slots][..., of_tokens], 1e-10)
+
+
+@every_implementation
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_a_slot_that_wins_nothing_stays_finite_where_eps_underflows(impl: str, dtype: torch.dtype) -> None:
+    """Upstream adds 1e-8 in float16, where it is 0: such a slot divides 0 by 0."""
+    layer, (tokens, slots) = make("biases", num_iterations=1), draw()
+    with torch.no_grad():
+        layer.to_k.weight.zero_()
+        layer.to_k.bias.fill_(100)
+        layer.to_q.weight.zero_()
+        layer.to_q.bias.zero_()
+        layer.to_q.weight[:, 0] = 100  # the slot with the largest first channel takes every token
+    low = layer.to(dtype)
+    tokens, slots = tokens.to(dtype), slots.to(dtype)
+    results = outputs_and_gradients(low, called(low, impl), tokens, slots)
+    assert results[1].amin() == 0
+    assert all(torch.isfinite(result).all() for result in results)
+    exact = deepcopy(low).double()
+    oracle, _ = plain(exact, tokens.double(), slots.double())
+    textbook = deepcopy(low).float()
+    lost = (plain(textbook, tokens.float(), slots.float())[0] - oracle).abs().max().item()
+    assert_close(results[0], oracle, 8 * torch.finfo(dtype).eps + lost)
+
+
+def test_auto_absorbs_while_it_pays() -> None:
+    layer, tokens, slots = SlotAttention(12, num_slots=4), torch.randn(2, 50, 12), torch.randn(2, 4, 12)
+    assert layer.implementation(tokens) == layer.implementation(tokens, slots) == "absorbed"  # T * K * H = 12 = D
+    assert layer.implementation(tokens, num_iterations=4) == "mixed"
+    assert layer.implementation(tokens, num_slots=5) == layer.implementation(tokens, slots.repeat(1, 2, 1)) == "mixed"
+
+    def same(impl: str, T: int) -> bool:
+        outputs = []
+        for one in ("auto", impl):
+            layer.impl = one
+            outputs.append(layer(tokens, slots=slots, num_iterations=T).attention)
+        return torch.equal(*outputs)
+
+    assert same("absorbed", 3)
+    assert not same("mixed", 3)
+    assert same("mixed", 4)
+    assert not same("absorbed", 4)
+
+
+def test_what_is_not_plain_is_not_folded() -> None:
+    layer, tokens = SlotAttention(16, num_slots=4), torch.randn(2, 9, 16)
+    assert layer.implementation(tokens) == "absorbed"
+    handle = layer.to_k.register_forward_hook(lambda *_: None)
+    assert layer.implementation(tokens) == "mixed"
+    layer.impl = "absorbed"
+    with pytest.raises(ImplementationUnavailable, match="impl='absorbed' cannot run here: to_k has hooks"):
+        layer(tokens)
+    handle.remove()
+    layer(tokens)
+    layer.norm_tokens = nn.RMSNorm(16)
+    with pytest.raises(ImplementationUnavailable, match=r"norm_tokens is a torch\.nn\.modules\.normalization\.RMSNorm"):
+        layer.implementation(tokens)
+    layer.to_q.register_forward_hook(lambda *_: None)  # is called in any case
+    layer.impl, layer.norm_tokens = "auto", nn.LayerNorm(16, elementwise_affine=False)
+    assert layer.implementation(tokens) == "absorbed"
+    slots = torch.randn(2, 4, 16)
+    absorbed = layer(tokens, slots=slots)
+    layer.impl = "reference"
+    assert_close(absorbed.slots, layer(tokens, slots=slots).slots)
 
 
 @both_layers
@@ -141,8 +426,8 @@ def test_a_float16_layer_stays_finite_where_upstream_divides_zero_by_zero(impl: 
 
 
 def test_padding_is_ignored_where_upstream_reads_it() -> None:
-    upstream = Upstream(4, 8)
-    layer, tokens = from_upstream(upstream), torch.randn(2, 20, 8)
+    tokens, upstream = torch.randn(2, 20, 8), Upstream(4, 8)
+    layer = from_upstream(upstream)
     padded, mask = nn.functional.pad(tokens, (0, 0, 0, 44)), (torch.arange(64) < 20).expand(2, 64)
 
     def seeded(module: nn.Module, *inputs: Tensor) -> Tensor:

@@ -1,14 +1,257 @@
-"""TwoWaySlotAttention: what upstream's form loses; what it shares with SlotAttention is tested there."""
+"""TwoWaySlotAttention: its implementations against loops, what upstream's form loses; what it shares with SlotAttention
+is tested there."""
+
+from copy import deepcopy
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from slot_attention import SlotAttentionExperimental as Upstream
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from narrows.checkpoints import from_upstream
-from narrows.errors import NarrowsError
+from narrows.errors import ImplementationUnavailable, NarrowsError
+from narrows.layers.slot_attention import IMPLEMENTATIONS
 from narrows.layers.two_way_slot_attention import TwoWaySlotAttention
-from tests.support import assert_close
+from tests.layers.test_slot_attention import called, draw, feed_forward, gru_step, linear, normalize, ragged
+from tests.support import assert_close, assert_within_budget_on_average, gradients
+
+every_implementation = pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+both_normalizations = pytest.mark.parametrize("per", ["slots", "tokens"])
+
+
+def make(D: int = 6, K: int = 4, S: int = 4, M: int = 7, T: int = 2, **options: Any) -> TwoWaySlotAttention:
+    """A layer in float64, every parameter of which matters."""
+    layer = TwoWaySlotAttention(D, num_slots=K, slot_dim=S, mlp_dim=M, num_iterations=T, **options).double()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.3 * torch.randn_like(parameter)
+            else:
+                parameter.normal_(std=parameter.shape[1] ** -0.5)
+    return layer
+
+
+def away_from_the_kink(layer: TwoWaySlotAttention) -> TwoWaySlotAttention:
+    """A layer in which no rounding takes a unit across ReLU's kink, where the gradient of any formula jumps."""
+    for side in (layer.slots_read, layer.tokens_read):
+        side.mlp.expand.bias.data.copy_(6 * side.mlp.expand.bias.data.sign())
+    return layer
+
+
+def plain(
+    layer: TwoWaySlotAttention, tokens: Tensor, slots: Tensor, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One sample after another, on its real tokens alone, in whatever precision they have."""
+
+    def logits_and_values(readers: Tensor, read: Tensor, side: nn.Module) -> tuple[Tensor, Tensor]:
+        q, read = linear(normalize(readers, side.norm_readers), side.to_q), normalize(read, side.norm_read)
+        return q @ linear(read, side.to_k).T / q.shape[-1] ** 0.5 / layer.temperature, linear(read, side.to_v)
+
+    def update(readers: Tensor, u: Tensor, side: nn.Module) -> Tensor:
+        readers = gru_step(u, readers, side.gru)
+        return gru_step(feed_forward(readers, side.mlp), readers, side.mlp_gru)
+
+    results = []
+    for b in range(len(tokens)):
+        keep = torch.ones(tokens.shape[1], dtype=torch.bool) if mask is None else mask[b]
+        x, s = normalize(tokens[b, keep], layer.norm_tokens), slots[b]
+        for _ in range(layer.num_iterations):
+            logits, v = logits_and_values(s, x, layer.slots_read)
+            attention = logits.softmax(0)
+            s = update(s, (attention + 1e-8) / (attention + 1e-8).sum(1, keepdim=True) @ v, layer.slots_read)
+            logits, v = logits_and_values(x, s, layer.tokens_read)
+            weights = logits.softmax(1)
+            if layer.token_normalization == "tokens":
+                weights = (weights + 1e-8) / (weights + 1e-8).sum(0, keepdim=True)
+            x = update(x, weights @ v, layer.tokens_read)
+        full_x, full_a = x.new_zeros(tokens.shape[1:]), x.new_zeros(len(s), tokens.shape[1])
+        full_x[keep], full_a[:, keep] = x, attention
+        results.append((s, full_x, full_a))
+    return tuple(torch.stack(part) for part in zip(*results, strict=True))
+
+
+def outputs_and_gradients(layer: nn.Module, function: Any, tokens: Tensor, slots: Tensor) -> list[Tensor]:
+    """Slots, tokens, attention, and the gradients of tokens, slots and parameters for a projection of the three."""
+    tokens, slots = tokens.detach().requires_grad_(), slots.detach().requires_grad_()
+    outputs = function(tokens, slots)
+    parameters = [p for name, p in layer.named_parameters() if "initial_slots" not in name]
+    total = torch.cat([output.flatten() for output in outputs]).double()
+    of_tokens, of_slots, *of_parameters = gradients(total, tokens, slots, *parameters)
+    of_parameters = torch.cat([gradient.flatten() for gradient in of_parameters])
+    return [*(output.detach() for output in outputs), of_tokens, of_slots, of_parameters]
+
+
+@every_implementation
+@both_normalizations
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_every_implementation_is_the_formula(impl: str, per: str, masked: bool, bias: bool) -> None:
+    layer = make(token_normalization=per, qkv_bias=bias, temperature=0.7, impl=impl)
+    (tokens, slots), mask = draw(), ragged(2, 9) if masked else None
+    for value, expected in zip(layer(tokens, mask, slots), plain(layer, tokens, slots, mask), strict=True):
+        assert_close(value, expected, 1e-10)
+
+
+@every_implementation
+@both_normalizations
+def test_gradcheck(impl: str, per: str) -> None:
+    layer, mask = make(D=3, K=2, S=2, M=3, T=1, token_normalization=per, impl=impl), ragged(2, 4)
+    tokens, slots = draw(N=4, D=3, K=2, S=2)
+
+    def function(tokens: Tensor, slots: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
+        return tuple(layer(tokens, mask, slots))
+
+    parameters = [p for name, p in layer.named_parameters() if "initial_slots" not in name]
+    assert torch.autograd.gradcheck(function, (tokens.requires_grad_(), slots.requires_grad_(), *parameters))
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    B=st.integers(1, 3),
+    N=st.sampled_from([1, 2, 7, 16, 17, 31]),
+    D=st.sampled_from([1, 5, 8, 17]),
+    K=st.sampled_from([1, 2, 7, 9]),
+    S=st.sampled_from([1, 4, 13]),
+    M=st.sampled_from([1, 6, 40]),
+    bias=st.booleans(),
+    masked=st.booleans(),
+    strided=st.booleans(),
+    per=st.sampled_from(["slots", "tokens"]),
+    T=st.integers(1, 3),
+)
+def test_implementations_agree(
+    B: int, N: int, D: int, K: int, S: int, M: int, bias: bool, masked: bool, strided: bool, per: str, T: int
+) -> None:
+    torch.manual_seed(N * D * K * S)
+    layer, (tokens, slots) = make(D, K, S, M, T, token_normalization=per, qkv_bias=bias), draw(B, N, D, K, S)
+    mask = torch.rand(B, N) > 0.5 if masked else None
+    if strided:
+        tokens, slots = tokens.mT.contiguous().mT, slots.repeat_interleave(2, 1)[:, ::2]
+    results = [outputs_and_gradients(layer, called(layer, i, mask), tokens, slots) for i in IMPLEMENTATIONS]
+    for fast in results[1:]:
+        for value, expected in zip(fast, results[0], strict=True):
+            assert_close(value, expected, 1e-10)
+
+
+@pytest.mark.parametrize("impl", ["mixed", "absorbed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@both_normalizations
+def test_no_less_exact_than_the_plain_formula(impl: str, dtype: torch.dtype, per: str) -> None:
+    draws = []
+    for seed in range(8):
+        torch.manual_seed(seed)
+        layer = make(D=16, K=5, S=12, M=[16, 40][seed // 4], qkv_bias=True, token_normalization=per)
+        low = away_from_the_kink(layer).to(dtype)
+        tokens, slots = (x.to(dtype) for x in draw(N=63, D=16, K=5, S=12))
+        mask = ragged(2, 63) if seed % 2 else None
+        exact = deepcopy(low).double()
+        draws.append(
+            (
+                outputs_and_gradients(low, called(low, impl, mask), tokens, slots),
+                outputs_and_gradients(low, partial(plain, low, mask=mask), tokens, slots),
+                outputs_and_gradients(exact, partial(plain, exact, mask=mask), tokens.double(), slots.double()),
+            )
+        )
+    assert_within_budget_on_average(draws)
+
+
+@every_implementation
+@both_normalizations
+def test_a_mask_is_a_truncation_and_hides_even_nan(impl: str, per: str) -> None:
+    layer, (tokens, slots) = make(token_normalization=per, impl=impl), draw()
+    expected = layer(tokens[:, :6], slots=slots)
+    tokens[:, 6:] = torch.nan
+    mask = (torch.arange(9) < 6).expand(2, 9)
+    padded = outputs_and_gradients(layer, called(layer, impl, mask), tokens, slots)
+    assert_close(padded[0], expected.slots, 1e-10)
+    assert_close(padded[1][:, :6], expected.tokens, 1e-10)
+    assert_close(padded[2][..., :6], expected.attention, 1e-10)
+    assert padded[1][:, 6:].abs().max() == padded[2][..., 6:].abs().max() == padded[3][:, 6:].abs().max() == 0
+    assert all(torch.isfinite(gradient).all() for gradient in padded[3:])
+
+
+@every_implementation
+@both_normalizations
+@pytest.mark.parametrize("empty", ["all masked", "no tokens"])
+def test_slots_of_a_sample_without_tokens_have_read_zeros(impl: str, per: str, empty: str) -> None:
+    layer, (tokens, slots) = make(qkv_bias=True, token_normalization=per), draw()
+    mask = torch.zeros(2, 9, dtype=torch.bool)
+    if empty == "no tokens":
+        tokens, mask = tokens[:, :0], None
+    results = outputs_and_gradients(layer, called(layer, impl, mask), tokens, slots)
+    blind = deepcopy(layer)
+    nn.init.zeros_(blind.slots_read.to_v.weight)
+    nn.init.zeros_(blind.slots_read.to_v.bias)
+    assert_close(results[0], blind(torch.zeros(2, 1, 6).double(), slots=slots).slots, 1e-10)
+    assert all(torch.isfinite(result).all() for result in results)
+
+
+@every_implementation
+@both_normalizations
+def test_tokens_of_a_sample_without_slots_have_read_zeros(impl: str, per: str) -> None:
+    layer, (tokens, slots) = make(qkv_bias=True, token_normalization=per, impl=impl), draw()
+    alone = layer(tokens, slots=slots, slot_mask=torch.zeros(2, 4, dtype=torch.bool))
+    blind = deepcopy(layer)
+    nn.init.zeros_(blind.tokens_read.to_v.weight)
+    nn.init.zeros_(blind.tokens_read.to_v.bias)
+    assert_close(alone.tokens, blind(tokens, slots=slots).tokens, 1e-10)
+    assert not alone.slots.any()
+    assert not alone.attention.any()
+
+
+@every_implementation
+def test_order_of_tokens_and_of_slots(impl: str) -> None:
+    layer, (tokens, slots) = make(impl=impl), draw()
+    expected = layer(tokens, slots=slots)
+    of_tokens, of_slots = torch.randperm(9), torch.randperm(4)
+    moved = layer(tokens[:, of_tokens], slots=slots[:, of_slots])
+    assert_close(moved.slots, expected.slots[:, of_slots], 1e-10)
+    assert_close(moved.tokens, expected.tokens[:, of_tokens], 1e-10)
+    assert_close(moved.attention, expected.attention[:, of_slots][..., of_tokens], 1e-10)
+
+
+@every_implementation
+def test_what_tokens_read_does_not_vanish_with_their_number(impl: str) -> None:
+    """Upstream divides by the sum over all tokens: the slots' part in a token's update shrinks as 1/N."""
+
+    def influence(N: int, per: str) -> float:
+        torch.manual_seed(0)
+        layer = make(D=16, S=16, K=7, T=1, token_normalization=per, impl=impl)
+        tokens, slots = draw(B=1, N=1, D=16, S=16, K=7)
+        tokens = tokens.expand(-1, N, -1)
+        blind = deepcopy(layer)
+        nn.init.zeros_(blind.tokens_read.to_v.weight)
+        seeing, unseeing = (each(tokens, slots=slots).tokens for each in (layer, blind))
+        return (seeing - unseeing).norm(dim=-1).mean().item()
+
+    assert influence(1024, "slots") == pytest.approx(influence(16, "slots"), rel=1e-6)
+    assert influence(1024, "tokens") < influence(16, "tokens") / 32
+
+
+def test_what_is_not_plain_is_not_folded() -> None:
+    layer, tokens = TwoWaySlotAttention(16, num_slots=4, mlp_dim=40), torch.randn(2, 9, 16)
+    called_anyway = ["norm_tokens", "slots_read.to_q", "slots_read.gru", "tokens_read.to_v", "tokens_read.mlp.contract"]
+    for name in called_anyway:
+        layer.get_submodule(name).register_forward_hook(lambda *_: None)
+    assert layer.implementation(tokens) == "absorbed"
+    for name in ("slots_read.to_k", "slots_read.norm_read", "tokens_read.to_q", "tokens_read.mlp", "tokens_read.gru"):
+        handle = layer.get_submodule(name).register_forward_hook(lambda *_: None)
+        layer.impl = "auto"
+        assert layer.implementation(tokens) == "mixed"
+        layer.impl = "absorbed"
+        with pytest.raises(ImplementationUnavailable, match=f"impl='absorbed' cannot run here: {name} has hooks"):
+            layer(tokens)
+        handle.remove()
+    layer(tokens)
+    folding = TwoWaySlotAttention(16, num_slots=4, mlp_dim=20)  # 3 D M < D M + 3 D D: the two maps are one
+    assert folding.implementation(tokens) == "absorbed"
+    folding.tokens_read.mlp.contract.register_forward_hook(lambda *_: None)
+    assert folding.implementation(tokens) == "mixed"
 
 
 def test_what_tokens_read_does_not_vanish_as_upstreams_does() -> None:
@@ -57,6 +300,7 @@ def test_fewer_operations_than_upstream(hidden: int) -> None:
     ("arguments", "message"),
     [
         ({"token_normalization": "none"}, r"token_normalization: expected one of \('slots', 'tokens'\), got 'none'"),
+        ({"temperature": 0.0}, "temperature: expected a positive number, got 0.0"),
         ({"num_iterations": 0}, "num_iterations: expected a positive integer, got 0"),
         ({"mlp_dim": 0}, "mlp_dim: expected a positive integer, got 0"),
     ],

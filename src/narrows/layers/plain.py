@@ -19,17 +19,21 @@ def is_plain(module: nn.Module) -> bool:
 
 
 def why_not_plain(
-    modules: Iterable[tuple[str, nn.Module]], *, containers: tuple[type[nn.Module], ...] = ()
+    modules: Iterable[tuple[str, nn.Module]],
+    *,
+    kinds: tuple[type[nn.Module], ...] = PLAIN,
+    containers: tuple[type[nn.Module], ...] = (),
 ) -> str | None:
     """The first reason why some of these modules must be called, or None where all are plain.
 
     Args:
         modules: names and modules, as `named_modules` gives them.
+        kinds: the classes that the fast form knows how to fold.
         containers: classes that may stand among them because all they do is to call their own submodules.
     """
     for name, module in modules:
         kind = type(module)
-        if kind not in PLAIN and kind not in containers:
+        if kind not in kinds and kind not in containers:
             return f"{name} is a {kind.__module__}.{kind.__qualname__}"
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
             return f"{name} has hooks"

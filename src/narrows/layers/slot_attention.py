@@ -5,26 +5,24 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from narrows.errors import InvalidArgument
-from narrows.layers.initialisation import for_each_sample
-from narrows.ops.slot_attention import (
-    GRU,
-    MLP,
-    Affine,
-    SlotAttentionResult,
-    SlotAttentionWeights,
-    slot_attention,
-)
+from narrows.errors import ImplementationUnavailable, InvalidArgument
+from narrows.layers.initialisation import draw_, for_each_sample, reset_submodules
+from narrows.layers.plain import why_not_plain
+from narrows.ops.slot_attention import slot_attention
+from narrows.precision import at_least_float32, autocast_off, compute_dtype
 from narrows.routing import Routing
-from narrows.validation import check_mask, check_positive, check_tokens
+from narrows.validation import as_tokens, check_choice, check_mask, check_positive, check_tokens
+
+IMPLEMENTATIONS = ("reference", "mixed", "absorbed")
 
 
 class SlotAttentionOutput(NamedTuple):
     """Slots and the masks they stand for.
 
     Args:
-        slots: `[B, K, S]`.
+        slots: `[B, K, S]`, 0 at masked slots.
         attention: `[B, K, N]`, how each token is divided among the slots in the last iteration: not negative, sums to
             1 over the slots (0 at masked tokens). These are the masks that are drawn and scored; the average over
             tokens that made the slots divides each row by its sum. Heads are averaged, or, under one joint softmax,
@@ -45,13 +43,14 @@ class SlotAttention(nn.Module):
     The initial slots are Gaussian noise around one learned mean, in training and in evaluation alike: the published
     exception to determinism. Give `slots` or a `generator` for a result that can be repeated.
 
-    Slots live in float32 (or float64) inside, whatever the dtype of the layer and of the tokens, which may differ:
-    features cached in bfloat16 can be read by a float32 layer. Results have the dtype of the layer's parameters.
+    Tokens may have another floating dtype than the layer, as cached features do: they are converted to the layer's, in
+    which results come. The softmax and the sums over tokens are computed in float32 or better.
 
     Args:
         dim: D, width of the tokens.
-        num_slots: K, unless a call says otherwise; no parameter depends on it.
-        num_iterations: T.
+        num_slots: K, unless a call says otherwise; no parameter depends on it. May be left out where `initial_slots`
+            are given, and must be their number otherwise.
+        num_iterations: T, unless a call says otherwise.
         slot_dim: S, width of the slots; `dim` if None.
         heads: H.
         head_dim: E, width of a head. None: heads of `slot_dim / heads`, concatenated, as in the published forms. Given:
@@ -59,10 +58,13 @@ class SlotAttention(nn.Module):
         joint_heads: one softmax over slots and heads together (SLATE, SPOT), rather than one per head (SAVi).
         qkv_bias: whether queries, keys, values and the map after the heads have a bias.
         mlp_dim: hidden width of the residual MLP; the larger of 128 and `slot_dim` if None.
+        temperature: divides the logits of the softmax.
         eps: added to the attention before it is averaged over tokens.
         initial_slots: how slots begin where a call gives none, `GaussianSlots` if None; `LearnedSlots` are
             deterministic. Any module with their call will do.
-        impl: "auto", "reference" or "absorbed".
+        impl: "reference" (attention in float32 or better), "mixed" (products in the layer's dtype, sums in float32 or
+            better), "absorbed" (tokens are not projected: what `norm_tokens`, `to_k` and `to_v` learned moves to the
+            side of the slots; only where these are plain modules), or "auto".
         device: where parameters are made.
         dtype: of the parameters.
 
@@ -79,7 +81,7 @@ class SlotAttention(nn.Module):
         self,
         dim: int,
         *,
-        num_slots: int,
+        num_slots: int | None = None,
         num_iterations: int = 3,
         slot_dim: int | None = None,
         heads: int = 1,
@@ -87,6 +89,7 @@ class SlotAttention(nn.Module):
         joint_heads: bool = False,
         qkv_bias: bool = False,
         mlp_dim: int | None = None,
+        temperature: float = 1.0,
         eps: float = 1e-8,
         initial_slots: nn.Module | None = None,
         impl: str = "auto",
@@ -102,9 +105,10 @@ class SlotAttention(nn.Module):
             )
         read_dim = slot_dim if head_dim is None else heads * head_dim
         check_positive(head_dim=read_dim // heads)
-        self.num_iterations, self.heads, self.joint_heads = num_iterations, heads, joint_heads
-        self.eps, self.impl = eps, impl
-        self.initial_slots = initial_slots or GaussianSlots(num_slots, slot_dim, device=device, dtype=dtype)
+        check_temperature(temperature)
+        self.dim, self.num_iterations, self.heads, self.joint_heads = dim, num_iterations, heads, joint_heads
+        self.head_dim, self.temperature, self.eps, self.impl = read_dim // heads, temperature, eps, impl
+        self.initial_slots = make_initial_slots(initial_slots, num_slots, slot_dim, device=device, dtype=dtype)
         self.norm_tokens = nn.LayerNorm(dim, device=device, dtype=dtype)
         self.norm_slots = nn.LayerNorm(slot_dim, device=device, dtype=dtype)
         self.to_q = nn.Linear(slot_dim, read_dim, bias=qkv_bias, device=device, dtype=dtype)
@@ -116,53 +120,109 @@ class SlotAttention(nn.Module):
         update_dim = read_dim if head_dim is None else slot_dim
         self.gru = nn.GRUCell(update_dim, slot_dim, device=device, dtype=dtype)
         self.mlp = FeedForward(slot_dim, mlp_dim, device=device, dtype=dtype)
-        self.reset_parameters()
+        reset_like_keras(self)
 
     def reset_parameters(self) -> None:
         """Draw new parameters the way the published code does: Glorot, recurrent weights orthogonal, biases 0."""
-        if isinstance(self.initial_slots, GaussianSlots | LearnedSlots):
-            self.initial_slots.reset_parameters()
+        reset_initial_slots(self.initial_slots)
         reset_like_keras(self)
 
     def forward(
         self,
-        tokens: Float[Tensor, "B N D"],
-        mask: Bool[Tensor, "B N"] | None = None,
+        tokens: Float[Tensor, "B N D"] | Float[Tensor, "B D H W"],
+        mask: Bool[Tensor, "B N"] | Bool[Tensor, "B H W"] | None = None,
         slots: Float[Tensor, "B K S"] | None = None,
         num_slots: int | None = None,
         generator: torch.Generator | None = None,
+        *,
+        num_iterations: int | None = None,
+        slot_mask: Bool[Tensor, "B K"] | None = None,
     ) -> SlotAttentionOutput:
         """Let the slots compete for `tokens`.
 
         Args:
-            tokens: `[B, N, D]`.
-            mask: `[B, N]`, True at real tokens. A sample without any has read zeros.
+            tokens: `[B, N, D]`, or an image `[B, D, H, W]` whose pixels are tokens, row by row.
+            mask: `[B, N]` or `[B, H, W]`, True at real tokens. A sample without any has read zeros.
             slots: initial slots, `[B, K, S]`; drawn if None.
             num_slots: K of this call.
             generator: draws the initial slots' noise, one normal sample `[B, K, S]`; torch's global one if None.
+                `torch.compile(fullgraph=True)` cannot trace one: draw before, with `layer.initial_slots(batch,
+                generator=generator)`, and give `slots`.
+            num_iterations: T of this call.
+            slot_mask: `[B, K]`, True at real slots. The others take no part and come out as 0: a sample gets what it
+                gets with its real slots alone.
 
         Returns:
             The slots and their masks.
 
         Raises:
             InvalidArgument, InvalidType: an argument of the wrong shape, dtype or value.
+            ImplementationUnavailable: `impl="absorbed"` where a module that it folds is not plain.
         """
-        slots, attention = self._attend(tokens, mask, slots, num_slots, generator)
+        slots, attention, _ = self._attend(tokens, mask, slots, num_slots, generator, num_iterations, slot_mask)
+        if self.heads == 1:
+            return SlotAttentionOutput(slots, attention.squeeze(1))
         return SlotAttentionOutput(slots, attention.sum(1) if self.joint_heads else attention.mean(1))
 
     def routing(
         self,
-        tokens: Float[Tensor, "B N D"],
-        mask: Bool[Tensor, "B N"] | None = None,
+        tokens: Float[Tensor, "B N D"] | Float[Tensor, "B D H W"],
+        mask: Bool[Tensor, "B N"] | Bool[Tensor, "B H W"] | None = None,
         slots: Float[Tensor, "B K S"] | None = None,
         num_slots: int | None = None,
         generator: torch.Generator | None = None,
+        *,
+        num_iterations: int | None = None,
+        slot_mask: Bool[Tensor, "B K"] | None = None,
     ) -> Routing:
         """The last iteration's attention in every head, for the arguments of `forward`.
 
-        Sums to 1 over the slots in each head, or over slots and heads under one joint softmax.
+        It is `forward`'s own only from the same initial slots: give both the same `slots`, or a `generator` in the same
+        state; otherwise each draws its own noise. Sums to 1 over the slots in each head, or over slots and heads under
+        one joint softmax. An image gives a routing on the image's grid.
         """
-        return Routing(self._attend(tokens, mask, slots, num_slots, generator).attention, carriers="slots")
+        _, attention, grid = self._attend(tokens, mask, slots, num_slots, generator, num_iterations, slot_mask)
+        return Routing(attention, carriers="slots", grid=grid, joint_heads=self.joint_heads)
+
+    def implementation(
+        self,
+        tokens: Float[Tensor, "B N D"] | Float[Tensor, "B D H W"],
+        slots: Float[Tensor, "B K S"] | None = None,
+        num_slots: int | None = None,
+        *,
+        num_iterations: int | None = None,
+    ) -> str:
+        """Which of "reference", "mixed" and "absorbed" `forward` takes for these arguments.
+
+        "auto" takes "absorbed" where `norm_tokens`, `to_k` and `to_v` are plain modules and T * K * H <= D: for every
+        two projections of width D that it saves a token, it makes two products with D numbers of each slot and head,
+        where "mixed" has E. Otherwise it takes "mixed".
+
+        Raises:
+            ImplementationUnavailable: `impl="absorbed"` where one of the three is not plain.
+        """
+        check_choice("impl", self.impl, ("auto", *IMPLEMENTATIONS))
+        if self.impl not in ("auto", "absorbed"):
+            return self.impl
+        reason = why_not_plain((("norm_tokens", self.norm_tokens),), kinds=(nn.LayerNorm,)) or why_not_plain(
+            (("to_k", self.to_k), ("to_v", self.to_v)), kinds=(nn.Linear,)
+        )
+        if self.impl == "absorbed":
+            if reason is not None:
+                raise ImplementationUnavailable(
+                    f"SlotAttention: impl='absorbed' cannot run here: {reason}. Use impl='auto'."
+                )
+            return "absorbed"
+        iterations = self.num_iterations if num_iterations is None else num_iterations
+        known = getattr(self.initial_slots, "num_slots", None)
+        if torch.compiler.is_exporting() and known is not None:
+            num_slots = known  # The program's may be open.
+        elif slots is not None:
+            num_slots = slots.shape[1]
+        elif num_slots is None:
+            num_slots = known
+        pays = num_slots is None or iterations * num_slots * self.heads <= self.dim
+        return "absorbed" if pays and reason is None else "mixed"
 
     def _attend(
         self,
@@ -171,32 +231,125 @@ class SlotAttention(nn.Module):
         slots: Tensor | None,
         num_slots: int | None,
         generator: torch.Generator | None,
-    ) -> SlotAttentionResult:
-        check_tokens("tokens", tokens, dim=self.to_k.in_features)
-        check_mask("mask", mask, tokens.shape[:2])
-        return slot_attention(
-            tokens,
-            self.initial_slots(tokens.shape[0], slots, num_slots, generator),
-            self._weights(),
-            mask,
-            num_iterations=self.num_iterations,
-            heads=self.heads,
-            joint_heads=self.joint_heads,
-            eps=self.eps,
-            impl=self.impl,
-        )
+        num_iterations: int | None,
+        slot_mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor, tuple[int, int] | None]:
+        """Algorithm 1: the slots, the last attention `[B, H, K, N]` in every head, and the grid of an image."""
+        tokens, mask, grid = as_tokens(tokens, mask, dim=self.dim)
+        iterations = self.num_iterations if num_iterations is None else num_iterations
+        check_positive(num_iterations=iterations)
+        slots = self.initial_slots(tokens.shape[0], slots, num_slots, generator)
+        slots = check_initial_slots(slots, slot_mask, batch=tokens.shape[0])
+        impl = self.implementation(tokens, slots, num_iterations=iterations)
+        tokens = tokens.to(slots.dtype)
+        if mask is not None:
+            tokens = tokens.masked_fill(~mask[..., None], 0)
 
-    def _weights(self) -> SlotAttentionWeights:
-        return SlotAttentionWeights(
-            norm_tokens=affine(self.norm_tokens),
-            norm_slots=affine(self.norm_slots),
-            query=affine(self.to_q),
-            key=affine(self.to_k),
-            value=affine(self.to_v),
-            output=None if self.to_out is None else affine(self.to_out),
-            gru=gru_weights(self.gru),
-            mlp=self.mlp.weights(),
-        )
+        elif tokens.shape[1] == 0:
+            mask = tokens.new_zeros(tokens.shape[:2], dtype=torch.bool)
+        scale = self.head_dim**-0.5 / self.temperature
+        if impl == "absorbed":
+            absorbed = AbsorbedProjections.of(self.norm_tokens, self.to_k, self.to_v, heads=self.heads, scale=scale)
+            keys = values = normalized(tokens, self.norm_tokens)[:, None]
+        else:
+            absorbed = None
+            tokens = self.norm_tokens(tokens)  # line 3
+            keys, values = (self._split(linear(tokens)).contiguous() for linear in (self.to_k, self.to_v))
+        for _ in range(iterations):  # line 4
+            queries, bias = self._split(self.to_q(self.norm_slots(slots))), None  # line 6
+            if absorbed is not None:
+                (queries, bias), scale = absorbed.queries(queries), 1.0
+            updates, attention = slot_attention(  # lines 7 and 8
+                queries,
+                keys,
+                values,
+                mask,
+                slot_mask,
+                bias=bias,
+                scale=scale,
+                joint_heads=self.joint_heads,
+                eps=self.eps,
+                impl="reference" if impl == "reference" else "mixed",
+            )
+            if absorbed is not None:
+                updates = absorbed.updates(updates, mask)
+            updates = updates.transpose(1, 2).flatten(2).to(slots.dtype)  # [B, K, H * E]
+            if self.to_out is not None:
+                updates = self.to_out(updates).to(slots.dtype)
+            slots = self.gru(updates.flatten(0, 1), slots.flatten(0, 1)).view_as(slots).to(slots.dtype)  # line 9
+            slots = slots + self.mlp(slots)  # line 10
+        if slot_mask is not None:
+            slots = slots.masked_fill(~slot_mask[..., None], 0)
+        return slots, attention.to(slots.dtype), grid  # pyright: ignore[reportPossiblyUnboundVariable]
+
+    def _split(self, rows: Float[Tensor, "B R HE"]) -> Float[Tensor, "B H R E"]:
+        """Heads side by side as heads."""
+        return rows.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
+
+
+class AbsorbedProjections(NamedTuple):
+    r"""Keys and values of tokens that are normalised once and never projected.
+
+    With \(\hat x\) the token without LayerNorm's \(\gamma, \beta\), and \(w\) weights that sum to 1 over the tokens:
+
+        q . (W_k (gamma x^ + beta) + b_k)           = (gamma W_k^T q) . x^ + q . (W_k beta + b_k)
+        sum_n w_n (W_v (gamma x^_n + beta) + b_v)   = W_v (gamma sum_n w_n x^_n) + (W_v beta + b_v)
+
+    All in float32 or better.
+
+    Args:
+        key: `[H, E, D + 1]`, in its last column what the biases add.
+        value: `[H, E, D]`.
+        value_bias: `[H, E]`, or None.
+    """
+
+    key: Tensor
+    value: Tensor
+    value_bias: Tensor | None
+
+    @classmethod
+    def of(
+        cls, norm: nn.LayerNorm, to_k: nn.Linear, to_v: nn.Linear, *, heads: int = 1, scale: float
+    ) -> "AbsorbedProjections":
+        """From the three modules, which must be plain, and the factor of the logits."""
+        with autocast_off(to_k.weight):
+            (key, key_bias), (value, value_bias) = fold_norm(norm, to_k), fold_norm(norm, to_v)
+            key = key.unflatten(0, (heads, -1))
+            column = key.new_zeros(key.shape[:2]) if key_bias is None else key_bias.unflatten(0, (heads, -1))
+            value_bias = None if value_bias is None else value_bias.unflatten(0, (heads, -1))
+            return cls(torch.cat([key, column[..., None]], -1) * scale, value.unflatten(0, (heads, -1)), value_bias)
+
+    def queries(self, queries: Float[Tensor, "B H K E"]) -> tuple[Float[Tensor, "B H K D"], Float[Tensor, "B H K"]]:
+        """Queries of normalised tokens, and what is added to all logits of a slot."""
+        with autocast_off(queries):
+            rows = torch.einsum("bhke,hed->bhkd", queries.to(self.key.dtype), self.key)
+        return rows[..., :-1], rows[..., -1]
+
+    def updates(self, means: Float[Tensor, "B H K D"], mask: Bool[Tensor, "B N"] | None) -> Float[Tensor, "B H K E"]:
+        """The means of the values from those of the normalised tokens; zeros for samples without any token."""
+        with autocast_off(means):
+            if self.value.shape[0] == 1:  # The gradient of einsum would lie the other way round in memory.
+                updates = F.linear(means, self.value[0])
+            else:
+                updates = torch.einsum("bhkd,hed->bkhe", means, self.value).transpose(1, 2)
+            if self.value_bias is None:
+                return updates
+            bias = self.value_bias[:, None]
+            return updates + (bias if mask is None else bias * mask.any(1)[:, None, None, None])
+
+
+def fold_norm(norm: nn.LayerNorm, linear: nn.Linear) -> tuple[Float[Tensor, "out D"], Float[Tensor, "out"] | None]:
+    """Weight and bias of a linear map after the gain and the bias of a LayerNorm, in float32 or better."""
+    weight, bias = at_least_float32(linear.weight), linear.bias
+    if norm.bias is not None:
+        image = weight @ norm.bias.to(weight.dtype)
+        bias = image if bias is None else image + bias
+    return weight if norm.weight is None else weight * norm.weight, bias
+
+
+def normalized(tokens: Float[Tensor, "B N D"], norm: nn.LayerNorm) -> Float[Tensor, "B N D"]:
+    """What `norm` makes of tokens before its gain and its bias, in the dtype in which they are multiplied."""
+    return F.layer_norm(tokens, tokens.shape[-1:], eps=norm.eps).to(compute_dtype(tokens))
 
 
 class GaussianSlots(nn.Module):
@@ -219,7 +372,7 @@ class GaussianSlots(nn.Module):
     ) -> None:
         super().__init__()
         check_positive(num_slots=num_slots, slot_dim=slot_dim)
-        self.num_slots = num_slots
+        self.num_slots, self.slot_dim = num_slots, slot_dim
         self.mean = nn.Parameter(torch.empty(slot_dim, device=device, dtype=dtype))
         self.log_scale = nn.Parameter(torch.empty(slot_dim, device=device, dtype=dtype))
         self.reset_parameters()
@@ -227,8 +380,8 @@ class GaussianSlots(nn.Module):
     def reset_parameters(self) -> None:
         """Glorot, of the shape `[1, S]` the published code gives both parameters."""
         bound = (6 / (1 + self.mean.shape[0])) ** 0.5
-        nn.init.uniform_(self.mean, -bound, bound)
-        nn.init.uniform_(self.log_scale, -bound, bound)
+        for parameter in (self.mean, self.log_scale):
+            draw_(parameter, lambda drawn: nn.init.uniform_(drawn, -bound, bound))
 
     def forward(
         self,
@@ -245,14 +398,16 @@ class GaussianSlots(nn.Module):
             return _given(slots, num_slots, like=self.mean)
         num_slots = self.num_slots if num_slots is None else num_slots
         check_positive(num_slots=num_slots)
-        # Not torch.randn(generator=...): that overload does not export with a symbolic batch.
-        noise = torch.empty(batch, num_slots, *self.mean.shape, device=self.mean.device, dtype=torch.float32)
-        noise = noise.normal_(generator=generator)
+        options = {"device": self.mean.device, "dtype": torch.float32}
+        if generator is None:  # The overload with a generator, even if it is None, does not export an open batch.
+            noise = torch.randn(batch, num_slots, self.slot_dim, **options)
+        else:
+            noise = torch.randn(batch, num_slots, self.slot_dim, generator=generator, **options)
         return self.mean + self.log_scale.exp() * noise.to(self.mean.dtype)
 
     def extra_repr(self) -> str:
         """What `print` shows."""
-        return f"num_slots={self.num_slots}, slot_dim={self.mean.shape[0]}"
+        return f"num_slots={self.num_slots}, slot_dim={self.slot_dim}"
 
 
 class LearnedSlots(nn.Module):
@@ -277,12 +432,13 @@ class LearnedSlots(nn.Module):
     ) -> None:
         super().__init__()
         check_positive(num_slots=num_slots, slot_dim=slot_dim)
+        self.num_slots, self.slot_dim = num_slots, slot_dim
         self.slots = nn.Parameter(torch.empty(num_slots, slot_dim, device=device, dtype=dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """A normal sample: slots that start alike would stay alike."""
-        nn.init.normal_(self.slots)
+        draw_(self.slots, nn.init.normal_)
 
     def forward(
         self,
@@ -294,25 +450,63 @@ class LearnedSlots(nn.Module):
         """Given `slots` in the dtype of the parameters, or the learned ones; nothing is drawn."""
         if slots is not None:
             return _given(slots, num_slots, like=self.slots)
-        if num_slots not in (None, self.slots.shape[0]):
-            raise InvalidArgument("num_slots", expected=f"None or the {self.slots.shape[0]} learned", got=num_slots)
+        if num_slots is not None and num_slots != self.num_slots:
+            raise InvalidArgument("num_slots", expected=f"None or the {self.num_slots} learned", got=num_slots)
         return for_each_sample(self.slots, batch)
 
     def extra_repr(self) -> str:
         """What `print` shows."""
-        return f"num_slots={self.slots.shape[0]}, slot_dim={self.slots.shape[1]}"
+        return f"num_slots={self.num_slots}, slot_dim={self.slot_dim}"
 
 
 def _given(slots: Tensor, num_slots: int | None, *, like: Tensor) -> Tensor:
     """Slots a call brings, checked, in the dtype of the parameter `like`."""
     check_tokens("slots", slots, dim=like.shape[-1], layout="[B, K, S]")
-    if num_slots not in (None, slots.shape[1]):
+    if num_slots is not None and num_slots != slots.shape[1]:
         raise InvalidArgument("num_slots", expected=f"None or the {slots.shape[1]} slots given", got=num_slots)
     return slots.to(like.dtype)
 
 
+def make_initial_slots(
+    initial_slots: nn.Module | None,
+    num_slots: int | None,
+    slot_dim: int,
+    *,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> nn.Module:
+    """`initial_slots`, which must have the number and width asked for where they say theirs; Gaussian ones if None."""
+    if initial_slots is None:
+        if num_slots is None:
+            raise InvalidArgument("num_slots", expected="a positive integer, or initial_slots", got=None)
+        return GaussianSlots(num_slots, slot_dim, device=device, dtype=dtype)
+    if num_slots is not None:
+        check_positive(num_slots=num_slots)
+    for name, asked in (("num_slots", num_slots), ("slot_dim", slot_dim)):
+        own = getattr(initial_slots, name, None)
+        if asked is not None and own is not None and own != asked:
+            raise InvalidArgument(name, expected=f"{own}, as the initial_slots have", got=asked)
+    return initial_slots
+
+
+def check_initial_slots(
+    slots: Float[Tensor, "B K S"], slot_mask: Bool[Tensor, "B K"] | None, *, batch: int
+) -> Float[Tensor, "B K S"]:
+    """The initial slots of a call, masked ones filled with 0."""
+    if slots.shape[0] != batch:
+        raise InvalidArgument("slots", expected=f"as many samples as tokens, {batch}", got=slots.shape[0])
+    check_mask("slot_mask", slot_mask, slots.shape[:2], layout="[B, K]")
+    return slots if slot_mask is None else slots.masked_fill(~slot_mask[..., None], 0)
+
+
+def check_temperature(temperature: float) -> None:
+    """Raise unless `temperature` is positive and finite."""
+    if not 0 < temperature < float("inf"):
+        raise InvalidArgument("temperature", expected="a positive number", got=temperature)
+
+
 class FeedForward(nn.Module):
-    """Parameters of LayerNorm, linear, ReLU, linear.
+    """LayerNorm, linear, ReLU, linear.
 
     Args:
         dim: width of input and output.
@@ -336,32 +530,32 @@ class FeedForward(nn.Module):
         self.expand = nn.Linear(dim, hidden_dim, device=device, dtype=dtype)
         self.contract = nn.Linear(hidden_dim, dim, device=device, dtype=dtype)
 
-    def weights(self) -> MLP:
-        """What operations take."""
-        return MLP(affine(self.norm), affine(self.expand), affine(self.contract))
+    def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
+        """What is added to `x`."""
+        return self.contract(self.expand(self.norm(x)).relu())
 
 
-def affine(module: nn.Linear | nn.LayerNorm) -> Affine:
-    """The tensors of a linear layer or LayerNorm, as operations take them."""
-    return Affine(module.weight, module.bias)
+def reset_initial_slots(initial_slots: nn.Module) -> None:
+    """Draw the parameters of initial slots anew, by their own `reset_parameters` or those of their parts."""
+    reset = getattr(initial_slots, "reset_parameters", None)
+    if reset is None:
+        reset_submodules(initial_slots)
+    else:
+        reset()
 
 
-def gru_weights(cell: nn.GRUCell) -> GRU:
-    """The tensors of a recurrent cell, as operations take them."""
-    return GRU(Affine(cell.weight_ih, cell.bias_ih), Affine(cell.weight_hh, cell.bias_hh))
-
-
-def reset_like_keras(module: nn.Module) -> None:
-    """Initialise every linear map, recurrent cell and LayerNorm inside with the defaults of the published code."""
-    for child in module.modules():
-        if isinstance(child, nn.LayerNorm):
-            child.reset_parameters()
-        if isinstance(child, nn.Linear):
-            nn.init.xavier_uniform_(child.weight)
-            if child.bias is not None:
-                nn.init.zeros_(child.bias)
-        if isinstance(child, nn.GRUCell):
-            nn.init.xavier_uniform_(child.weight_ih)
-            nn.init.orthogonal_(child.weight_hh)
-            nn.init.zeros_(child.bias_ih)
-            nn.init.zeros_(child.bias_hh)
+def reset_like_keras(layer: nn.Module) -> None:
+    """Initialise linear maps, recurrent cells and LayerNorms as the published code does; not the initial slots."""
+    own = (child for name, child in layer.named_children() if name != "initial_slots")
+    for module in (module for child in own for module in child.modules()):
+        if isinstance(module, nn.LayerNorm):
+            module.reset_parameters()
+        if isinstance(module, nn.Linear):
+            draw_(module.weight, nn.init.xavier_uniform_)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        if isinstance(module, nn.GRUCell):
+            draw_(module.weight_ih, nn.init.xavier_uniform_)
+            draw_(module.weight_hh, nn.init.orthogonal_)
+            for bias in (module.bias_ih, module.bias_hh) if module.bias else ():
+                nn.init.zeros_(bias)

@@ -5,59 +5,75 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from narrows.layers.slot_attention import FeedForward, GaussianSlots, affine, gru_weights, reset_like_keras
-from narrows.ops.two_way_slot_attention import (
-    Exchange,
-    TwoWaySlotAttentionResult,
-    TwoWaySlotAttentionWeights,
-    two_way_slot_attention,
+from narrows.errors import ImplementationUnavailable
+from narrows.layers.plain import why_not_plain
+from narrows.layers.slot_attention import (
+    IMPLEMENTATIONS,
+    AbsorbedProjections,
+    FeedForward,
+    check_initial_slots,
+    check_temperature,
+    fold_norm,
+    make_initial_slots,
+    normalized,
+    reset_initial_slots,
+    reset_like_keras,
 )
+from narrows.ops.slot_attention import read_slots, slot_attention, token_weights
+from narrows.precision import at_least_float32, autocast_off, compute_dtype
 from narrows.routing import Routing
-from narrows.validation import check_choice, check_mask, check_positive, check_tokens
+from narrows.validation import as_tokens, check_choice, check_positive
 
 
 class TwoWaySlotAttentionOutput(NamedTuple):
     """Slots and tokens after they have read each other.
 
     Args:
-        slots: `[B, K, S]`.
-        tokens: `[B, N, D]`, 0 at masked tokens.
+        slots: `[B, K, S]`, 0 at masked slots.
+        tokens: `[B, N, D]` or `[B, D, H, W]`, as they came; 0 at masked tokens.
         attention: `[B, K, N]`, how each token is divided among the slots when they read for the last time: sums to 1
             over the slots (0 at masked tokens). These are the masks that are drawn and scored.
     """
 
     slots: Float[Tensor, "B K S"]
-    tokens: Float[Tensor, "B N D"]
+    tokens: Float[Tensor, "B N D"] | Float[Tensor, "B D H W"]
     attention: Float[Tensor, "B K N"]
 
 
 class TwoWaySlotAttention(nn.Module):
-    r"""Slots read tokens and tokens read slots, gated by recurrent cells, every iteration.
+    r"""Slots read tokens and tokens read slots, each gated by recurrent cells, in every iteration.
 
-    Slots read with \((A + \epsilon) / \sum_{tokens} (A + \epsilon)\), \(A\) the softmax over the slots, as in slot
-    attention; tokens read with the softmax over the slots of their own logits, so that each reads a mean of the slots
-    whatever N is. Each side then takes up what it read through a gated recurrent cell, and what its MLP makes of that
-    through another.
+    \[ r \leftarrow \mathrm{GRU}(P\, v(R), r), \quad r \leftarrow \mathrm{GRU}'(\mathrm{MLP}(r), r) \]
+
+    with rows \(R\) read by readers \(r\). Slots read with \(P = (A + \epsilon) / \sum_{tokens} (A + \epsilon)\), as in
+    slot attention, and tokens with \(P = A\), so that each reads a mean of the slots whatever N is; \(A\) is the
+    softmax over the slots of each direction's own logits.
 
     The initial slots are Gaussian noise around one learned mean, in training and in evaluation alike. Give `slots` or
     a `generator` for a result that can be repeated.
 
-    Slots are kept in float32 (or float64) inside, tokens in their own dtype, which may differ from the layer's. Slots
-    and attention come out in the dtype of the layer's parameters, tokens in that of the tokens.
+    Tokens may have another floating dtype than the layer, as cached features do: they are converted to the layer's.
+    Slots and attention come out in that of the layer, tokens in their own.
 
     Args:
         dim: D, width of the tokens.
-        num_slots: K, unless a call says otherwise; no parameter depends on it.
-        num_iterations: T.
+        num_slots: K, unless a call says otherwise; no parameter depends on it. May be left out where `initial_slots`
+            are given, and must be their number otherwise.
+        num_iterations: T, unless a call says otherwise.
         slot_dim: S, width of the slots; `dim` if None.
         qkv_bias: whether queries, keys and values have a bias.
         mlp_dim: hidden width of both MLPs; the larger of 128 and the width of the side if None.
         token_normalization: over what the weights sum to 1 with which tokens read slots. "slots": each token reads a
             mean of the slots. "tokens": as upstream's SlotAttentionExperimental, each slot is divided among all
             tokens, so that what a token reads vanishes as 1/N.
+        temperature: divides the logits of both softmaxes.
         eps: added to attention that is averaged over tokens.
-        impl: "auto", "reference" or "absorbed".
+        initial_slots: how slots begin where a call gives none, as in `SlotAttention`.
+        impl: "reference" (attention in float32 or better), "mixed" (products in the layer's dtype, sums in float32 or
+            better), "absorbed" (tokens are not projected, and products of what they read with the gates are taken on
+            the side of the slots; only where the modules that it folds are plain), or "auto".
         device: where parameters are made.
         dtype: of the parameters.
 
@@ -72,13 +88,15 @@ class TwoWaySlotAttention(nn.Module):
         self,
         dim: int,
         *,
-        num_slots: int,
+        num_slots: int | None = None,
         num_iterations: int = 3,
         slot_dim: int | None = None,
         qkv_bias: bool = False,
         mlp_dim: int | None = None,
         token_normalization: str = "slots",
+        temperature: float = 1.0,
         eps: float = 1e-8,
+        initial_slots: nn.Module | None = None,
         impl: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -87,79 +105,220 @@ class TwoWaySlotAttention(nn.Module):
         slot_dim = dim if slot_dim is None else slot_dim
         check_positive(dim=dim, num_iterations=num_iterations, slot_dim=slot_dim)
         check_choice("token_normalization", token_normalization, ("slots", "tokens"))
-        self.num_iterations, self.token_normalization = num_iterations, token_normalization
-        self.eps, self.impl = eps, impl
-        self.initial_slots = GaussianSlots(num_slots, slot_dim, device=device, dtype=dtype)
+        check_temperature(temperature)
+        self.dim, self.num_iterations, self.token_normalization = dim, num_iterations, token_normalization
+        self.temperature, self.eps, self.impl = temperature, eps, impl
+        self.initial_slots = make_initial_slots(initial_slots, num_slots, slot_dim, device=device, dtype=dtype)
         self.norm_tokens = nn.LayerNorm(dim, device=device, dtype=dtype)
-        self.slots_read = _Exchange(slot_dim, dim, qkv_bias, mlp_dim, device=device, dtype=dtype)
-        self.tokens_read = _Exchange(dim, slot_dim, qkv_bias, mlp_dim, device=device, dtype=dtype)
-        self.reset_parameters()
+        self.slots_read = _Reading(slot_dim, dim, qkv_bias, mlp_dim, device=device, dtype=dtype)
+        self.tokens_read = _Reading(dim, slot_dim, qkv_bias, mlp_dim, device=device, dtype=dtype)
+        reset_like_keras(self)
 
     def reset_parameters(self) -> None:
         """Draw new parameters as for slot attention: Glorot, recurrent weights orthogonal, biases 0."""
-        self.initial_slots.reset_parameters()
+        reset_initial_slots(self.initial_slots)
         reset_like_keras(self)
 
     def forward(
         self,
-        tokens: Float[Tensor, "B N D"],
-        mask: Bool[Tensor, "B N"] | None = None,
+        tokens: Float[Tensor, "B N D"] | Float[Tensor, "B D H W"],
+        mask: Bool[Tensor, "B N"] | Bool[Tensor, "B H W"] | None = None,
         slots: Float[Tensor, "B K S"] | None = None,
         num_slots: int | None = None,
         generator: torch.Generator | None = None,
+        *,
+        num_iterations: int | None = None,
+        slot_mask: Bool[Tensor, "B K"] | None = None,
     ) -> TwoWaySlotAttentionOutput:
         """Let slots and tokens read each other.
 
         Args:
-            tokens: `[B, N, D]`.
-            mask: `[B, N]`, True at real tokens. The slots of a sample without any have read zeros.
+            tokens: `[B, N, D]`, or an image `[B, D, H, W]` whose pixels are tokens, row by row.
+            mask: `[B, N]` or `[B, H, W]`, True at real tokens. The slots of a sample without any have read zeros.
             slots: initial slots, `[B, K, S]`; drawn if None.
             num_slots: K of this call.
             generator: draws the initial slots' noise, one normal sample `[B, K, S]`; torch's global one if None.
+                `torch.compile(fullgraph=True)` cannot trace one: draw before, with `layer.initial_slots(batch,
+                generator=generator)`, and give `slots`.
+            num_iterations: T of this call.
+            slot_mask: `[B, K]`, True at real slots. The others take no part and come out as 0: a sample gets what it
+                gets with its real slots alone. Tokens of a sample without any read zeros.
 
         Returns:
             The slots, the tokens, and the slots' masks.
 
         Raises:
             InvalidArgument, InvalidType: an argument of the wrong shape, dtype or value.
+            ImplementationUnavailable: `impl="absorbed"` where a module that it folds is not plain.
         """
-        return TwoWaySlotAttentionOutput(*self._attend(tokens, mask, slots, num_slots, generator))
+        output, grid = self._exchange(tokens, mask, slots, num_slots, generator, num_iterations, slot_mask)
+        return output if grid is None else output._replace(tokens=output.tokens.mT.unflatten(2, grid))
 
     def routing(
         self,
-        tokens: Float[Tensor, "B N D"],
-        mask: Bool[Tensor, "B N"] | None = None,
+        tokens: Float[Tensor, "B N D"] | Float[Tensor, "B D H W"],
+        mask: Bool[Tensor, "B N"] | Bool[Tensor, "B H W"] | None = None,
         slots: Float[Tensor, "B K S"] | None = None,
         num_slots: int | None = None,
         generator: torch.Generator | None = None,
+        *,
+        num_iterations: int | None = None,
+        slot_mask: Bool[Tensor, "B K"] | None = None,
     ) -> Routing:
-        """The attention with which the slots read for the last time, for the arguments of `forward`."""
-        return Routing(self._attend(tokens, mask, slots, num_slots, generator).attention[:, None], carriers="slots")
+        """The attention with which the slots read for the last time, for the arguments of `forward`.
 
-    def _attend(
+        It is `forward`'s own only from the same initial slots: give both the same `slots`, or a `generator` in the same
+        state; otherwise each draws its own noise. An image gives a routing on the image's grid.
+        """
+        output, grid = self._exchange(tokens, mask, slots, num_slots, generator, num_iterations, slot_mask)
+        return Routing(output.attention[:, None], carriers="slots", grid=grid)
+
+    def implementation(self, tokens: Float[Tensor, "B N D"] | Float[Tensor, "B D H W"]) -> str:
+        """Which of "reference", "mixed" and "absorbed" `forward` takes: under "auto" the last where it can run.
+
+        Raises:
+            ImplementationUnavailable: `impl="absorbed"` where a module that it folds is not plain.
+        """
+        check_choice("impl", self.impl, ("auto", *IMPLEMENTATIONS))
+        if self.impl not in ("auto", "absorbed"):
+            return self.impl
+        norms, linears = ["slots_read.norm_read", "tokens_read.norm_readers"], ["slots_read.to_k", "slots_read.to_v"]
+        linears.append("tokens_read.to_q")
+        if self._folds_contract():
+            linears.append("tokens_read.mlp.contract")
+        cells, containers = ["tokens_read.gru", "tokens_read.mlp_gru"], ["tokens_read.mlp"]
+        for names, kind in (
+            (norms, nn.LayerNorm),
+            (linears, nn.Linear),
+            (cells, nn.GRUCell),
+            (containers, FeedForward),
+        ):
+            reason = why_not_plain(((name, self.get_submodule(name)) for name in names), kinds=(kind,))
+            if reason is None:
+                continue
+            if self.impl == "auto":
+                return "mixed"
+            raise ImplementationUnavailable(
+                f"TwoWaySlotAttention: impl='absorbed' cannot run here: {reason}. Use impl='auto'."
+            )
+        return "absorbed"
+
+    def _exchange(
         self,
         tokens: Tensor,
         mask: Tensor | None,
         slots: Tensor | None,
         num_slots: int | None,
         generator: torch.Generator | None,
-    ) -> TwoWaySlotAttentionResult:
-        check_tokens("tokens", tokens, dim=self.tokens_read.to_q.in_features)
-        check_mask("mask", mask, tokens.shape[:2])
-        return two_way_slot_attention(
-            tokens,
-            self.initial_slots(tokens.shape[0], slots, num_slots, generator),
-            TwoWaySlotAttentionWeights(affine(self.norm_tokens), self.slots_read.weights(), self.tokens_read.weights()),
-            mask,
-            num_iterations=self.num_iterations,
-            token_normalization=self.token_normalization,
+        num_iterations: int | None,
+        slot_mask: Tensor | None,
+    ) -> tuple[TwoWaySlotAttentionOutput, tuple[int, int] | None]:
+        """Slots, tokens `[B, N, D]` and the slots' last attention; and the grid of an image."""
+        tokens_dtype = tokens.dtype
+        tokens, mask, grid = as_tokens(tokens, mask, dim=self.dim)
+        iterations = self.num_iterations if num_iterations is None else num_iterations
+        check_positive(num_iterations=iterations)
+        slots = self.initial_slots(tokens.shape[0], slots, num_slots, generator)
+        slots = check_initial_slots(slots, slot_mask, batch=tokens.shape[0])
+        impl = self.implementation(tokens)
+        tokens = tokens.to(slots.dtype)
+        if mask is not None:
+            tokens = tokens.masked_fill(~mask[..., None], 0)
+        elif tokens.shape[1] == 0:
+            mask = tokens.new_zeros(tokens.shape[:2], dtype=torch.bool)
+        tokens = self.norm_tokens(tokens).to(slots.dtype)
+        run = self._absorbed if impl == "absorbed" else self._projected
+        slots, tokens, attention = run(tokens, slots, mask, slot_mask, iterations, impl)
+        if slot_mask is not None:
+            slots = slots.masked_fill(~slot_mask[..., None], 0)
+        if mask is not None:
+            tokens = tokens.masked_fill(~mask[..., None], 0)
+        attention = attention.squeeze(1).to(slots.dtype)
+        return TwoWaySlotAttentionOutput(slots, tokens.to(tokens_dtype), attention), grid
+
+    def _projected(
+        self,
+        tokens: Float[Tensor, "B N D"],
+        slots: Float[Tensor, "B K S"],
+        mask: Bool[Tensor, "B N"] | None,
+        slot_mask: Bool[Tensor, "B K"] | None,
+        iterations: int,
+        impl: str,
+    ) -> tuple[Float[Tensor, "B K S"], Float[Tensor, "B N D"], Float[Tensor, "B 1 K N"]]:
+        """Every module called, in turn."""
+        for _ in range(iterations):
+            queries, keys, values = (rows[:, None] for rows in self.slots_read.project(slots, tokens))
+            scale = self._scale(queries)
+            updates, attention = slot_attention(
+                queries, keys, values, mask, slot_mask, scale=scale, eps=self.eps, impl=impl
+            )
+            slots = self.slots_read.update(slots, updates.squeeze(1))
+
+            queries, keys, values = self.tokens_read.project(tokens, slots)
+            updates = read_slots(
+                queries,
+                keys,
+                values,
+                mask,
+                slot_mask,
+                scale=self._scale(queries),
+                normalization=self.token_normalization,
+                eps=self.eps,
+                impl=impl,
+            )
+            tokens = self.tokens_read.update(tokens, updates)
+        return slots, tokens, attention  # pyright: ignore[reportPossiblyUnboundVariable]
+
+    def _absorbed(
+        self,
+        tokens: Float[Tensor, "B N D"],
+        slots: Float[Tensor, "B K S"],
+        mask: Bool[Tensor, "B N"] | None,
+        slot_mask: Bool[Tensor, "B K"] | None,
+        iterations: int,
+        impl: str,
+    ) -> tuple[Float[Tensor, "B K S"], Float[Tensor, "B N D"], Float[Tensor, "B 1 K N"]]:
+        """The same numbers with less work for each token.
+
+        - Queries, keys and values of tokens are absorbed as in one-way slot attention.
+        - A token reads a weighted sum of K slots, so the gates' input product is taken of the K slots before the sum.
+        - The second gates' input product absorbs the MLP's last map, where that is the smaller product.
+        """
+        side = self.slots_read
+        projections = AbsorbedProjections.of(side.norm_read, side.to_k, side.to_v, scale=self._scale(slots))
+        update = _AbsorbedTokenUpdate(
+            self.tokens_read,
+            self._scale(tokens),
+            compute_dtype(tokens),
+            folds_contract=self._folds_contract(),
+            normalization=self.token_normalization,
             eps=self.eps,
-            impl=self.impl,
         )
+        tokens = tokens.to(compute_dtype(tokens))
+        for _ in range(iterations):
+            hat = normalized(tokens, side.norm_read)
+            queries, bias = projections.queries(side.to_q(side.norm_readers(slots))[:, None])
+            means, attention = slot_attention(
+                queries, hat[:, None], hat[:, None], mask, slot_mask, bias=bias, scale=1.0, eps=self.eps
+            )
+            slots = side.update(slots, projections.updates(means, mask).squeeze(1))
+            if self.tokens_read.norm_readers.eps != side.norm_read.eps:
+                hat = normalized(tokens, self.tokens_read.norm_readers)
+            tokens = update(tokens, hat, slots, mask, slot_mask)
+        return slots, tokens, attention  # pyright: ignore[reportPossiblyUnboundVariable]
+
+    def _scale(self, queries: Tensor) -> float:
+        return queries.shape[-1] ** -0.5 / self.temperature
+
+    def _folds_contract(self) -> bool:
+        """Whether the MLP's last map (D x M) and the gates' (3D x D) cost more one after the other than as one."""
+        contract = self.tokens_read.mlp.contract
+        width, hidden = getattr(contract, "out_features", 0), getattr(contract, "in_features", 0)
+        return 2 * hidden < 3 * width  # 3*D*M < D*M + 3*D*D
 
 
-class _Exchange(nn.Module):
-    """Parameters with which readers of width `dim` read rows of width `read_dim` and update themselves."""
+class _Reading(nn.Module):
+    """The modules with which readers of width `dim` read rows of width `read_dim` and update themselves."""
 
     def __init__(
         self,
@@ -181,15 +340,125 @@ class _Exchange(nn.Module):
         self.mlp = FeedForward(dim, mlp_dim, device=device, dtype=dtype)
         self.mlp_gru = nn.GRUCell(dim, dim, device=device, dtype=dtype)
 
-    def weights(self) -> Exchange:
-        """What operations take."""
-        return Exchange(
-            norm_readers=affine(self.norm_readers),
-            norm_read=affine(self.norm_read),
-            query=affine(self.to_q),
-            key=affine(self.to_k),
-            value=affine(self.to_v),
-            gru=gru_weights(self.gru),
-            mlp=self.mlp.weights(),
-            mlp_gru=gru_weights(self.mlp_gru),
-        )
+    def project(
+        self, readers: Float[Tensor, "B R d"], read: Float[Tensor, "B C e"]
+    ) -> tuple[Float[Tensor, "B R d"], Float[Tensor, "B C d"], Float[Tensor, "B C d"]]:
+        """Queries of the readers; keys and values of what they read."""
+        read = self.norm_read(read)
+        return self.to_q(self.norm_readers(readers)), self.to_k(read), self.to_v(read)
+
+    def update(self, readers: Float[Tensor, "B R d"], updates: Float[Tensor, "B R d"]) -> Float[Tensor, "B R d"]:
+        """The readers after the gates have let in what they read, and what the MLP makes of that."""
+        readers = _step(self.gru, updates, readers)
+        return _step(self.mlp_gru, self.mlp(readers), readers)
+
+
+def _step(cell: nn.Module, updates: Float[Tensor, "B R d"], readers: Float[Tensor, "B R d"]) -> Float[Tensor, "B R d"]:
+    """One step of a recurrent cell for every row, in the dtype of the readers."""
+    state = cell(updates.to(readers.dtype).flatten(0, 1), readers.flatten(0, 1))
+    return state.view_as(readers).to(readers.dtype)
+
+
+class _AbsorbedTokenUpdate:
+    """How tokens read slots and update themselves, their queries and the gates' input products absorbed.
+
+    Calls the modules that it does not fold: all that see slots, and the MLP's norm and first map.
+    """
+
+    def __init__(
+        self,
+        side: _Reading,
+        scale: float,
+        dtype: torch.dtype,
+        *,
+        folds_contract: bool,
+        normalization: str,
+        eps: float,
+    ) -> None:
+        self.side, self.dtype, self.folds_contract = side, dtype, folds_contract
+        self.normalization, self.eps = normalization, eps
+        with autocast_off(side.to_q.weight):
+            query, bias = fold_norm(side.norm_readers, side.to_q)
+            column = query.new_zeros(query.shape[:1]) if bias is None else bias
+            self.query = torch.cat([query, column[:, None]], -1) * scale  # [D, D + 1]
+            self.gates = at_least_float32(side.gru.weight_ih)
+            self.gru = _Gates.of(side.gru, dtype)
+            self.mlp_gru, self.mlp_gates = _Gates.of(side.mlp_gru, dtype), side.mlp_gru.weight_ih
+            if folds_contract:
+                gates, contract = at_least_float32(side.mlp_gru.weight_ih), side.mlp.contract
+                if contract.bias is not None:
+                    image = gates @ contract.bias.to(gates.dtype)
+                    self.mlp_gru = _Gates.of(side.mlp_gru, dtype, image)
+                self.mlp_gates = gates @ contract.weight.to(gates.dtype)
+            self.mlp_gates = self.mlp_gates.to(dtype)
+
+    def __call__(
+        self,
+        tokens: Float[Tensor, "B N D"],
+        hat: Float[Tensor, "B N D"],
+        slots: Float[Tensor, "B K S"],
+        mask: Bool[Tensor, "B N"] | None,
+        slot_mask: Bool[Tensor, "B K"] | None,
+    ) -> Float[Tensor, "B N D"]:
+        """The tokens after they have read `slots`; `hat` are the tokens normalised."""
+        side = self.side
+        rows = side.norm_read(slots)
+        keys, values = at_least_float32(side.to_k(rows)), at_least_float32(side.to_v(rows))
+        with autocast_off(tokens):
+            readers = keys @ self.query
+            logits = (readers[..., :-1].to(self.dtype) @ hat.mT).to(readers.dtype) + readers[..., -1:]
+            weights = token_weights(logits, mask, slot_mask, normalization=self.normalization, eps=self.eps)
+            gates = F.linear(values, self.gates).to(self.dtype)
+            tokens = self.gru.step(weights.mT.to(self.dtype), gates, tokens)
+        hidden = side.mlp.expand(side.mlp.norm(tokens)).relu()
+        if not self.folds_contract:
+            hidden = side.mlp.contract(hidden)
+        with autocast_off(tokens):
+            return self.mlp_gru.step(hidden.to(self.dtype), self.mlp_gates.mT, tokens)
+
+
+class _Gates(NamedTuple):
+    """What a recurrent cell does to its state once the product with its input is there.
+
+    Args:
+        weight: of the state, `[3 * D, D]`, for reset, update and new.
+        both: bias of reset and update, `[2 * D]`.
+        input: bias of the input's part of new, `[D]`.
+        hidden: bias of the state's part of new, `[D]`.
+    """
+
+    weight: Tensor
+    both: Tensor | None
+    input: Tensor | None
+    hidden: Tensor | None
+
+    @classmethod
+    def of(cls, cell: nn.GRUCell, dtype: torch.dtype, input_bias: Tensor | None = None) -> "_Gates":
+        """From a plain cell, in `dtype`, with what is to be added to the bias of its input."""
+        size = 2 * cell.hidden_size
+        weight = cell.weight_hh.to(dtype)
+        own = (at_least_float32(cell.bias_ih), at_least_float32(cell.bias_hh)) if cell.bias else None
+        if own is None and input_bias is None:
+            return cls(weight, None, None, None)
+        inputs = input_bias if own is None else own[0] if input_bias is None else own[0] + input_bias
+        assert inputs is not None
+        hidden = None if own is None else own[1]
+        both = inputs[:size] if hidden is None else inputs[:size] + hidden[:size]
+        return cls(weight, both.to(dtype), inputs[size:].to(dtype), None if hidden is None else hidden[size:].to(dtype))
+
+    def step(
+        self, left: Float[Tensor, "B N R"], right: Float[Tensor, "*B R G"], state: Float[Tensor, "B N D"]
+    ) -> Float[Tensor, "B N D"]:
+        """The next state, where the input's product is `left @ right`."""
+        size = 2 * state.shape[-1]
+        both = _product(left, right[..., :size]) + F.linear(state, self.weight[:size], self.both)
+        reset, keep = both.sigmoid().chunk(2, -1)
+        new = _product(left, right[..., size:])
+        new = new if self.input is None else new + self.input
+        new = torch.tanh(new + reset * F.linear(state, self.weight[size:], self.hidden))
+        return torch.lerp(new, state, keep)
+
+
+def _product(left: Float[Tensor, "B N R"], right: Float[Tensor, "*B R G"]) -> Float[Tensor, "B N G"]:
+    """`left @ right`; the same `right` for every sample is a linear map."""
+    return F.linear(left, right.mT) if right.ndim == 2 else left @ right
