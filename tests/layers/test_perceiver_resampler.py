@@ -277,7 +277,7 @@ def test_padded_media_do_not_stretch_the_time_of_media() -> None:
 
 
 @every_impl
-def test_a_medium_that_is_not_there_gives_what_latents_say_to_each_other(impl: str) -> None:
+def test_latents_of_a_medium_that_is_not_there_read_only_each_other(impl: str) -> None:
     resampler, media = build(impl=impl), draw(2, 3, 5)
     mask = torch.ones(2, 3, 5, dtype=torch.bool)
     mask[0, 1] = mask[1, 2] = False

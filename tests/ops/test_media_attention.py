@@ -165,6 +165,20 @@ def test_low_precision_is_as_good_as_the_plain_formula(
         assert_within_budget(ours, theirs, true)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("latents", [1024, 65536])
+@pytest.mark.parametrize("impl", ["reference", "fused", "segmented"])
+def test_many_latents_count_in_every_precision(impl: str, latents: int, dtype: torch.dtype) -> None:
+    """Weights of 1 / 65536 each, below what float16 can hold precisely, still add up to the mean."""
+    query, key, value = (x.detach() for x in draw(batch=1, text=2, media=2, latents=latents, dtype=dtype))
+    value = value + 100
+    read = media_attention(0 * query, key, value, seen(torch.tensor([[1, 2]]), "last"), impl=impl).double()
+    mean = value.double().mean(2)
+    # One rounding of the result, and those of a sum in float32, which drift apart as a random walk does.
+    allowed = torch.finfo(dtype).eps + math.sqrt(latents) * torch.finfo(torch.float32).eps
+    assert ((read - mean).abs() <= allowed * mean.abs()).all()
+
+
 @settings(derandomize=True, max_examples=25, deadline=None)
 @given(problems(), st.integers(0, 10))
 def test_nothing_leaks(problem: tuple, medium: int) -> None:

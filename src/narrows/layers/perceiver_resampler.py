@@ -279,7 +279,7 @@ class PerceiverResampler(nn.Module):
         Args:
             media: in one of the three layouts above.
             mask: in the layout of media without D, True at real tokens; a frame or a medium that is not there has none.
-                A medium without any token gives what the latents say to each other, the same for all such media.
+                Latents of a medium without any token read only each other: all such media give the same.
         """
         tokens, readable, standardised = self._tokens(media, mask)
         latents = for_each_sample(self.latents, tokens.shape[0])
