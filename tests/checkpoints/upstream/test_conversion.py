@@ -12,11 +12,12 @@ import torch
 from peft.tuners import lora
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, weight_norm
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 from narrows.checkpoints import from_upstream
 from narrows.errors import InvalidArgument, InvalidType
 from tests.checkpoints.upstream.cases import CASES, Case
-from tests.support import assert_close, gradients
+from tests.support import assert_close, assert_within_budget, gradients
 
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
@@ -95,6 +96,20 @@ def test_a_module_in_another_precision(case: Case, dtype: torch.dtype) -> None:
     """Casting and converting commute, to the bit."""
     first, then = from_upstream(case.build().to(dtype)).state_dict(), from_upstream(case.build()).to(dtype).state_dict()
     assert all(torch.equal(value, then[name]) and value.dtype == dtype for name, value in first.items())
+
+
+@pytest.mark.parametrize("case", [pytest.param(CASES[name], id=name) for name in CASES if "Slot" not in name[:5]])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_in_low_precision_it_is_at_most_twice_as_wrong_as_upstream(case: Case, dtype: torch.dtype) -> None:
+    """Slot attention aside, whose upstream draws other noise in each precision."""
+    module = case.build().eval()
+    rounded = [x.detach().to(dtype) for x in case.inputs()]
+    oracle = outputs(copy.deepcopy(module).to(dtype).double(), [x.double() for x in rounded], case.rest())
+    theirs = module.to(dtype)
+    ours = from_upstream(Model(theirs)).inner
+    ours_output = outputs(ours, rounded, case.rest())
+    assert ours_output.dtype == dtype
+    assert_within_budget(ours_output, outputs(theirs, rounded, case.rest()), oracle)
 
 
 @every_case
@@ -343,6 +358,14 @@ CHANGES: dict[str, tuple[Callable[[nn.Linear], object], str]] = {
     "backward hook": (lambda part: part.register_full_backward_hook(_hook), "backward hooks"),
     "state-dict hook": (lambda part: part.register_state_dict_post_hook(_hook), "state dict hooks"),
     "hook on a parameter": (lambda part: part.weight.register_hook(_hook) and None, "hooks on weight"),
+    "hook on its gradient": (
+        lambda part: part.weight.register_post_accumulate_grad_hook(_hook) and None,
+        "hooks on weight",
+    ),
+    "int8 weights": (
+        lambda part: quantize_(part, Int8WeightOnlyConfig()),
+        r"weight of class \w*Int8\w*|weight of class \w+Tensor",
+    ),
     "spectral_norm": (parametrizations.spectral_norm, "Parametrized"),
     "weight_norm": (weight_norm, "forward pre hooks"),
     "pruning": (lambda part: prune.l1_unstructured(part, "weight", 0.5), "forward pre hooks"),

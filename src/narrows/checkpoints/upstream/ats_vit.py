@@ -48,6 +48,7 @@ def ats_vit(module: Any) -> Conversion:
         keep=_keep([layer.output_num_tokens for layer, _ in module.transformer.layers], num_patches),
         sampling="gumbel",
         qkv_bias=False,
+        dropout=attention.dropout.p,
     )
     stem = "embedding.stem"
     channels_first = partial(_channels_first, channels=channels, patch_size=height)

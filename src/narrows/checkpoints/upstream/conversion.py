@@ -79,7 +79,7 @@ def check_unchanged(theirs: nn.Module, path: str) -> None:
             for parameter_name, parameter in part.named_parameters(recurse=False):
                 if type(parameter) is not nn.Parameter:
                     got = f"{parameter_name} of class {type(parameter).__name__}"
-                elif parameter._backward_hooks:
+                elif parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
                     got = f"hooks on {parameter_name}"
         if got is not None:
             raise InvalidArgument(joined(path, name), expected="the part as upstream makes it", got=got, hint=HINT)
@@ -100,6 +100,7 @@ def carry_over(
     Raises:
         InvalidArgument: a part of another class or shape than upstream makes it, or that upstream does not have.
     """
+    unfilled = set(conversion.ours.parameters())
     taken = _fill_modules(theirs, conversion, path, memo)
     for name, source in conversion.parameters.items():
         owner, leaf = conversion.ours.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
@@ -114,6 +115,7 @@ def carry_over(
         if (got := attrgetter(name)(theirs)) != expected:
             raise InvalidArgument(joined(path, name), expected=f"upstream's own {expected}", got=got)
     _check_nothing_left(theirs, conversion, taken, path)
+    assert unfilled.isdisjoint(conversion.ours.parameters()), "a parameter of ours was not filled"
     return conversion.ours
 
 

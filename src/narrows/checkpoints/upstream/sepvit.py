@@ -31,6 +31,7 @@ def sepvit(module: Any) -> Conversion:
         head_dim=[attention.window_tokens_to_qk[0].normalized_shape[0] for attention in attentions],
         patch_stride=embeddings[0].stride[0],
         mlp_ratio=[layer.out_channels / layer.in_channels for layer in hidden],
+        dropout=attentions[0].attend[1].p,
     )
     modules = {"": "", "stages": "layers", "norm": "mlp_head.1", "head": "mlp_head.2"}
     parameters: dict[str, str | Rearranged] = {}
