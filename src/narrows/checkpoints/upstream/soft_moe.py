@@ -75,8 +75,8 @@ def _conversion(
     """Expert e of upstream, `Linear, activation, Dropout, Linear`, becomes row e of the stacked experts."""
     each = [f"{name}.{index}" for index in range(len(experts))]
     stacked = {
-        f"experts.{name}.{kind}": Rearranged(tuple(f"{expert}.{place}.{kind}" for expert in each), _stack)
-        for name, place in (("expand", 0), ("contract", 3))
+        f"experts.{linear}.{kind}": Rearranged(tuple(f"{expert}.{place}.{kind}" for expert in each), _stack)
+        for linear, place in (("expand", 0), ("contract", 3))
         for kind in ("weight", "bias")
     }
     stacks = {"experts.expand": f"{each[0]}.0", "experts.contract": f"{each[0]}.3"}
