@@ -1,4 +1,4 @@
-"""The only place that makes matplotlib figures and turns them into files. No pyplot, no global state."""
+"""Figures, colours, panels and titles: matplotlib without pyplot, hence without a display or global state."""
 
 import io
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ DPI = 160
 
 
 def new_figure(width: float, height: float) -> "matplotlib.figure.Figure":
-    """An empty figure of `width` by `height` inches that lays itself out and draws without a display."""
+    """An empty figure of `width` by `height` inches with automatic layout that needs no display."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -33,7 +33,7 @@ def new_figure(width: float, height: float) -> "matplotlib.figure.Figure":
 
 
 def save(figure: "matplotlib.figure.Figure", path: str | Path) -> Path:
-    """Write a figure to `path`, in the format its suffix names; missing folders are made.
+    """Write a figure to `path`, in the format of its suffix; missing folders are created.
 
     Raises:
         InvalidArgument: a suffix other than .png, .svg, .pdf, .jpg, .jpeg, .webp.
@@ -47,15 +47,15 @@ def save(figure: "matplotlib.figure.Figure", path: str | Path) -> Path:
 
 
 class Renderings(NamedTuple):
-    """One figure as two PNGs without background, alike but for the ink: dark on light and light on dark."""
+    """One figure as two PNGs without background, for light and for dark pages."""
 
     light: bytes
     dark: bytes
 
 
 def render(figure: "matplotlib.figure.Figure") -> Renderings:
-    """The figure for light and for dark pages; what is black or grey in one is white or light grey in the other."""
-    # Laying out again would move things a little: both pictures take the places of this one draft.
+    """The figure for light and for dark pages; black and grey in one are white and light grey in the other."""
+    # A second layout would move things a little: both pictures use the layout of this draft.
     figure.draw_without_rendering()
     layout = figure.get_layout_engine()
     figure.set_layout_engine("none")
@@ -77,7 +77,7 @@ def _png(figure: "matplotlib.figure.Figure") -> bytes:
 
 
 def _inks(figure: "matplotlib.figure.Figure") -> Iterator[tuple[Any, Any]]:
-    """Every colour of the figure's texts, lines and shapes, each with the setter that puts another in its place."""
+    """Every colour of the figure's texts, lines and shapes, each with its setter."""
     for artist in figure.findobj():
         for ink in ("color", "edgecolor", "facecolor", "markeredgecolor", "markerfacecolor"):
             if hasattr(artist, f"get_{ink}") and hasattr(artist, f"set_{ink}"):
@@ -85,7 +85,7 @@ def _inks(figure: "matplotlib.figure.Figure") -> Iterator[tuple[Any, Any]]:
 
 
 def _inverted(colour: Any) -> Any:
-    """White for black and black for white; what is neither grey nor near it stays."""
+    """White for black and black for white; colours that are not grey stay."""
     from matplotlib.colors import is_color_like, to_rgba
 
     if not is_color_like(colour):
@@ -123,12 +123,12 @@ def to_hex(rgb: Float[Tensor, "3"]) -> str:
 
 
 def panel_ratio(canvas: Float[Tensor, "3 H W"]) -> float:
-    """Height of a panel for its width: the image's own, though a tall image does not make a tower of the figure."""
+    """Height of a panel over its width: as of the image, but at most 1.5."""
     return min(canvas.shape[1] / canvas.shape[2], 1.5)
 
 
 def show_picture(axis: Any, picture: Float[Tensor, "3 H W"], title: str = "", frame: str | None = None) -> None:
-    """A picture in its panel, with `frame` as the colour of a line around it."""
+    """Draw a picture in a panel, with a frame of the colour `frame`."""
     axis.imshow(picture.movedim(0, -1).numpy(), interpolation="auto")
     axis.set_xticks([])
     axis.set_yticks([])
@@ -140,18 +140,18 @@ def show_picture(axis: Any, picture: Float[Tensor, "3 H W"], title: str = "", fr
 
 
 def set_heading(axis: Any, text: str, detail: str) -> None:
-    """What a column of panels shows, above its first one."""
+    """Write a heading, and a smaller line, above a column of panels."""
     axis.set_title(text, fontsize=10, fontweight="bold", color=INK, pad=18)
     axis.annotate(detail, (0.5, 1), (0, 6), "axes fraction", "offset points", ha="center", fontsize=8, color=MUTED)
 
 
 def set_title(figure: "matplotlib.figure.Figure", text: str) -> None:
-    """The title of a figure."""
+    """Write the title of a figure."""
     text = fill(text, int(9 * figure.get_figwidth()))
     figure.suptitle(text, x=0.012, ha="left", fontsize=12, fontweight="bold", color=INK)
 
 
 def set_note(figure: "matplotlib.figure.Figure", text: str) -> None:
-    """How to read a figure, at its foot."""
+    """Write a note at the foot of a figure."""
     text = fill(text, int(16 * figure.get_figwidth()))
     figure.supxlabel(text, x=0.012, ha="left", fontsize=8, color=MUTED)

@@ -1,4 +1,4 @@
-"""Whatever people hold a picture in, as one tensor."""
+"""Pictures as tensors: converted from what people have, and painted on."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ def to_image(image: object, *, name: str = "image") -> Float[Tensor, "3 H W"]:
     Args:
         image: a tensor `[3|1, H, W]`, an array `[H, W]` or `[H, W, 3|1]` (floats in 0..1 or unsigned bytes), or a PIL
             image.
-        name: what the picture is called in errors.
+        name: of the picture, for errors.
     """
     if hasattr(image, "convert") and hasattr(image, "tobytes"):
         pixels = _from_pil(image)
@@ -60,7 +60,7 @@ _OUTLINE = to_rgb("#ffffff")
 
 
 def fit(image: Float[Tensor, "3 H W"]) -> Float[Tensor, "3 height width"]:
-    """The image enlarged or reduced to `LONGEST_SIDE`; small ones keep their pixels visible."""
+    """The image resized to `LONGEST_SIDE`; small images keep visible pixels."""
     scale = LONGEST_SIDE / max(image.shape[1:])
     size = [max(1, round(side * scale)) for side in image.shape[1:]]
     if scale > 2:
@@ -69,7 +69,7 @@ def fit(image: Float[Tensor, "3 H W"]) -> Float[Tensor, "3 height width"]:
 
 
 def paint_weights(canvas: Float[Tensor, "3 H W"], weights: Float[Tensor, "h w"], colour: str) -> Float[Tensor, "3 H W"]:
-    """The image in grey and, where `weights` are large compared with their maximum, in `colour`."""
+    """The image in grey, tinted with `colour` in proportion to `weights` over their maximum."""
     alpha = weights / weights.max().clamp(min=torch.finfo(weights.dtype).tiny)
     alpha = F.interpolate(alpha[None, None], canvas.shape[1:], mode="bilinear")[0]
     return torch.lerp(_faded(canvas), _tinted(canvas, to_rgb(colour)[:, None, None]), alpha)
@@ -78,7 +78,7 @@ def paint_weights(canvas: Float[Tensor, "3 H W"], weights: Float[Tensor, "h w"],
 def paint_owners(
     canvas: Float[Tensor, "3 H W"], owner: Int[Tensor, "h w"], colours: dict[int, str]
 ) -> Float[Tensor, "3 H W"]:
-    """Each token in the colour of its owner (grey where `colours` has none), owners outlined against each other."""
+    """The image with each token tinted by its owner (grey where `colours` has none), and outlines between owners."""
     labels = _enlarged(owner, canvas)
     painted = _faded(canvas)
     for carrier, colour in colours.items():
@@ -87,7 +87,7 @@ def paint_owners(
 
 
 def paint_kept(canvas: Float[Tensor, "3 H W"], keep: Bool[Tensor, "h w"]) -> Float[Tensor, "3 H W"]:
-    """Kept tokens as they are, dropped ones grey and dim, and an outline between them."""
+    """The image with dropped tokens grey and dim, and an outline around kept ones."""
     labels = _enlarged(keep.long(), canvas)
     dropped = torch.lerp(_grey(canvas), _DROPPED[:, None, None], 0.75)
     painted = torch.where(labels == 1, canvas, dropped)

@@ -1,4 +1,4 @@
-"""Pictures of a `Routing` over the image whose tokens it routes."""
+"""Pictures of a `Routing` drawn over the image of its tokens."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from textwrap import fill
@@ -35,9 +35,9 @@ PANEL = 2.1
 def overlay(
     image: object, routing: Routing, *, sample: int = 0, max_carriers: int = 8, title: str | None = None
 ) -> "matplotlib.figure.Figure":
-    """Where the tokens of an image went, drawn over the image.
+    """Draw over an image which carriers its tokens went to.
 
-    The routing alone chooses the picture. Where every carrier reads one token at most, tokens were kept or dropped:
+    The routing decides the kind of picture. Where every carrier reads one token at most, tokens were kept or dropped:
     one panel shows the kept ones and dims the rest. Otherwise the image stands first, then every token in the colour of
     the carrier with the greatest share of it, then for each carrier the weights with which it reads the tokens, each
     map scaled to its own maximum. Of many carriers, those that carry most tokens are shown.
@@ -122,7 +122,7 @@ def _maps_of(routing: Routing, sample: int, name: str = "routing") -> Float[Tens
 
 
 def _summary(canvas: Tensor, maps: Tensor, routing: Routing) -> Tensor:
-    """One picture that tells where all tokens went."""
+    """One picture of all tokens: kept or dropped, or coloured by their owners."""
     if keeps_tokens(routing):
         return paint_kept(canvas, maps.amax(0) > 0)
     owner = owners(maps)
@@ -155,7 +155,7 @@ def _mixed_figure(
     canvas: Tensor, maps: Tensor, routing: Routing, max_carriers: int, title: str | None
 ) -> "matplotlib.figure.Figure":
     parts = carried(maps)
-    # Rounded, so that carriers that carry the same stay in their order.
+    # Rounded, so that carriers of equal share stay in order.
     shown = parts.mul(1e4).round().argsort(descending=True, stable=True)[:max_carriers].tolist()
     colours = {carrier: carrier_colour(rank) for rank, carrier in enumerate(sorted(shown))}
     one = routing.carriers.removesuffix("s")
@@ -196,21 +196,21 @@ def keeps_tokens(routing: Routing) -> bool:
 
 
 def owners(maps: Float[Tensor, "K h w"]) -> Int[Tensor, "h w"]:
-    """For each token the carrier with the greatest share of it, `NOBODY` where no carrier reads it."""
+    """The carrier with the greatest share of each token, `NOBODY` where no carrier reads it."""
     share, carrier = maps.max(0)
     return carrier.masked_fill(share <= 0, NOBODY)
 
 
 def carried(maps: Float[Tensor, "K h w"]) -> Float[Tensor, "K"]:
-    """The part of the tokens that each carrier carries: shares scaled to sum to 1 for each token, then averaged."""
+    """The part of all tokens that each carrier carries: shares normalised for each token, then averaged."""
     total = maps.sum(0)
     return (maps / total.masked_fill(total <= 0, 1)).mean((-2, -1))
 
 
 def neighbour_colours(owner: Int[Tensor, "h w"]) -> dict[int, int]:
-    """A colour number for every owner such that owners that touch differ, with as few numbers as a greedy pass needs.
+    """Greedy graph colouring: a colour number for every owner, different for owners that touch.
 
-    Many carriers cannot all have a colour of their own, but two that touch must not look like one.
+    There are fewer colours than carriers, but two that touch must not look like one.
     """
     pairs = torch.cat(
         [

@@ -1,4 +1,4 @@
-"""Quality against cost, and which points nothing beats."""
+"""Plots of quality against cost: Pareto fronts, and curves of several methods."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,14 +7,14 @@ from math import cos, isfinite, pi, sin
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from narrows.errors import InvalidArgument
-from narrows.visualize.canvas import CARRIERS, INK, LINE, MUTED, PAPER, new_figure
+from narrows.visualize.canvas import CARRIERS, INK, LINE, MUTED, PAPER, new_figure, set_title
 
 if TYPE_CHECKING:
     import matplotlib.figure
 
 
 class Box(NamedTuple):
-    """An upright rectangle."""
+    """An axis-aligned rectangle."""
 
     left: float
     bottom: float
@@ -22,7 +22,7 @@ class Box(NamedTuple):
     top: float
 
     def overlap(self, other: "Box") -> float:
-        """The area two boxes share."""
+        """The area of the intersection."""
         width = min(self.right, other.right) - max(self.left, other.left)
         height = min(self.top, other.top) - max(self.bottom, other.bottom)
         return max(0.0, width) * max(0.0, height)
@@ -36,10 +36,10 @@ def place_labels(
     *,
     distances: Sequence[float],
 ) -> list[Box]:
-    """A box for the label of each anchor, near it, inside `area`, that covers neither obstacle nor earlier label.
+    """A box for the label of each anchor, near it and inside `area`, that covers neither obstacles nor other labels.
 
-    For each anchor in turn the first free place of `distances` times sixteen directions is taken, the nearest first and
-    to the right first; if there is none, the place that covers least.
+    Greedy: for each anchor in turn, `distances` are tried in sixteen directions, nearest and rightmost first. If all
+    cover something, the one that covers least is taken.
     """
     placed: list[Box] = []
     for anchor, size in zip(anchors, sizes, strict=True):
@@ -73,13 +73,13 @@ WIDE_RANGE = 8.0
 
 @dataclass(frozen=True)
 class ParetoPoint:
-    """One thing to choose: what it costs and how good it is.
+    """The cost and the quality of one option.
 
     Args:
         name: its label.
-        cost: the less the better, positive.
-        quality: the more the better.
-        spread: half the length of its error bar, the standard deviation over seeds for instance; 0 draws none.
+        cost: positive; lower is better.
+        quality: higher is better.
+        spread: half the length of the error bar, for instance the standard deviation over seeds; 0 draws none.
     """
 
     name: str
@@ -97,7 +97,7 @@ class ParetoPoint:
 
 
 def pareto_front(points: Sequence[ParetoPoint]) -> list[ParetoPoint]:
-    """The points no other point beats, cheapest first: none is at least as good for less, or better for as much."""
+    """The points that no other point dominates, cheapest first."""
     front: list[ParetoPoint] = []
     for point in sorted(points, key=lambda point: (point.cost, -point.quality)):
         if not front or point.quality > front[-1].quality:
@@ -106,7 +106,7 @@ def pareto_front(points: Sequence[ParetoPoint]) -> list[ParetoPoint]:
 
 
 def pareto(points: Sequence[ParetoPoint], *, x: str, y: str, title: str = "") -> "matplotlib.figure.Figure":
-    """Quality against cost, the Pareto front as a line of steps, every point named.
+    """Plot quality against cost, with labelled points and the Pareto front as a step line.
 
     The cost axis is logarithmic where costs differ by more than a factor of eight.
 
@@ -142,7 +142,7 @@ def pareto(points: Sequence[ParetoPoint], *, x: str, y: str, title: str = "") ->
         )
     style_axes(axes, points, x, y)
     if title:
-        figure.suptitle(title, x=0.012, ha="left", fontsize=12, fontweight="bold", color=INK)
+        set_title(figure, title)
     corners = _front_line(front, right=axes.get_xlim()[1])
     axes.plot(*zip(*corners, strict=True), color=FRONT, linewidth=1.5, alpha=0.6, zorder=2, scalex=False, scaley=False)
     axes.annotate(
@@ -153,7 +153,7 @@ def pareto(points: Sequence[ParetoPoint], *, x: str, y: str, title: str = "") ->
 
 
 def _front_line(front: Sequence[ParetoPoint], right: float) -> list[tuple[int | float, int | float]]:
-    """The corners of the steps: level from each point to the next cost, then up to the next point."""
+    """The corners of the step line: level from each point to the next cost, then up."""
     corners = [(front[0].cost, front[0].quality)]
     for before, point in pairwise(front):
         corners += [(point.cost, before.quality), (point.cost, point.quality)]
@@ -161,7 +161,7 @@ def _front_line(front: Sequence[ParetoPoint], right: float) -> list[tuple[int | 
 
 
 def style_axes(axes: Any, points: Sequence[ParetoPoint], x: str, y: str) -> None:
-    """Quiet axes with room around these points, costs on a logarithmic axis where they differ much."""
+    """Axes without clutter, with room around these points; logarithmic cost where it varies much."""
     from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 
     costs = [point.cost for point in points]
@@ -189,9 +189,9 @@ def _name_points(
     front: Sequence[ParetoPoint],
     corners: Sequence[tuple[int | float, int | float]],
 ) -> None:
-    """Write the names where they cover nothing, with a thin line to a point that is not right beside its name."""
+    """Label the points where nothing is covered, with a thin line to points that are not next to their label."""
     figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # names placed in pixels hold only while the axes stay
+    figure.set_layout_engine("none")  # labels placed in pixels need axes that do not move
     renderer = figure.canvas.get_renderer()
     to_pixels = axes.transData.transform
     unit = figure.dpi / 72
@@ -230,7 +230,7 @@ def _name_points(
 
 
 def _mark(to_pixels: Any, point: ParetoPoint, radius: float) -> Box:
-    """The marker of a point and its error bar."""
+    """The box of a point's marker and error bar."""
     x, low = to_pixels((point.cost, point.quality - point.spread))
     _, high = to_pixels((point.cost, point.quality + point.spread))
     return Box(x - radius, low - radius, x + radius, high + radius)
@@ -241,20 +241,20 @@ def _segment(a: Any, b: Any, width: float) -> Box:
 
 
 _MARKERS = "osD^vPX*"
-_COLOURS = [colour for colour in CARRIERS if colour != "#f0e442"]  # yellow lines are lost on white
+_COLOURS = [colour for colour in CARRIERS if colour != "#f0e442"]  # yellow lines do not show on white
 
 
 def curves(
     lines: Mapping[str, Sequence[ParetoPoint]], reference: ParetoPoint, *, x: str, y: str, least_span: float = 0.0
 ) -> "matplotlib.figure.Figure":
-    """A line for each method through the points of its settings, and where it began.
+    """Plot quality against cost: a line for each method through its settings, and a reference point.
 
     Args:
         lines: points by the name of the method.
-        reference: what all of them are compared with; its quality is drawn across.
-        x: what the cost is, with its unit.
-        y: what the quality is, with its unit.
-        least_span: of the quality axis, so that differences below what matters do not look like any.
+        reference: compared with all of them; its quality is drawn as a horizontal line.
+        x: label of the cost, with its unit.
+        y: label of the quality, with its unit.
+        least_span: smallest extent of the quality axis, so that negligible differences look so.
 
     Raises:
         InvalidArgument: no lines, or one without points.

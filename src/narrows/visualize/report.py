@@ -1,4 +1,4 @@
-"""The report: one HTML file that opens offline, on a phone, in the dark and on paper."""
+"""The report: one self-contained HTML file, for offline use, phones, dark mode and print."""
 
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from jinja2 import Environment, StrictUndefined
 from narrows._version import __version__
 from narrows.errors import InvalidArgument
 from narrows.visualize.canvas import render
-from narrows.visualize.tables import best_cells, check_best, read_columns
+from narrows.visualize.tables import best_cells, read_columns
 
 if TYPE_CHECKING:
     import matplotlib.figure
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class Report:
     """Collects text, tables and figures and writes them as one self-contained HTML file.
 
-    Texts are plain and are escaped. Figures are embedded twice, for light and for dark screens.
+    Texts are plain and are escaped. Figures are embedded twice, for light and dark mode.
 
     Args:
         title: heading of the page.
@@ -48,19 +48,21 @@ class Report:
         *,
         best: Mapping[str, str] | None = None,
     ) -> None:
-        """Add a table that a click on a column's name sorts.
+        """Add a table, sortable by a click on a column's name.
 
         Args:
             columns: their names.
-            rows: in each row a cell for each column: a text, a number, a `Cell`, or None for nothing.
+            rows: a cell for each column: a text, a number, a `Cell`, or None.
             caption: what the table shows.
-            best: for columns whose best value is to stand out, whether that is the "max" or the "min".
+            best: columns whose best value is highlighted, "max" or "min".
 
         Raises:
             InvalidArgument: a row with more or fewer cells than columns; `best` for a column that is not there.
         """
         best = best or {}
-        check_best(columns, best)
+        for name in best:
+            if name not in columns:
+                raise InvalidArgument("best", expected=f"names among the columns {list(columns)}", got=repr(name))
         read = read_columns(columns, rows)
         winners = [best_cells(column, best[column.name]) if column.name in best else set() for column in read]
         self._blocks.append(
@@ -80,7 +82,7 @@ class Report:
         )
 
     def figure(self, figure: "matplotlib.figure.Figure", caption: str = "") -> None:
-        """Add a matplotlib figure as it is now; the caption also describes it to those who cannot see it."""
+        """Add a matplotlib figure as it is now; the caption is also its alternative text."""
         pictures = render(figure)
         self._blocks.append(
             {
@@ -93,7 +95,7 @@ class Report:
         )
 
     def write(self, path: str | Path) -> Path:
-        """Write the file, and the folders it lies in where they are missing.
+        """Write the file; missing folders are created.
 
         Raises:
             InvalidArgument: a file name that does not end in .html.
@@ -106,7 +108,7 @@ class Report:
         return path
 
     def html(self) -> str:
-        """The page as text."""
+        """The page as HTML."""
         source = files("narrows.visualize").joinpath("report.html.j2").read_text(encoding="utf-8")
         environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
         return environment.from_string(source).render(

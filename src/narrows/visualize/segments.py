@@ -1,4 +1,4 @@
-"""Pictures of segmentations: the class of every pixel, beside the image and beside each other."""
+"""Pictures of segmentations: coloured classes of pixels below their images."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -19,15 +19,15 @@ PANEL = 1.5
 def segmentations(
     images: Iterable[object], rows: Mapping[str, Int[Tensor, "B H W"]], classes: Sequence[str], *, background: int = 0
 ) -> "matplotlib.figure.Figure":
-    """Images side by side, and under each what several sources say about its pixels: the truth and a model, say.
+    """Draw images side by side, and below each the classes of its pixels by several sources: truth and model, say.
 
     Every pixel has the colour of its class; the background stays grey, as do classes that are not in `classes`.
 
     Args:
         images: as `overlay` takes them, or a tensor `[B, 3|1, H, W]`.
-        rows: the class of each pixel of these images, in their order, under the name of the row.
-        classes: their names.
-        background: the class that gets no colour.
+        rows: by name, the class of each pixel of these images, in their order.
+        classes: names of the classes.
+        background: the class without a colour.
 
     Raises:
         InvalidArgument: no image, or a row with maps for fewer images.

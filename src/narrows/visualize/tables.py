@@ -1,6 +1,6 @@
-"""Tables for the terminal, and how a cell reads there and in the report."""
+"""Text tables, and the formatting of cells that they share with the report."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from math import ceil, isfinite, log10
 from typing import NamedTuple
 
@@ -10,11 +10,11 @@ NOTHING = "–"
 
 
 class Cell(NamedTuple):
-    """A number that reads otherwise than as a plain number: `Cell(0.956, "95.6 ± 0.3 %")`.
+    """A number with a text of its own: `Cell(0.956, "95.6 ± 0.3 %")`.
 
     Args:
-        value: what the table sorts and compares by; None stands below everything.
-        text: what is read.
+        value: to sort and compare by; None sorts last.
+        text: what is shown.
     """
 
     value: float | None
@@ -22,7 +22,7 @@ class Cell(NamedTuple):
 
 
 class Column(NamedTuple):
-    """A column ready to be written: its cells, and whether they are numbers and so stand on the right."""
+    """A formatted column; columns of numbers are right-aligned."""
 
     name: str
     cells: list[Cell]
@@ -30,11 +30,11 @@ class Column(NamedTuple):
 
 
 def text_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A table as lines of plain text, columns aligned, numbers on the right.
+    """A table as plain text with aligned columns.
 
     Args:
         columns: their names.
-        rows: in each row a cell for each column: a text, a number, a `Cell`, or None for nothing.
+        rows: a cell for each column: a text, a number, a `Cell`, or None.
 
     Raises:
         InvalidArgument: a row with more or fewer cells than columns.
@@ -55,7 +55,7 @@ def text_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def read_columns(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> list[Column]:
-    """The rows turned into columns of `Cell`s, the numbers of a column written with the same number of decimals."""
+    """The columns as `Cell`s, with the same number of decimals throughout a column."""
     if not columns:
         raise InvalidArgument("columns", expected="at least one name", got="none")
     for number, row in enumerate(rows):
@@ -65,7 +65,7 @@ def read_columns(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> li
 
 
 def best_cells(column: Column, best: str) -> set[int]:
-    """The rows whose value in `column` is the greatest (`best="max"`) or the least ("min")."""
+    """The rows with the greatest (`best="max"`) or smallest ("min") value in `column`."""
     if best not in ("max", "min"):
         raise InvalidArgument("best", expected="'max' or 'min' for each column", got=f"{best!r} for {column.name!r}")
     values = {i: cell.value for i, cell in enumerate(column.cells) if cell.value is not None}
@@ -73,13 +73,6 @@ def best_cells(column: Column, best: str) -> set[int]:
         return set()
     target = max(values.values()) if best == "max" else min(values.values())
     return {i for i, value in values.items() if value == target}
-
-
-def check_best(columns: Sequence[str], best: Mapping[str, str]) -> None:
-    """Raise if `best` names a column the table does not have."""
-    for name in best:
-        if name not in columns:
-            raise InvalidArgument("best", expected=f"names among the columns {list(columns)}", got=repr(name))
 
 
 def _read_column(name: str, values: list[object]) -> Column:
@@ -107,7 +100,7 @@ def _is_number(value: object) -> bool:
 
 
 def _decimals(numbers: list) -> int:
-    """As many as show four figures of the largest number, none for whole numbers."""
+    """Enough for four significant figures of the largest number; none for integers."""
     if all(isinstance(number, int) for number in numbers):
         return 0
     largest = max(abs(number) for number in numbers)

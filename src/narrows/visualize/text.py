@@ -1,11 +1,11 @@
-"""Pictures of text that reads media: which medium each word looks at."""
+"""Pictures of text that attends to media."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from narrows.errors import InvalidArgument
 from narrows.routing import Routing
-from narrows.visualize.canvas import INK, LINE, MUTED, new_figure
+from narrows.visualize.canvas import INK, LINE, new_figure, set_note, set_title
 from narrows.visualize.images import to_image
 
 if TYPE_CHECKING:
@@ -22,13 +22,13 @@ def reading(
     sample: int = 0,
     title: str | None = None,
 ) -> "matplotlib.figure.Figure":
-    """Each medium in a row of its own and each word in a column: the darker the cell, the more the word takes from it.
+    """Heat maps of how much each word (column) reads of each medium (row).
 
     Args:
         words: the tokens of the text.
         media: images, as `overlay` takes them.
-        columns: for each heading a routing of text to media, weights `[B, H, M, T]`: what a gated block reads
-            (`Flamingo.routing`), or what an audit saw move (`Audit.routing`). Each is scaled to its own maximum.
+        columns: by heading, a routing of text to media, weights `[B, H, M, T]`: attention of a gated block
+            (`Flamingo.routing`), or changes that an audit saw (`Audit.routing`). Each is scaled to its own maximum.
         sample: which row of the routings' batch the text is.
         title: above the picture.
 
@@ -66,9 +66,8 @@ def reading(
         axis.grid(which="minor", axis="y", color=LINE)
         axis.tick_params(which="both", length=0)
     if title:
-        figure.suptitle(title, x=0.012, ha="left", fontsize=12, fontweight="bold", color=INK)
-    note = "Darker: the word takes more from the image of that row. Each panel is scaled to its own greatest value."
-    figure.supxlabel(note, x=0.012, ha="left", fontsize=8, color=MUTED)
+        set_title(figure, title)
+    set_note(figure, "Darker: the word takes more from the image of that row. Each panel is scaled to its own maximum.")
     return figure
 
 
