@@ -1,4 +1,4 @@
-"""What a model costs, with the tokens really kept."""
+"""The cost of a model: parameters, MACs with the tokens really kept, memory, speed."""
 
 from narrows.measure.cost import Cost, evaluating, measure
 from narrows.measure.macs import CarriesPadding, count_macs, macs_per_sample

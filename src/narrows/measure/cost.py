@@ -1,4 +1,4 @@
-"""What a model costs, measured: `Cost`."""
+"""All costs of a forward pass, measured at once."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,10 +16,10 @@ from narrows.measure.speed import Spread, Timing, compare_speed
 
 @dataclass(frozen=True)
 class Cost:
-    """What one forward pass of a model costs, in evaluation mode and without gradients.
+    """The cost of one forward pass of a model, in evaluation mode and without gradients.
 
     Args:
-        parameters: how many numbers the model has learned; shared ones count once.
+        parameters: number of parameters; shared ones count once.
         macs: multiply-accumulates per sample, with the tokens really kept (`macs_per_sample`).
         peak_memory: greatest number of bytes alive at one time beyond weights and inputs, for the whole batch.
         latency: seconds for the whole batch.
@@ -62,7 +62,7 @@ def measure(
     repeats: int = 9,
     warmup: int = 2,
 ) -> Cost:
-    """Measure what a forward pass of `model` costs; the model comes back as it was.
+    """Measure the cost of a forward pass; the model is left as it was.
 
     >>> cost = measure(nn.Linear(64, 10), torch.randn(8, 64))
     >>> cost.parameters, cost.macs, cost.peak_memory
@@ -70,9 +70,9 @@ def measure(
 
     Args:
         model: any module, on the device of its inputs.
-        inputs: what it is called with: one tensor, a tuple of positional or a mapping of keyword arguments. The first
-            axis of the first tensor is the batch.
-        repeats: how often speed is sampled.
+        inputs: its arguments: one tensor, a tuple of positional or a mapping of keyword arguments. The first axis of
+            the first tensor is the batch.
+        repeats: number of speed samples.
         warmup: calls before the first sample.
 
     Raises:
@@ -107,7 +107,7 @@ def measure(
 
 
 def scaled(count: int | float) -> str:
-    """A count with three digits and the unit that makes it readable.
+    """A count with three significant digits and a unit prefix.
 
     >>> scaled(1234567)
     '1.23 M'
@@ -133,7 +133,7 @@ def _first_tensor(inputs: tuple[Any, ...]) -> Tensor:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients; every module goes back to the mode it was in."""
+    """Evaluation mode and no gradients in the context; every module gets its mode back."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

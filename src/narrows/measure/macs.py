@@ -1,4 +1,4 @@
-"""Multiply-accumulates: what a function executes, and what a sample needs once padding is cut."""
+"""Multiply-accumulates: of a function, and of one sample without padding."""
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -18,12 +18,12 @@ aten = torch.ops.aten
 
 @runtime_checkable
 class CarriesPadding(Protocol):
-    """A model that runs padded rows, because its shapes are static while the tokens it keeps differ by sample."""
+    """A model that pads because its shapes are static while samples keep different numbers of tokens."""
 
     def without_padding(self, *inputs: Any, **keywords: Any) -> Iterable[Callable[[], object]]:
-        """For each sample of the batch, a call that runs it alone with every padded row cut.
+        """For each sample of the batch, a call that runs it alone without padding.
 
-        Only the shapes inside the call have to be right; its values are not looked at.
+        Only the shapes in the call have to be right; its values are not used.
         """
         ...
 
@@ -35,7 +35,7 @@ def count_macs(function: Callable[[], object]) -> int:
     Backward passes count if `function` runs them. Compiled modules are counted as they run eagerly.
 
     Warns:
-        UserWarning: an operation outside of PyTorch ran that has no formula and counted nothing. Give it one with
+        UserWarning: an operation outside of PyTorch has no formula and counted as 0. Give it one with
             `torch.utils.flop_counter.register_flop_formula`.
     """
     from torch.utils.flop_counter import FlopCounterMode
@@ -54,10 +54,10 @@ def count_macs(function: Callable[[], object]) -> int:
 
 
 def macs_per_sample(model: nn.Module, *inputs: Any, batch: int, **keywords: Any) -> float:
-    """Multiply-accumulates that one of the `batch` samples of `inputs` needs on average, padding not counted.
+    """Mean multiply-accumulates for one of the `batch` samples of `inputs`, without padding.
 
-    A model that offers `CarriesPadding.without_padding` is counted sample by sample with the padding cut; of any other
-    model everything that it executes counts.
+    A model with `CarriesPadding.without_padding` is counted sample by sample without padding; of any other model
+    everything that it executes counts.
     """
     if isinstance(model, CarriesPadding):
         return sum(count_macs(call) for call in model.without_padding(*inputs, **keywords)) / batch
@@ -65,7 +65,7 @@ def macs_per_sample(model: nn.Module, *inputs: Any, batch: int, **keywords: Any)
 
 
 class _NoModules:
-    """In place of the counter's module tracker, which a total does not need.
+    """Replaces the counter's module tracker, which a total does not need.
 
     The tracker hooks every module and fails on one that is called with a view of a parameter made without gradients,
     such as latents expanded to the batch (torch 2.15).
@@ -99,7 +99,7 @@ class _Uncounted(TorchDispatchMode):
 
 @contextmanager
 def _decomposed() -> Iterator[None]:
-    """Eager code, and transformer layers of `torch.nn` as separate products: their fused kernels have no formula."""
+    """Run eagerly and without the fused transformer layers of `torch.nn`, which have no formula."""
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -134,13 +134,13 @@ def _attention_backward(gradient: Shape, query: Shape, key: Shape, value: Shape,
 
 
 def _recurrent(steps: Shape, *weights: Any, **__: Any) -> int:
-    """Every step multiplies with every matrix; `weights` holds them one by one or in a list, among other things."""
+    """Every step multiplies with every matrix; `weights` holds them one by one or in a list, among other arguments."""
     matrices = weights[0] if isinstance(weights[0], list) else weights[:2]
     return 2 * prod(steps[:-1]) * sum(prod(matrix) for matrix in matrices if len(matrix) == 2)
 
 
-# Flops of what multiplies and has no formula in `torch.utils.flop_counter` (attention on the CPU: in older releases of
-# it), whose silence would read as "free".
+# Flops of operations without a formula in `torch.utils.flop_counter` (of attention on the CPU in its older releases),
+# which would count as free.
 _FORMULAS: dict[Any, Callable[..., int]] = {
     aten.mv: _matrix_vector,
     aten.dot: _matrix_vector,

@@ -1,4 +1,4 @@
-"""Memory: what a function has alive at its peak, and what it leaves alive for the backward pass."""
+"""Memory: the peak of a function, and what it keeps for the backward pass."""
 
 import weakref
 from collections.abc import Callable, Iterable
@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class _Saved:
-    """One tensor in autograd's hands; dies with the graph that holds it, which hence it must not hold in turn."""
+    """A tensor that autograd saves; it is detached, since it lives as long as the graph and must not hold it."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
@@ -26,7 +26,7 @@ def saved_for_backward(function: Callable[[], object], *, exclude: Iterable[Tens
 
     Args:
         function: runs the forward pass and returns what a loss would be computed from.
-        exclude: tensors that live anyway, parameters and inputs; views of them are not counted either.
+        exclude: tensors that are alive anyway, such as parameters and inputs; their views are not counted either.
     """
     saved: weakref.WeakSet[_Saved] = weakref.WeakSet()
 
@@ -46,10 +46,10 @@ def saved_for_backward(function: Callable[[], object], *, exclude: Iterable[Tens
 
 
 def peak_memory(function: Callable[[], object], device: torch.device | str = "cpu") -> int:
-    """Greatest number of bytes that `function` has allocated at one time, beyond what was there when it began.
+    """Greatest number of bytes that `function` has allocated at one time, beyond those at its start.
 
-    On CUDA that is what the allocator reports. On other devices tensors are followed from the operation that makes them
-    to their end, which is exact and the same in every run, but does not see the scratch space inside one operation.
+    On CUDA the allocator reports it. On other devices tensors are tracked from the operation that makes them until they
+    are freed, which is exact and reproducible, but does not see scratch space inside an operation.
     """
     device = torch.device(device)
     if device.type != "cuda":
@@ -65,7 +65,7 @@ def peak_memory(function: Callable[[], object], device: torch.device | str = "cp
 
 
 class _Allocations(TorchDispatchMode):
-    """Follows every storage that an operation makes until it is freed."""
+    """Tracks every storage from the operation that makes it until it is freed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class _Allocations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if torch.is_inference_mode_enabled():
-            # Composite operations arrive whole in inference mode; what they allocate inside is to be seen.
+            # In inference mode composite operations are not decomposed; their inner allocations count too.
             with self:
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:

@@ -1,4 +1,4 @@
-"""Speed: contenders timed side by side in one run, with the spread of what was seen."""
+"""Speed: functions timed against each other in one run, with the spread of the samples."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,17 +22,17 @@ class Spread:
 
     @property
     def median(self) -> float:
-        """The measurement in the middle."""
+        """The median."""
         return median(self.samples)
 
     @property
     def p20(self) -> float:
-        """One measurement in five lies below."""
+        """The 20th percentile."""
         return self._fifths()[0]
 
     @property
     def p80(self) -> float:
-        """One measurement in five lies above."""
+        """The 80th percentile."""
         return self._fifths()[-1]
 
     def _fifths(self) -> list[float]:
@@ -43,7 +43,7 @@ class Timing(Spread):
     """Seconds per call."""
 
     def times_faster_than(self, rival: "Timing") -> Spread:
-        """How many times the rival's time this one would fit into, from samples taken next to one another."""
+        """The rival's time over this one, from pairs of samples taken next to one another."""
         return Spread(tuple(theirs / ours for ours, theirs in zip(self.samples, rival.samples, strict=True)))
 
 
@@ -54,10 +54,10 @@ def compare_speed(
     warmup: int = 2,
     device: torch.device | str = "cpu",
 ) -> dict[str, Timing]:
-    """Seconds per call of each contender, taken in turns, so that a slow spell of the machine hits all of them.
+    """Seconds per call of each contender, sampled in turns, so that a slowdown of the machine affects all.
 
-    Every sample lasts at least 20 milliseconds, in as many calls as that takes. Every other round runs backwards, since
-    who goes first finds the caches in another state. On CUDA the time is that between two events on the stream.
+    A sample is as many calls as take 20 milliseconds. Every other round is in reverse order, since the first contender
+    finds other cache contents. On CUDA the time is between two events on the stream.
 
     Args:
         contenders: what to call, by name.

@@ -1,4 +1,4 @@
-"""Which text positions of a model depend on which medium, and which of them must not."""
+"""A causality check of models that read media: which text positions depend on which medium, and which must not."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from narrows.errors import InvalidArgument, InvalidType
+from narrows.measure import evaluating
 from narrows.routing import Routing
 from narrows.validation import check_choice, check_positive
 
@@ -45,7 +46,7 @@ def find_media(
     """Every medium of a batch; the arguments are those of `narrows.audit`.
 
     Raises:
-        InvalidArgument: no way to tell where media stand, or media and their tokens do not belong together.
+        InvalidArgument: the tokens of media are unknown, or do not match the media.
     """
     check_positive(tokens_per_medium=tokens_per_medium)
     check_choice("media_axis", str(media_axis), ("0", "1"))
@@ -64,7 +65,7 @@ def find_media(
                 "media",
                 expected=f"shape [B, M, ...] with B = {len(starts)}",
                 got=f"shape {tuple(media.shape)}",
-                hint="Where the media of all rows stand one after another, say media_axis=0.",
+                hint="If the media of all rows are concatenated, say media_axis=0.",
             )
         parts = {(row, index): (row, index) for row in range(len(starts)) for index in range(media.shape[1])}
     mask = batch.get("media_mask")
@@ -72,7 +73,7 @@ def find_media(
 
 
 def real_text(batch: Mapping[str, Any]) -> Bool[Tensor, "B T"]:
-    """True at text that is no padding."""
+    """True at text that is not padding."""
     ids, mask = batch["input_ids"], batch.get("attention_mask")
     return mask.bool() if mask is not None and mask.shape == ids.shape else torch.ones_like(ids, dtype=torch.bool)
 
@@ -117,7 +118,7 @@ def _token_positions(batch: Mapping[str, Any], token: int | None, tokens_per_med
 
 
 def _documents(batch: Mapping[str, Any]) -> Int[Tensor, "B T"]:
-    """The number of each token's document in its row: a new one begins where positions fall."""
+    """The number of each token's document in its row: positions restart in each document."""
     ids, positions = batch["input_ids"], batch.get("position_ids")
     if positions is None or positions.shape != ids.shape:
         return torch.zeros_like(ids)
@@ -126,13 +127,13 @@ def _documents(batch: Mapping[str, Any]) -> Int[Tensor, "B T"]:
 
 @dataclass(frozen=True)
 class Finding:
-    """Text positions that a medium moves and must not, or should move and does not.
+    """Text positions that depend on a medium and must not, or should and do not.
 
     Args:
         medium: the one that was changed.
         row: of the text.
         positions: of the text in that row.
-        change: the most by which any logit moved there; 0 where nothing did.
+        change: the greatest change of a logit there; 0 if there is none.
     """
 
     medium: Medium
@@ -143,15 +144,15 @@ class Finding:
 
 @dataclass(frozen=True)
 class Audit:
-    """What changing each medium did to the logits. `str()` of it is the report.
+    """The change of the logits by each medium. `str()` of it is the report.
 
     Args:
         media: the media that were changed, one after another.
         change: `[media, B, T]`, the greatest change of a logit at each position when that medium was changed.
-        expected: `[media, B, T]`, True where it ought to change: at real text from the medium on, in its own row and
+        expected: `[media, B, T]`, True where logits should change: at real text from the medium on, in its own row and
             document.
-        judged: `[B, T]`, True at real text; what a model says at padding is its own affair.
-        threshold: change up to which a position counts as unmoved.
+        judged: `[B, T]`, True at real text; padding is not judged.
+        threshold: changes up to this count as none.
     """
 
     media: tuple[Medium, ...]
@@ -162,17 +163,17 @@ class Audit:
 
     @property
     def leaks(self) -> tuple[Finding, ...]:
-        """Positions that moved and must not."""
+        """Positions that changed and must not."""
         return self._findings((self.change > self.threshold) & ~self.expected & self.judged)
 
     @property
     def blind(self) -> tuple[Finding, ...]:
-        """Positions that should move and did not."""
+        """Positions that should change and did not."""
         return self._findings((self.change <= self.threshold) & self.expected & self.judged)
 
     @property
     def passed(self) -> bool:
-        """No leak, and no blind position."""
+        """Whether there is neither a leak nor a blind position."""
         return not self.leaks and not self.blind
 
     def routing(self) -> Routing:
@@ -220,7 +221,7 @@ def audit(
     tolerance: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> Audit:
-    """Change each medium of a batch in turn and see which text moves: a causal model must not look ahead.
+    """Change each medium of a batch in turn and see which logits change: text must not depend on later media.
 
     Text before a medium, text of another row or of another packed document must not move by one bit; neither may
     anything where a medium is masked, or has no place in the text. Text from the medium on should move: at least
@@ -261,9 +262,7 @@ def audit(
     token = _media_token(model) if media_token_id is None else media_token_id
     found = find_media(batch, tensor, media_token_id=token, tokens_per_medium=tokens_per_medium, media_axis=media_axis)
 
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
+    with evaluating(model):
         logits = _logits(model, batch)
         floor = _difference(_logits(model, batch), logits).max().item()
         changes = []
@@ -271,9 +270,6 @@ def audit(
             changed = tensor.clone()
             changed[medium.where] = _noise(tensor, tensor[medium.where].shape, generator)
             changes.append(_difference(_logits(model, {**batch, name: changed}), logits))
-    finally:
-        for module, training in modes.items():
-            module.training = training
     expected = torch.stack([medium.should_move for medium in found])
     return Audit(tuple(found), torch.stack(changes), expected, real_text(batch), max(tolerance, floor))
 
@@ -296,7 +292,6 @@ def _media_token(model: nn.Module) -> int | None:
     return None
 
 
-@torch.no_grad()
 def _logits(model: Callable[..., Any], batch: Mapping[str, Any]) -> Tensor:
     output = model(**batch)
     logits = getattr(output, "logits", output)
@@ -308,7 +303,7 @@ def _logits(model: Callable[..., Any], batch: Mapping[str, Any]) -> Tensor:
 
 
 def _difference(one: Tensor, other: Tensor) -> Float[Tensor, "B T"]:
-    """The greatest change of a logit at each position; infinite where one of the two is no number."""
+    """The greatest change of a logit at each position; infinite where one of the two is NaN."""
     return (one.float() - other.float()).abs().nan_to_num(nan=torch.inf).amax(-1)
 
 

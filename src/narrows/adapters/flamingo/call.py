@@ -1,7 +1,7 @@
-"""The media of one call, and what the gated blocks do in one pass of the language model within it.
+"""The state of a call of a `Flamingo`, and of each forward pass of the language model in it.
 
-Both are found through context variables that are set in a copy of the caller's context: another thread sees nothing of
-them, and neither does anyone after the call, however it ended.
+Hooks find both through context variables that are set in a copy of the caller's context: they are not visible in other
+threads, nor after the call, even if it raised.
 """
 
 from collections.abc import Callable
@@ -23,16 +23,15 @@ from narrows.routing import Routing
 
 @dataclass(frozen=True)
 class MediaCall:
-    """One call of a `Flamingo`, `forward` or `generate`.
+    """The media of one call of `forward` or `generate`.
 
     Args:
-        media: `[B, M, N, D]`, latents of the media that this call brings, those of a row one after another.
-        counts: `[B]`, how many a row brings.
-        locations: `[B, T]`, where they stand in the text that this call brings. What a model writes after it holds no
-            media, whatever tokens it writes.
-        start: how many tokens of text went before.
-        document_starts: `[B, T]`, where documents begin that are packed into one row, or None.
-        routings: where to put what each block reads, or None.
+        media: `[B, M, N, D]`, latents of the new media.
+        counts: `[B]`, number of new media of each row.
+        locations: `[B, T]`, True at media tokens of the new text. Generated text holds no media, whatever its tokens.
+        start: number of text tokens before, in the cache.
+        document_starts: `[B, T]`, True where documents packed into one row begin, or None.
+        routings: a list to append the routing of each block to, or None.
     """
 
     media: Float[Tensor, "B M N D"]
@@ -43,22 +42,22 @@ class MediaCall:
     routings: list[Routing] | None = None
 
     def locations_at(self, start: int, length: int) -> Bool[Tensor, "B length"]:
-        """The same for `length` tokens from `start` on."""
+        """`locations` of `length` tokens from `start` on, False beyond the new text."""
         given = self.locations[:, start - self.start : start - self.start + length]
         return pad(given, (0, length - given.shape[1]))
 
 
 class MediaPass:
-    """One pass of the language model: what its tokens see, and the memory it leaves behind.
+    """One forward pass of the language model: which media its tokens see, and the memory that it leaves.
 
-    Without gradients each block projects a medium once and the memory keeps what it made. With them a block projects
-    inside its own forward, where FSDP has its parameters whole, and nothing is kept that hangs on the graph.
+    Without gradients each block projects a medium once, and the memory keeps keys and values. With gradients a block
+    projects in its own forward, where FSDP has gathered its parameters, and no part of the graph is kept.
 
     Args:
         call: the call it is part of.
-        memory: the media of the text before, or None.
-        batch, start, length: of the tokens that pass now, which `start` tokens precede.
-        attend: what text may see.
+        memory: of the text before, or None.
+        batch, start, length: shape of the current tokens, after `start` others.
+        attend: which media text may see.
     """
 
     def __init__(
@@ -66,7 +65,7 @@ class MediaPass:
     ) -> None:
         self.shape = (batch, length)
         before = MediaMemory.of_text(batch, start, call.media) if memory is None else memory
-        # What the call brings is new in the first pass over its text; after that the memory has it.
+        # The media of the call are new in the first pass over its text; after that the memory has them.
         self._new = call.media if start == call.start and call.media.shape[1] else None
         self._repeats = batch // len(call.media)
         after = before if self._new is None else before.with_media(self._new, call.counts)
@@ -78,9 +77,9 @@ class MediaPass:
         self._dropped = after.dropped if self._keeps and before.keys_values else torch.zeros_like(after.dropped)
 
     def read(
-        self, number: int, block: GatedCrossAttentionBlock, text: Float[Tensor, "R T D"], *, again: bool = False
+        self, number: int, block: GatedCrossAttentionBlock, text: Float[Tensor, "R T D"], *, checkpointed: bool = False
     ) -> Float[Tensor, "R T D"]:
-        """The text after block `number`, in the precision it came in; `again`: backward makes it again."""
+        """The text after block `number`, in its own dtype; `checkpointed`: with activation checkpointing."""
         like = block.attn_gate
         inside = text.to(like.device, like.dtype)
         media = self._keys_values(number, block) if self._keeps else self._after.latents[self._after.sample].to(like)
@@ -89,23 +88,23 @@ class MediaPass:
         visible = VisibleMedia((first - dropped).to(like.device), (last - dropped).to(like.device), most)
         if self._call.routings is not None:
             self._call.routings.append(block.routing(inside, media, visible=visible))
-        if again and not self._keeps:
+        if checkpointed and not self._keeps:
             return checkpoint(block, inside, media, visible=visible, use_reentrant=False).to(text.dtype)
         return block(inside, media, visible=visible).to(text.dtype)
 
     def memory(self) -> MediaMemory:
-        """What text after this pass has to know."""
+        """The memory for the text after this pass."""
         kept = tuple(self._kept.values())
         if not kept:
             return replace(self._after, keys_values=None, dropped=torch.zeros_like(self._after.dropped))
         memory = replace(self._after, keys_values=kept, dropped=self._dropped)
         columns, most = kept[0].key.shape[1], self._visible.most
         settled = self._new is None and self._before.keys_values is not None and (most is None or columns <= most)
-        # What the last token sees from, later text sees from, or from a later medium.
+        # Later text sees no medium before the first that the last token sees.
         return memory if settled else memory.seen_from(self._visible.first[:, -1])
 
     def _keys_values(self, number: int, block: GatedCrossAttentionBlock) -> MediaKeysValues:
-        """Keys and values of the media that any token of this pass sees."""
+        """Keys and values of the media that tokens of this pass may see, projected once."""
         before, like = self._before, block.attn_gate
         if before.keys_values is None:
             key, value, _ = block.keys_values(self._after.latents.to(like))
@@ -126,13 +125,13 @@ PASS: ContextVar[tuple[object, MediaPass] | None] = ContextVar("narrows_media_pa
 
 
 def run(owner: object, call: MediaCall, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """`function(*args, **kwargs)`, in which `owner` finds `call`."""
+    """Run `function(*args, **kwargs)` with `call` as the current call of `owner`."""
     context = copy_context()
     context.run(CALL.set, (owner, call))
     return context.run(function, *args, **kwargs)
 
 
-def mine(owner: object, variable: ContextVar[tuple[object, Any] | None]) -> Any:
-    """What `variable` holds for `owner`, or None."""
+def current(owner: object, variable: ContextVar[tuple[object, Any] | None]) -> Any:
+    """The value of `variable` if `owner` set it, else None."""
     found = variable.get()
     return None if found is None or found[0] is not owner else found[1]

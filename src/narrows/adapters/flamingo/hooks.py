@@ -1,4 +1,4 @@
-"""Everything that ever touches a language model: hooks on it and on the decoder layers that have a block."""
+"""Hooks on a language model and on its decoder layers that run the gated blocks; nothing else touches it."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import Cache
 
-from narrows.adapters.flamingo.call import CALL, PASS, MediaPass, mine
+from narrows.adapters.flamingo.call import CALL, PASS, MediaPass, current
 from narrows.adapters.flamingo.host import Host
 from narrows.adapters.flamingo.memory import read_memory, text_length, write_memory
 from narrows.errors import InvalidArgument
@@ -16,9 +16,9 @@ from narrows.ops.media_attention import Attend
 
 
 class MediaHooks:
-    """Lets the text of a language model read media between its decoder layers, in calls that bring a `MediaCall`.
+    """Hooks that run gated cross attention blocks between decoder layers, in calls with a `MediaCall`.
 
-    A pass of the language model outside of such a call is not touched.
+    A call of the language model on its own is left alone.
 
     Args:
         host: the language model.
@@ -42,13 +42,13 @@ class MediaHooks:
             self._handles.append(hook)
 
     def remove(self) -> None:
-        """Take every hook off."""
+        """Remove all hooks."""
         for handle in self._handles:
             handle.remove()
 
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A pass of the language model begins."""
-        if (call := mine(self, CALL)) is None:
+        """Before the language model: start a pass."""
+        if (call := current(self, CALL)) is None:
             return
         text = kwargs.get("input_ids", args[0] if args else None)
         batch, length = (kwargs["inputs_embeds"] if text is None else text).shape[:2]
@@ -57,8 +57,8 @@ class MediaHooks:
         PASS.set((self, MediaPass(call, memory, batch=batch, start=start, length=length, attend=self.attend)))
 
     def _end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """A pass of the language model has run: what it learned of media goes with its keys and values."""
-        if (one := mine(self, PASS)) is None:
+        """After the language model: store the memory in its cache."""
+        if (one := current(self, PASS)) is None:
             return
         PASS.set(None)
         for part in output if isinstance(output, tuple) else output.values():
@@ -66,8 +66,8 @@ class MediaHooks:
                 write_memory(part, one.memory())
 
     def _read(self, number: int, block: nn.Module, layer: nn.Module, text: Tensor) -> Tensor | None:
-        """The text at a decoder layer after it has read its media; None where nothing is to be read."""
-        if (one := mine(self, PASS)) is None:
+        """The hidden states at a decoder layer after its block; None outside of a `MediaCall`."""
+        if (one := current(self, PASS)) is None:
             return None
         if text.shape[:-1] != one.shape:
             raise InvalidArgument(
@@ -76,14 +76,14 @@ class MediaHooks:
                 got=f"shape {tuple(text.shape)} for text {one.shape} at {type(layer).__name__}",
                 hint="This architecture cannot be supported.",
             )
-        again = layer.training and getattr(layer, "gradient_checkpointing", False)
-        return one.read(number, block, text, again=bool(again))
+        checkpointed = layer.training and getattr(layer, "gradient_checkpointing", False)
+        return one.read(number, block, text, checkpointed=bool(checkpointed))
 
 
 def _before(
     reads: Any, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """The text enters a decoder layer, as its first argument or by name."""
+    """A block before a decoder layer, whose hidden states come by position or by name."""
     text = reads(layer, args[0] if args else kwargs["hidden_states"])
     if text is None:
         return None
@@ -91,7 +91,7 @@ def _before(
 
 
 def _after(reads: Any, layer: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
-    """The text leaves a decoder layer, alone or first of several."""
+    """A block after a decoder layer, which returns hidden states alone or first in a tuple."""
     if not isinstance(output, tuple):
         return reads(layer, output)
     text = reads(layer, output[0])

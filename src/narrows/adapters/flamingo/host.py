@@ -1,4 +1,4 @@
-"""What of a language model the adapter holds on to, found by structure: no table of names."""
+"""The parts of a language model that the adapter needs, found by structure, not by a table of model names."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -15,12 +15,12 @@ ATTENTION = "attention"
 
 
 class Host(NamedTuple):
-    """A language model that can be made to read media.
+    """A language model that is supported.
 
     Args:
         model: the causal language model itself, inside whatever wraps it.
         layers: its decoder layers.
-        width: of the text between them.
+        width: of the hidden states between them.
     """
 
     model: PreTrainedModel
@@ -33,8 +33,8 @@ def find_host(language_model: nn.Module) -> Host:
 
     Raises:
         InvalidType: no model of transformers in it.
-        InvalidArgument: an architecture whose decoder layers cannot be found, or that remembers text in another way
-            than by keys and values of every token; the message names it and the reason.
+        InvalidArgument: no decoder layers are found, or the model keeps another state of text than keys and values of
+            every token; the message names it and the reason.
     """
     model = next((module for module in language_model.modules() if isinstance(module, PreTrainedModel)), None)
     if model is None:
@@ -60,14 +60,14 @@ def find_host(language_model: nn.Module) -> Host:
 
 
 def _why_not(model: PreTrainedModel) -> str | None:
-    """Why a model cannot be supported, or None."""
+    """The reason why a model is not supported, or None."""
     if model.config.is_encoder_decoder:
         return "is an encoder-decoder: its decoder reads an encoder already"
     if "past_key_values" not in inspect.signature(model.forward).parameters:
         return "takes no past_key_values: its state is recurrent, or it keeps none"
     config = model.config.get_text_config(decoder=True)
     causal = any(getattr(module, "is_causal", False) for module in model.modules())
-    if getattr(config, "is_decoder", True) is False and not causal:  # some decoders have an is_decoder that is dead
+    if getattr(config, "is_decoder", True) is False and not causal:  # some decoders ignore their is_decoder
         return "reads text in both directions: its config says is_decoder=False"
     others = {kind for kind in getattr(config, "layer_types", None) or () if ATTENTION not in kind or "linear" in kind}
     if model._is_stateful or others:
@@ -76,16 +76,21 @@ def _why_not(model: PreTrainedModel) -> str | None:
 
 
 def _decoder_layers(model: PreTrainedModel, count: int) -> dict[str, nn.ModuleList]:
-    """Every list of `count` modules that take hidden states, but those inside another one."""
+    """Every outermost list of `count` modules that take hidden states."""
     found: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{other}.") for other in found)
-        if isinstance(module, nn.ModuleList) and len(module) == count and not inside and all(map(_passes_text, module)):
+        if (
+            isinstance(module, nn.ModuleList)
+            and len(module) == count
+            and not inside
+            and all(map(_takes_hidden_states, module))
+        ):
             found[name] = module
     return found
 
 
-def _passes_text(layer: nn.Module) -> bool:
+def _takes_hidden_states(layer: nn.Module) -> bool:
     return next(iter(inspect.signature(layer.forward).parameters), None) == "hidden_states"
 
 
@@ -106,24 +111,24 @@ def layer_numbers(every: int | Sequence[int], num_layers: int) -> tuple[int, ...
 def factory(
     layer: nn.Module, device: torch.device | str | None, dtype: torch.dtype | None
 ) -> dict[str, torch.device | str | torch.dtype]:
-    """Where and in what precision a block is made: as `layer` computes, whose weights may be of 8 or 4 bits."""
+    """Device and dtype of a block: by default those in which `layer` computes, whose weights may be quantised."""
     computes = (p for p in layer.parameters() if p.is_floating_point() and p.element_size() >= 2)
     like = next(computes, torch.empty(0))
     return {"device": like.device if device is None else device, "dtype": like.dtype if dtype is None else dtype}
 
 
-def hold_still(*modules: nn.Module | None) -> Callable[[], None]:
-    """Freeze modules, and return what puts them back."""
+def freeze_modules(*modules: nn.Module | None) -> Callable[[], None]:
+    """Freeze modules; the returned function undoes it."""
     parameters = [parameter for module in modules if module is not None for parameter in module.parameters()]
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     modes = [(part, part.training) for module in modules if module is not None for part in module.modules()]
     for parameter in trained:
         parameter.requires_grad_(False)
 
-    def thaw() -> None:
+    def unfreeze() -> None:
         for parameter in trained:
             parameter.requires_grad_(True)
         for part, mode in modes:
             part.training = mode
 
-    return thaw
+    return unfreeze

@@ -1,4 +1,4 @@
-"""Media as users have them to latents as the gated blocks read them."""
+"""The media of a call: encoded to latents, and matched with their places in the text."""
 
 from typing import Any, NamedTuple
 
@@ -15,8 +15,8 @@ class EncodedMedia(NamedTuple):
     """Latents of the media of each text, in the order of the text and without gaps.
 
     Args:
-        latents: `[B, M, K, D]`, M the most that a text has; those beyond a text's count are nobody's.
-        counts: `[B]`, how many a text has.
+        latents: `[B, M, K, D]`, padded to M media for each text.
+        counts: `[B]`, number of media of each text.
     """
 
     latents: Float[Tensor, "B M K D"]
@@ -30,12 +30,12 @@ def encode(
     vision_encoder: nn.Module | None,
     resampler: PerceiverResampler,
 ) -> EncodedMedia:
-    """Encode and resample the real media, each once.
+    """Encode and resample media, padding left out.
 
     Args:
         media: images `[B, M, 3, H, W]` or clips `[B, M, F, 3, H, W]` for `vision_encoder`; encoded `[B, M, N, D]`, or
             encoded clips `[B, M, F, N, D]` where there is no encoder.
-        mask: `[B, M]`, or at every axis of encoded media but the last; True at what is real.
+        mask: `[B, M]`, or of every token of encoded media; True at real media, False at padding.
         vision_encoder: images `[n, 3, H, W]` to tokens.
         resampler: tokens to latents.
     """
@@ -44,22 +44,22 @@ def encode(
     of_tokens = mask if mask is not None and mask.ndim > 2 else None
     if mask is None:
         mask = torch.ones(media.shape[:2], dtype=torch.bool, device=media.device)
-    there = mask.flatten(2).any(-1) if mask.ndim > 2 else mask
-    counts = there.sum(1)
+    present = mask.flatten(2).any(-1) if mask.ndim > 2 else mask
+    counts = present.sum(1)
     if not counts.any():
         return no_media(len(media), resampler)
     slots = torch.arange(int(counts.max()), device=counts.device) < counts[:, None]
     latents = like.new_zeros(*slots.shape, *like.shape)
-    real = media[there]  # [n, ...]: nothing is spent on media that are not there
+    real = media[present]  # [n, ...]
     real = _tokens_of(vision_encoder, real) if images and vision_encoder is not None else real
-    readable = None if of_tokens is None else of_tokens[there].unsqueeze(1).to(like.device)
+    readable = None if of_tokens is None else of_tokens[present].unsqueeze(1).to(like.device)
     made = resampler(real.to(like.device, like.dtype).unsqueeze(1), readable).squeeze(1)
     latents = latents.index_put(slots.to(like.device).nonzero(as_tuple=True), made)
     return EncodedMedia(latents, counts.to(like.device))
 
 
 def _check(media: Tensor, mask: Tensor | None, *, encoder: bool, dim: int) -> bool:
-    """Whether media are images or clips of them; raise where they are nothing that can be read."""
+    """Whether media are images or clips, not encoded; raise if their shape is none of the known."""
     images = {5: "[B, M, 3, H, W]", 6: "[B, M, F, 3, H, W]"} if encoder else {}
     encoded = {4: "[B, M, N, D]"} | ({} if encoder else {5: "[B, M, F, N, D]"})
     if media.ndim not in images and media.ndim not in encoded:
@@ -82,9 +82,9 @@ def _check(media: Tensor, mask: Tensor | None, *, encoder: bool, dim: int) -> bo
 
 
 def no_media(num_texts: int, resampler: PerceiverResampler) -> EncodedMedia:
-    """What text without media reads.
+    """The latents of a call without media.
 
-    While training, one medium that no text sees: every parameter takes part in every step, as DDP and FSDP expect.
+    In training, one medium that no text sees: every parameter gets a gradient in every step, as DDP and FSDP need.
     """
     like = resampler.latents
     counts = torch.zeros(num_texts, dtype=torch.long, device=like.device)
@@ -95,7 +95,7 @@ def no_media(num_texts: int, resampler: PerceiverResampler) -> EncodedMedia:
 
 
 def _tokens_of(encoder: nn.Module, images: Float[Tensor, "n *frames C H W"]) -> Float[Tensor, "n *frames N D"]:
-    """The encoder's tokens of each image: timm's features, transformers' last hidden state, or what it returns."""
+    """Tokens of each image: timm's `forward_features`, transformers' last hidden state, or what the encoder returns."""
     parameter = next(encoder.parameters(), images)
     images = images.to(parameter.device, parameter.dtype)
     run: Any = getattr(encoder, "forward_features", encoder)
@@ -109,7 +109,7 @@ def _tokens_of(encoder: nn.Module, images: Float[Tensor, "n *frames C H W"]) -> 
 
 
 def width_of(encoder: nn.Module | None) -> int | None:
-    """The width of an encoder's tokens where it says so, or None."""
+    """The width of an encoder's tokens, if an attribute or its config has it."""
     config = getattr(encoder, "config", None)
     for source, name in ((encoder, "num_features"), (encoder, "embed_dim"), (config, "hidden_size")):
         if isinstance(width := getattr(source, name, None), int):
@@ -123,7 +123,7 @@ def locate(
     media_locations: Bool[Tensor, "B T"] | None,
     media_token_id: int | None,
 ) -> Bool[Tensor, "B T"]:
-    """Where media stand in `input_ids` `[B, T]` or `inputs_embeds` `[B, T, D]`, padding aside."""
+    """True at the media tokens of `input_ids` `[B, T]` or `inputs_embeds` `[B, T, D]`, except in padding."""
     shape = text.shape[:2]
     if media_locations is not None:
         check_mask("media_locations", media_locations, tuple(shape), layout="[B, T]")
@@ -138,7 +138,7 @@ def locate(
 
 
 def check_counts(locations: Bool[Tensor, "B T"], counts: Int[Tensor, " rows"]) -> None:
-    """Raise unless every row has as many media as places for them."""
+    """Raise unless every row has as many media as media tokens."""
     places = locations.sum(1)
     if len(places) != len(counts):
         raise InvalidArgument("media", expected=f"media for each of {len(places)} rows of text", got=len(counts))
@@ -155,7 +155,7 @@ def check_counts(locations: Bool[Tensor, "B T"], counts: Int[Tensor, " rows"]) -
 
 
 def document_starts(position_ids: Tensor | None, attention_mask: Tensor | None) -> Bool[Tensor, "B T"] | None:
-    """Where a packed row begins a document: positions do not count on, as transformers has it; None without packing."""
+    """True where a document begins in a packed row, known by restarting positions; None without packing."""
     if position_ids is None or attention_mask is not None or position_ids.ndim != 2:
         return None
     return torch.diff(position_ids, dim=1, prepend=position_ids[:, :1] - 2) != 1

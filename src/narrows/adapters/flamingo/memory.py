@@ -1,7 +1,7 @@
-"""What a conversation knows of its media: where each stands in the text so far, and what text yet to come may read.
+"""The media of the text in a cache: their places, latents, keys and values, for the text that follows.
 
-A `MediaMemory` is a value. A call makes a new one from the last, and puts it beside the keys and values of the language
-model only once it has run to its end.
+A `MediaMemory` is immutable. A call makes a new one from the last, and stores it in `past_key_values` only after it has
+finished: as one more cache layer, so that whatever is done to a cache (cropping, reordering, repeating) is done to it.
 """
 
 from dataclasses import dataclass, replace
@@ -20,14 +20,14 @@ class MediaMemory:
     """Media and their places in R texts of S tokens each.
 
     Args:
-        locations: `[R, S]`, True where a medium stands: all there is to say what any token sees (`Attend.visible`).
-        latents: `[L, M, N, D]`, the media of L samples, those of a sample one after another. Kept whole, so that text
-            cut back to before a medium reads the one before it again; they are small, and nothing copies them.
-        sample: `[R]`, the sample whose media a text reads: beams share one.
-        counts: `[R]`, how many media a text has been given.
-        keys_values: for each block, keys and values of those media that text to come may see, `[R, W, N, H, E]`;
-            None: to be projected from the latents.
-        dropped: `[R]`, how many media stand before those in `keys_values`.
+        locations: `[R, S]`, True at media tokens, from which `Attend.visible` finds what each token sees.
+        latents: `[L, M, N, D]`, the media of L samples. All are kept: text cropped to before a medium reads the one
+            before it again.
+        sample: `[R]`, the sample whose media a text reads; beams share one.
+        counts: `[R]`, number of media of each text so far.
+        keys_values: for each block, keys and values of the W media that later text may see, `[R, W, N, H, E]`; None: to
+            be projected from the latents.
+        dropped: `[R]`, number of media before those in `keys_values`.
     """
 
     locations: Bool[Tensor, "R S"]
@@ -39,18 +39,18 @@ class MediaMemory:
 
     @staticmethod
     def of_text(num_texts: int, length: int, media: Float[Tensor, "L M N D"]) -> "MediaMemory":
-        """Texts of which no media are known; `media` says width, device and precision."""
+        """Texts without media; `media` gives width, device and dtype."""
         none = torch.zeros(num_texts, dtype=torch.long, device=media.device)
         locations = torch.zeros(num_texts, length, dtype=torch.bool, device=media.device)
         return MediaMemory(locations, media[:1, :0], none, none, None, none)
 
     @property
     def length(self) -> int:
-        """S, the tokens so far."""
+        """S, number of tokens so far."""
         return self.locations.shape[1]
 
     def with_media(self, media: Float[Tensor, "B M N D"], counts: Int[Tensor, " B"]) -> "MediaMemory":
-        """The same with `counts` more media for each text; R is a multiple of B where a prompt is continued often."""
+        """Append `counts` media to each text; R is a multiple of B if prompts are repeated (beams, samples)."""
         repeats = len(self.sample) // len(media)
         if self.latents.shape[1] == 0:
             sample = torch.arange(len(media), device=media.device).repeat_interleave(repeats)
@@ -64,11 +64,11 @@ class MediaMemory:
         )
 
     def with_text(self, locations: Bool[Tensor, "R T"]) -> "MediaMemory":
-        """The same, T tokens later."""
+        """Append T tokens."""
         return replace(self, locations=torch.cat((self.locations, locations), 1))
 
     def seen_from(self, first: Int[Tensor, " R"]) -> "MediaMemory":
-        """The same without keys and values of media before number `first`, which text to come does not see."""
+        """Drop keys and values of media before number `first`, which later text does not see."""
         assert self.keys_values is not None
         dropped = torch.maximum(self.dropped, first - 1)
         width = int((self.counts - dropped).max().clamp(min=0))
@@ -77,7 +77,7 @@ class MediaMemory:
         return replace(self, keys_values=kept, dropped=dropped)
 
     def without_last(self, num_tokens: int) -> "MediaMemory":
-        """The same, so many tokens ago."""
+        """Crop the last `num_tokens` tokens."""
         length = max(self.length - num_tokens, 0)
         kept, cut = self.locations[:, :length], self.locations[:, length:]
         if not cut.any():
@@ -86,7 +86,7 @@ class MediaMemory:
         return replace(self, locations=kept, counts=kept.sum(1), keys_values=None, dropped=none)
 
     def rows(self, index: Int[Tensor, " rows"]) -> "MediaMemory":
-        """Some of the texts, in any order, each as often as wanted."""
+        """Select, reorder or repeat texts."""
         index = index.to(self.sample.device)
         kept = self.keys_values
         if kept is not None:
@@ -97,7 +97,7 @@ class MediaMemory:
 
 
 def take(media: Float[Tensor, "R M *media"], columns: Int[Tensor, "R W"]) -> Float[Tensor, "R W *media"]:
-    """`media[r, columns[r]]`; the last medium for columns beyond it, which no text sees."""
+    """`media[r, columns[r]]`, with columns clamped to the last medium."""
     row = torch.arange(len(media), device=media.device)[:, None]
     return media[row, columns.clamp(max=media.shape[1] - 1)] if media.shape[1] else media
 
@@ -105,14 +105,14 @@ def take(media: Float[Tensor, "R M *media"], columns: Int[Tensor, "R W"]) -> Flo
 def append(
     media: Float[Tensor, "R M *media"], counts: Int[Tensor, " R"], new: Float[Tensor, "R m *media"]
 ) -> Float[Tensor, "R both *media"]:
-    """`new` after the first `counts` media of each row, without gaps."""
+    """Concatenate `new` after the first `counts` media of each row, without padding between."""
     number = torch.arange(media.shape[1] + new.shape[1], device=media.device)
     columns = torch.where(number < counts[:, None], number, media.shape[1] + number - counts[:, None])
     return take(torch.cat((media, new), 1), columns)
 
 
 class MediaCacheLayer(DummyLayer):
-    """A cache layer without keys and values of text.
+    """A cache layer of transformers that holds a `MediaMemory` in place of keys and values of text.
 
     Args:
         memory: the media of the text in this cache; None after `reset`.
@@ -123,38 +123,38 @@ class MediaCacheLayer(DummyLayer):
         self.memory: MediaMemory | None = memory
 
     def reset(self) -> None:
-        """Forget the text and its media."""
+        """Empty the cache."""
         self.memory = None
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Go back by so many tokens; the number is negative, as transformers has it."""
+        """Crop the last tokens; transformers passes their number as a negative."""
         if self.memory is not None:
             self.memory = self.memory.without_last(abs(tokens_to_remove))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Beams continue those at `beam_idx`."""
+        """Reorder beams."""
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these texts."""
+        """Select texts."""
         if self.memory is not None:
             self.memory = self.memory.rows(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Continue each text in several ways."""
+        """Repeat each text."""
         if self.memory is not None:
             rows = torch.arange(len(self.memory.sample), device=self.memory.sample.device)
             self.memory = self.memory.rows(rows.repeat_interleave(repeats))
 
 
 def read_memory(cache: Cache | None) -> MediaMemory | None:
-    """The media of the text in `cache`, if any are known."""
+    """The memory in a cache, if there is one."""
     layers = [] if cache is None else cache.layers
     return next((layer.memory for layer in layers if isinstance(layer, MediaCacheLayer)), None)
 
 
 def write_memory(cache: Cache, memory: MediaMemory) -> None:
-    """Keep `memory` with `cache`."""
+    """Store `memory` in a cache."""
     for layer in cache.layers:
         if isinstance(layer, MediaCacheLayer):
             layer.memory = memory
@@ -164,7 +164,7 @@ def write_memory(cache: Cache, memory: MediaMemory) -> None:
 
 
 def text_length(cache: Cache | None) -> int:
-    """How many tokens of text are in `cache`."""
+    """Number of text tokens in a cache."""
     memory = read_memory(cache)
     if memory is not None:
         return memory.length

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from narrows.adapters.flamingo.call import MediaCall, run
 from narrows.adapters.flamingo.hooks import MediaHooks
-from narrows.adapters.flamingo.host import factory, find_host, hold_still, layer_numbers
+from narrows.adapters.flamingo.host import factory, find_host, freeze_modules, layer_numbers
 from narrows.adapters.flamingo.media import check_counts, document_starts, encode, locate, no_media, width_of
 from narrows.adapters.flamingo.memory import text_length
 from narrows.adapters.flamingo.saving import (
@@ -43,34 +43,34 @@ class Flamingo(
 ):
     r"""A causal language model of transformers that reads images, clips or any encoded media.
 
-    A Perceiver resampler makes a fixed number of latents of each medium; gated cross attention blocks between the
-    decoder layers let each text token read those of the media it may see (Flamingo, figure 3). The blocks act through
-    hooks: class, parameters, state dict and outputs of the language model stay what they are, and with the gates at
-    zero, as at the start, so do the logits, to the bit. `remove` takes the hooks away. `save_pretrained(folder)` writes
-    what was added and nothing else; `from_pretrained(folder, language_model=..., vision_encoder=...)` reads it.
+    A Perceiver resampler turns each medium into a fixed number of latents; in gated cross attention blocks between the
+    decoder layers each text token attends to those of the media it may see (Flamingo, figure 3). The blocks run in
+    hooks: class, parameters, state dict and outputs of the language model do not change, and with the gates at zero, as
+    at the start, neither do the logits, to the bit. `remove` takes the hooks away. `save_pretrained(folder)` writes
+    what was added only; `from_pretrained(folder, language_model=..., vision_encoder=...)` reads it.
 
-    Which media a token sees is kept with the keys and values of the text, in `past_key_values`: it holds in cached
-    decoding, later turns with new media, chunked prefill, beam search, and when the cache is cut back.
+    Media are kept with the keys and values of the text, in `past_key_values`, so that cached decoding, later turns with
+    new media, chunked prefill, beam search and a cropped cache give what a pass over the whole text gives.
 
     Args:
         language_model: any decoder of transformers, also inside peft.
         vision_encoder: images `[n, 3, H, W]` to tokens `[n, N, media_dim]`: a module of timm or transformers, or any.
-            None: media come encoded.
-        media_dim: width of encoded media; None: what the encoder says.
+            None: media are passed encoded.
+        media_dim: width of encoded media; None: that of the encoder.
         every: a block at every n-th decoder layer, the n-th one first (OpenFlamingo); or the numbers of the layers,
             from 0.
         placement: "before" the decoder layer (paper, OpenFlamingo) or "after" it (flamingo-pytorch).
         attend: which media text may see: `LastMedium()` (paper), `LastMedia(count)`, `ConsecutiveGroup()`,
             `AllPrevious()`.
-        media_token_id: the token that stands where a medium does; None: calls say it with `media_locations`.
-        resampler: further arguments of the `PerceiverResampler`; `depth` is 6 if it is not among them.
+        media_token_id: the placeholder token of a medium; None: calls pass `media_locations`.
+        resampler: further arguments of the `PerceiverResampler`; `depth` is 6 by default.
         block: further arguments of each `GatedCrossAttentionBlock`.
-        freeze: language model and encoder get no gradients and stay in evaluation mode. False leaves them as they are.
-        device, dtype: of what is added; None: as the decoder layer it stands at.
+        freeze: no gradients for language model and encoder, which stay in evaluation mode; False leaves them alone.
+        device, dtype: of what is added; None: as of the decoder layer beside it.
 
     Raises:
         InvalidType: no language model of transformers.
-        InvalidArgument: an architecture that cannot be supported, named with the reason; arguments that do not fit it.
+        InvalidArgument: an unsupported architecture, with the reason; arguments that do not fit it.
 
     Paper: Alayrac et al. 2022, Flamingo: a Visual Language Model for Few-Shot Learning, arXiv 2204.14198.
     """
@@ -119,7 +119,7 @@ class Flamingo(
                 "block": dict(block or {}),
             },
         }
-        self._thaw = hold_still(language_model, vision_encoder) if freeze else None
+        self._unfreeze = freeze_modules(language_model, vision_encoder) if freeze else None
         self._hooks: MediaHooks | None = MediaHooks(
             host, dict(zip(self.layer_numbers, self.blocks, strict=True)), placement=placement, attend=attend
         )
@@ -138,16 +138,16 @@ class Flamingo(
 
         Args:
             input_ids: `[B, T]`; or `inputs_embeds` among the others. With `past_key_values`, the text that follows.
-            media: those whose places are in this text: images `[B, M, 3, H, W]`, clips `[B, M, F, 3, H, W]` or encoded
+            media: of the media tokens in this text: images `[B, M, 3, H, W]`, clips `[B, M, F, 3, H, W]` or encoded
                 media `[B, M, N, D]` (without an encoder also clips, `[B, M, F, N, D]`). None: the text has none.
             media_mask: `[B, M]`, True at real media, where rows have different numbers of them; or True at the real
                 tokens of encoded media.
-            media_locations: `[B, T]`, True where a medium stands; None: at each media token.
+            media_locations: `[B, T]`, True at media tokens; None: at each `media_token_id`.
             kwargs: everything the language model takes. Documents packed into a row by `position_ids` (no
                 `attention_mask`, `use_cache=False`) see their own media only.
 
         Raises:
-            InvalidArgument: media of another shape or width; a row whose media and their places do not agree.
+            InvalidArgument: media of another shape or width; a row with another number of media than media tokens.
         """
         call = self._call(input_ids, media, media_mask, media_locations, kwargs)
         return run(self._hooks, call, self.language_model, input_ids=input_ids, **kwargs)
@@ -165,8 +165,8 @@ class Flamingo(
         """What the language model's `generate` returns, with all its options.
 
         Takes what `forward` takes; `input_ids` is what `generate` wants, with `past_key_values` the whole text or, with
-        the whole text's `attention_mask`, what is new. A media token that the model writes is text: no medium stands
-        there. Media are encoded once, however many beams or samples continue a prompt.
+        the whole text's `attention_mask`, what is new. A media token that the model generates is
+        text. Media are encoded once, for any number of beams or samples.
         """
         call = self._call(input_ids, media, media_mask, media_locations, kwargs, whole=True)
         generate: Any = self.language_model.generate
@@ -192,22 +192,22 @@ class Flamingo(
         return tuple(routings)
 
     def remove(self) -> nn.Module:
-        """Take the hooks off and return the language model as it came: outputs, trainable parameters, mode."""
+        """Remove the hooks and return the language model as it was: outputs, trainable parameters, mode."""
         if self._hooks is not None:
             self._hooks.remove()
             self._hooks = None
-        if self._thaw is not None:
-            self._thaw()
-            self._thaw = None
+        if self._unfreeze is not None:
+            self._unfreeze()
+            self._unfreeze = None
         return self.language_model
 
     def train(self, mode: bool = True) -> "Flamingo":
         """Training mode for what is added; what is frozen stays in evaluation mode.
 
-        But for decoder layers with gradient checkpointing, which transformers does in training mode only.
+        Except decoder layers with gradient checkpointing, which transformers does in training mode only.
         """
         super().train(mode)
-        if self._thaw is not None:
+        if self._unfreeze is not None:
             for module in (self.language_model, self.vision_encoder):
                 if module is not None:
                     module.eval()
@@ -233,7 +233,7 @@ class Flamingo(
         token: str | bool | None = None,
         **arguments: Any,
     ) -> "Flamingo":
-        """Arguments of the constructor that are given here go before those that were saved."""
+        """Constructor arguments given here override saved ones."""
         if config is None or config.get("architecture") != cls.__name__:
             raise InvalidArgument("path", expected="what save_pretrained of a Flamingo wrote", got=model_id)
         check_made_for(find_host(language_model).model, config["made_for"], model_id)
@@ -262,7 +262,7 @@ class Flamingo(
         whole: bool = False,
         routings: list[Routing] | None = None,
     ) -> MediaCall:
-        """The media of a call, encoded, and their places; `whole`: the text may contain what is in the cache."""
+        """The media of a call, encoded, and their places; `whole`: the text may include what is in the cache."""
         if self._hooks is None:
             raise NarrowsError(
                 "This Flamingo was removed from its language model. Make another one to read media again."
@@ -285,6 +285,9 @@ class Flamingo(
         return MediaCall(encoded.latents, encoded.counts, locations, start, starts, routings)
 
 
+# The paper's three sizes (Alayrac et al. 2022, tables 1 and 5), as arguments of `Flamingo`, each for a language
+# model of Chinchilla's shape and an NFNet-F6, whose feature maps are 1536 wide. The paper's counts of parameters are
+# rounded, and its own formulas give slightly others; `docs/flamingo.md` has both.
 _RESAMPLER = {"depth": 6, "num_latents": 64, "heads": 16, "head_dim": 96, "activation": "squared_relu"}
 
 

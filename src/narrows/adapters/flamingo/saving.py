@@ -1,4 +1,4 @@
-"""What a `Flamingo` adds to its language model, in a folder: weights as safetensors, arguments as `config.json`."""
+"""Saving and loading of what a `Flamingo` adds to its language model: safetensors and `config.json` in a folder."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -19,13 +19,13 @@ ADDED = ("resampler.", "blocks.")
 
 
 def describe(model: PreTrainedModel) -> dict[str, Any]:
-    """What a language model must have in common with the one that weights were trained beside."""
+    """The properties of a language model that weights trained beside it depend on."""
     config = model.config.get_text_config(decoder=True)
     return {"model_type": config.model_type, "width": config.hidden_size, "layers": config.num_hidden_layers}
 
 
 def encode_policy(attend: Attend) -> dict[str, Any] | None:
-    """A policy as JSON; None for a class of the user's, which the user passes again."""
+    """A policy as JSON; None for a user's own class, which has to be passed again on loading."""
     name = type(attend).__name__
     return {"name": name} | asdict(attend) if POLICIES.get(name) is type(attend) else None
 
@@ -36,7 +36,7 @@ def decode_policy(policy: Mapping[str, Any]) -> Attend:
 
 
 def check_made_for(model: PreTrainedModel, made_for: Mapping[str, Any], folder: str) -> None:
-    """Raise unless the weights in `folder` were trained beside such a language model."""
+    """Raise unless the weights in `folder` were trained beside a language model of these properties."""
     found = describe(model)
     if found != dict(made_for):
         raise InvalidArgument(
@@ -45,7 +45,7 @@ def check_made_for(model: PreTrainedModel, made_for: Mapping[str, Any], folder: 
 
 
 def save_added(model: nn.Module, folder: Path) -> None:
-    """Write what was added; where it is sharded, every process has to call this."""
+    """Write what was added; if it is sharded, every process has to call this."""
     added = {name: value for name, value in model.state_dict().items() if name.startswith(ADDED)}
     whole = {n: value.full_tensor().cpu() if isinstance(value, DTensor) else value for n, value in added.items()}
     state = {name: value.contiguous() for name, value in whole.items()}
