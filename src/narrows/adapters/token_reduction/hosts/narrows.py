@@ -72,7 +72,6 @@ class NarrowsModel(HostModel):
 
     @property
     def between(self) -> Sequence[nn.Module]:
-        """The last norm."""
         return (self.module.norm,)
 
     def pool(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B D"]:
@@ -83,12 +82,10 @@ class NarrowsModel(HostModel):
         return pool_kept(tokens, kept, self.module.global_pool)
 
     def token_grid(self, height: int, width: int) -> tuple[int, int]:
-        """`(height, width)` of the grid after the prefix for images of this height and width."""
         patch = self.module.embedding.patch_size
         return height // patch, width // patch
 
     def example(self, batch: int) -> dict[str, Tensor]:
-        """Random images, on the model's device and in its precision."""
         embedding = self.module.embedding
         return {"images": torch.randn(batch, embedding.channels, *self.image_size).to(embedding.positions)}
 
@@ -106,39 +103,31 @@ class NarrowsBlock(HostBlock):
 
     @property
     def dropout(self) -> float:
-        """Dropout probability of attention weights, 0 in evaluation."""
         return self._attention.dropout if self.module.training else 0.0
 
     def arguments(self, tokens: Float[Tensor, "B N D"]) -> BlockCall:
-        """The call's arguments."""
         return BlockCall(tokens)
 
     def normed(self, tokens: Float[Tensor, "R n D"]) -> Float[Tensor, "R n D"]:
-        """The input of attention."""
         return self.module.attention_norm(tokens)
 
     def query(self, normed: Float[Tensor, "R m D"]) -> Float[Tensor, "R m H d"]:
-        """Queries."""
         (query,) = self._projected(normed, 0, 1)
         return query
 
     def key_value(self, normed: Float[Tensor, "R n D"]) -> tuple[Tensor, Tensor]:
-        """Keys and values `[R, n, H, d]`."""
         key, value = self._projected(normed, 1, 3)
         return key, value
 
     def query_key_value(self, normed: Float[Tensor, "R n D"]) -> QueryKeyValue:
-        """All three of the same rows."""
         return QueryKeyValue(*self._projected(normed, 0, 3))
 
     def attention_update(
         self, attended: Float[Tensor, "R m HD"], normed: Float[Tensor, "R m D"]
     ) -> Float[Tensor, "R m D"]:
-        """What attention adds to the tokens."""
         return nn.functional.dropout(self._attention.out(attended), self.dropout)
 
     def feed_forward_update(self, tokens: Float[Tensor, "R m D"]) -> Float[Tensor, "R m D"]:
-        """What the feed-forward adds to the tokens."""
         return self.module.feed_forward(self.module.feed_forward_norm(tokens))
 
     def _projected(self, normed: Tensor, first: int, last: int) -> tuple[Tensor, ...]:

@@ -8,7 +8,6 @@ import torch
 from jaxtyping import Float
 from timm.layers.attention import Attention, AttentionRope
 from timm.layers.attention_pool import AttentionPoolLatent
-from timm.layers.mlp import Mlp
 from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
@@ -40,7 +39,6 @@ class TimmModel(HostModel):
         )
 
     def block(self, index: int) -> HostBlock:
-        """The block at `index`."""
         module = self.blocks[index]
         for kind, host in _BLOCKS.items():
             if type(module).forward is kind.forward:
@@ -66,7 +64,6 @@ class TimmModel(HostModel):
 
     @property
     def between(self) -> Sequence[nn.Module]:
-        """The last norm."""
         return (self.module.norm,)
 
     def pool(self, x: Float[Tensor, "B N D"], pool_type: str | None = None) -> Tensor:
@@ -86,11 +83,9 @@ class TimmModel(HostModel):
         return pool(x, attn_mask=bias[:, None, None])
 
     def token_grid(self, height: int, width: int) -> tuple[int, int]:
-        """`(height, width)` of the grid of patches."""
         return self.module.patch_embed.dynamic_feat_size((height, width))
 
     def example(self, batch: int) -> dict[str, Tensor]:
-        """Random images."""
         weight = next(self.module.parameters())
         generator = torch.Generator().manual_seed(0)
         images = torch.randn(batch, self.module.in_chans, *self.image_size, generator=generator)
@@ -113,11 +108,9 @@ class _TimmBlock(HostBlock):
 
     @property
     def dropout(self) -> float:
-        """Probability at which attention weights are dropped."""
         return self.module.attn.attn_drop.p if self.module.attn.training else 0.0
 
     def arguments(self, x: Float[Tensor, "B N D"], *args: Any, **kwargs: Any) -> BlockCall:
-        """The arguments of the block's own `forward`."""
         given = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
         rope, bias = given.get("rope"), given.get("attn_mask")
         if given.get("is_causal"):
@@ -127,17 +120,14 @@ class _TimmBlock(HostBlock):
         return BlockCall(x, None if rope is None else _rotary(rope, self.module.attn.num_prefix_tokens), bias)
 
     def query(self, normed: Float[Tensor, "R m D"]) -> Float[Tensor, "R m H d"]:
-        """Queries."""
         (query,) = self.projections(self.module.attn, normed, 0, 1)
         return self.module.attn.q_norm(query)
 
     def key_value(self, normed: Float[Tensor, "R n D"]) -> tuple[Tensor, Tensor]:
-        """Keys and values."""
         key, value = self.projections(self.module.attn, normed, 1, 3)
         return self._grouped(self.module.attn.k_norm(key)), self._grouped(value)
 
     def query_key_value(self, normed: Float[Tensor, "R n D"]) -> QueryKeyValue:
-        """All three of the same rows."""
         query, key, value = self.projections(self.module.attn, normed, 0, 3)
         key = self._grouped(self.module.attn.k_norm(key))
         return QueryKeyValue(self.module.attn.q_norm(query), key, self._grouped(value))
@@ -159,15 +149,7 @@ class _TimmBlock(HostBlock):
             attended = attended * attention.gate(normed).sigmoid()
         return attention.proj_drop(attention.proj(attended))
 
-    def _fed_forward(self, tokens: Float[Tensor, "R m D"]) -> Float[Tensor, "R m D"]:
-        mlp = self.module.mlp
-        if type(mlp) is not Mlp or mlp._forward_hooks or mlp._forward_pre_hooks or "forward" in mlp.__dict__:
-            return mlp(tokens)
-        hidden = mlp.norm(mlp.drop1(mlp.act(mlp.fc1(tokens))))
-        return mlp.drop2(mlp.fc2(hidden))
-
     def drop_paths(self) -> tuple[nn.Module, nn.Module]:
-        """Stochastic depth of the two updates."""
         return self.module.drop_path1, self.module.drop_path2
 
 
@@ -175,18 +157,19 @@ class _PreNorm(_TimmBlock):
     """`Block`: norm, attention, layer scale; norm, feed-forward, layer scale."""
 
     def normed(self, tokens: Float[Tensor, "R n D"]) -> Float[Tensor, "R n D"]:
-        """The first norm."""
         return self.module.norm1(tokens)
 
     def attention_update(
         self, attended: Float[Tensor, "R m HD"], normed: Float[Tensor, "R m D"]
     ) -> Float[Tensor, "R m D"]:
-        """Scaled."""
-        return self.module.ls1(self._attended(attended, normed))
+        return self._scaled(1, self._attended(attended, normed))
 
     def feed_forward_update(self, tokens: Float[Tensor, "R m D"]) -> Float[Tensor, "R m D"]:
-        """Scaled."""
-        return self.module.ls2(self._fed_forward(self.module.norm2(tokens)))
+        return self._scaled(2, self.module.mlp(self.module.norm2(tokens)))
+
+    def _scaled(self, update: int, values: Tensor) -> Tensor:
+        """Layer scale of the first or second update."""
+        return getattr(self.module, f"ls{update}")(values)
 
 
 class _PostNorm(_TimmBlock):
@@ -199,12 +182,10 @@ class _PostNorm(_TimmBlock):
     def attention_update(
         self, attended: Float[Tensor, "R m HD"], normed: Float[Tensor, "R m D"]
     ) -> Float[Tensor, "R m D"]:
-        """Normed."""
         return self.module.norm1(self._attended(attended, normed))
 
     def feed_forward_update(self, tokens: Float[Tensor, "R m D"]) -> Float[Tensor, "R m D"]:
-        """Normed."""
-        return self.module.norm2(self._fed_forward(tokens))
+        return self.module.norm2(self.module.mlp(tokens))
 
 
 class _EvaPreNorm(_PreNorm):
@@ -212,25 +193,15 @@ class _EvaPreNorm(_PreNorm):
 
     parameters = ("rope", "attn_mask", "is_causal")
 
-    def attention_update(
-        self, attended: Float[Tensor, "R m HD"], normed: Float[Tensor, "R m D"]
-    ) -> Float[Tensor, "R m D"]:
-        """Scaled."""
-        return _scaled(self._attended(attended, normed), self.module.gamma_1)
-
-    def feed_forward_update(self, tokens: Float[Tensor, "R m D"]) -> Float[Tensor, "R m D"]:
-        """Scaled."""
-        return _scaled(self._fed_forward(self.module.norm2(tokens)), self.module.gamma_2)
+    def _scaled(self, update: int, values: Tensor) -> Tensor:
+        gamma = getattr(self.module, f"gamma_{update}")
+        return values if gamma is None else gamma * values
 
 
 class _EvaPostNorm(_PostNorm):
     """`EvaBlockPostNorm`: the same with rotary positions."""
 
     parameters = ("rope", "attn_mask", "is_causal")
-
-
-def _scaled(update: Tensor, gamma: Any) -> Tensor:
-    return update if gamma is None else gamma * update
 
 
 def _rotary(rope: Tensor, prefix: int) -> Float[Tensor, "B N H R"]:

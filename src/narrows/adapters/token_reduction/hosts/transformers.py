@@ -143,7 +143,6 @@ class TransformersModel(HostModel):
 
     @property
     def between(self) -> Sequence[nn.Module]:
-        """The last norm."""
         return (self._tower.post_layernorm,)
 
     def pool(self, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
@@ -155,7 +154,6 @@ class TransformersModel(HostModel):
         return nn.MultiheadAttention.forward(self._pooling, query, key, value, **kwargs)
 
     def token_grid(self, height: int, width: int) -> tuple[int, int]:
-        """`(height, width)` of the grid after the prefix for images of this height and width."""
         of_patch = _pair(self._config.patch_size)
         return height // of_patch[0], width // of_patch[1]
 
@@ -170,7 +168,6 @@ class TransformersModel(HostModel):
         return side, side
 
     def example(self, batch: int) -> dict[str, Tensor]:
-        """Random inputs the tower can be called with, on its device and in its precision."""
         like = next(self.module.parameters())
         channels, (height, width) = self._config.num_channels, _pair(self._config.patch_size)
         if hasattr(self._config, "num_patches"):  # takes patches, and the grid of each image
@@ -193,7 +190,6 @@ class TransformersBlock(HostBlock):
 
     @property
     def dropout(self) -> float:
-        """Dropout probability of attention weights, 0 in evaluation."""
         return getattr(self._attention, self._parts.dropout) if self.module.training else 0.0
 
     def call(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -236,15 +232,12 @@ class TransformersBlock(HostBlock):
         return BlockCall(hidden_states, rotary, attention_mask)
 
     def normed(self, tokens: Float[Tensor, "R n D"]) -> Float[Tensor, "R n D"]:
-        """The input of attention."""
         return self._part(self._parts.norms[0], tokens)
 
     def query(self, normed: Float[Tensor, "R m D"]) -> Float[Tensor, "R m H d"]:
-        """Queries, before rotary positions."""
         return self._heads(self._attention.q_proj(normed))
 
     def key_value(self, normed: Float[Tensor, "R n D"]) -> tuple[Tensor, Tensor]:
-        """Keys and values `[R, n, H, d]`, before rotary positions."""
         return self._heads(self._attention.k_proj(normed)), self._heads(self._attention.v_proj(normed))
 
     def rotate(self, heads: Float[Tensor, "R n H d"], rotary: Tensor) -> Float[Tensor, "R n H d"]:
@@ -256,11 +249,9 @@ class TransformersBlock(HostBlock):
     def attention_update(
         self, attended: Float[Tensor, "R m HD"], normed: Float[Tensor, "R m D"]
     ) -> Float[Tensor, "R m D"]:
-        """What attention adds to the tokens; without stochastic depth."""
         return self._after(0, getattr(self._attention, self._parts.output)(attended))
 
     def feed_forward_update(self, tokens: Float[Tensor, "R m D"]) -> Float[Tensor, "R m D"]:
-        """What the feed-forward adds to the tokens; without stochastic depth."""
         return self._after(1, self._part("mlp", self._part(self._parts.norms[1], tokens)))
 
     def drop_paths(self) -> tuple[nn.Module, nn.Module]:
