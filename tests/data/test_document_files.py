@@ -8,8 +8,7 @@ import torch
 from PIL import Image
 
 from narrows.data.document_files import StoredDocuments, read_jsonl, read_shards
-from narrows.data.document_module import load_interleaved
-from narrows.errors import DataError, InvalidArgument
+from narrows.errors import DataError
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 
@@ -136,39 +135,3 @@ def test_a_file_that_is_no_archive_is_named(tmp_path):
     (tmp_path / "s.tar").write_bytes(b"nothing" * 100)
     with pytest.raises(DataError, match=r"s.tar cannot be read as a tar archive"):
         read_shards([tmp_path / "s.tar"])
-
-
-def test_documents_are_held_out_by_the_names_of_files(tmp_path):
-    write_folder(tmp_path, entry("a"), entry("b"))
-    write_folder(tmp_path, entry("c"), name="validation.jsonl")
-    found = load_interleaved(tmp_path, image_size=8)
-    assert [found.train[i].text for i in range(len(found.train))] == ["a", "b"]
-    assert [document.text for document in found.held_out.documents([0])] == ["c"]
-    assert "validation.jsonl" in found.held_out_rule
-
-
-def test_documents_are_held_out_by_a_hash_that_others_do_not_change(tmp_path):
-    def held_out(count: int, folder: Path) -> set[str]:
-        found = load_interleaved(write_folder(folder, *(entry(str(i)) for i in range(count))), image_size=8)
-        texts = [{d.text for d in part.documents(range(len(part)))} for part in (found.train, found.held_out)]
-        assert len(texts[0] | texts[1]) == count
-        assert not texts[0] & texts[1]
-        return texts[1]
-
-    few = held_out(40, tmp_path / "a")
-    assert len(few) == 2
-    assert few == held_out(40, tmp_path / "moved" / "elsewhere")
-
-
-@pytest.mark.parametrize(
-    ("name", "kind", "message"),
-    [
-        ("nowhere", InvalidArgument, "'digits', a .jsonl file, a .tar shard, or a folder of them"),
-        ("images", InvalidArgument, "which is or holds none"),
-        ("train.jsonl", DataError, "0 documents to train on and 1 to hold out"),
-    ],
-)
-def test_data_that_cannot_be_used_are_explained(tmp_path, name, kind, message):
-    write_folder(tmp_path, entry("a"))
-    with pytest.raises(kind, match=message):
-        load_interleaved(tmp_path / name, image_size=8)

@@ -1,16 +1,10 @@
 import pytest
 import torch
 
-from narrows.data.document_module import InterleavedDataModule
 from narrows.data.documents import END_OF_CHUNK, IMAGE
 from narrows.data.positions import Position
 from narrows.data.scene_documents import DIGITS, DigitPrompts, digit_sentences, questions
-from narrows.errors import DataError, InvalidArgument
-from tests.data.tokenizers import word_tokenizer
-
-LETTERS = sorted(
-    {word for text in digit_sentences(300, 0) for word in text.replace("<", " <").replace(">", "> ").split()}
-)
+from narrows.errors import InvalidArgument
 
 
 def test_every_caption_names_the_digit_of_its_own_image():
@@ -63,27 +57,8 @@ def test_bad_input_is_explained(options):
         DigitPrompts(**options)
 
 
-def small_module(**options) -> InterleavedDataModule:
-    return InterleavedDataModule(image_size=16, tokenizer=word_tokenizer(LETTERS), **options)
-
-
-def test_the_data_module_makes_batches():
-    module = small_module(batch_size=6)
-    batch = next(iter(module.train_dataloader()))
-    assert set(batch) == {"input_ids", "attention_mask", "media", "media_mask", "media_locations", "labels"}
-    assert batch["media"].shape[2:] == (1, 16, 16)
-    assert torch.equal(batch["media_mask"].sum(1), batch["media_locations"].sum(1))
-    assert (batch["input_ids"] != 4).all()  # every word is known
-    assert sum(len(batch["labels"]) for batch in module.val_dataloader()) == 480
-
-
 def test_documents_that_fill_up_do_not_count():
     prompts = DigitPrompts("held_out", size=16)
     real, filler = prompts.__getitems__([Position(0), Position(0, counts=False)])
     assert real.counts
     assert not filler.counts
-
-
-def test_too_few_documents_for_a_batch():
-    with pytest.raises(DataError, match="digits has 3000 training documents, 3000 for each process: fewer than"):
-        small_module(batch_size=4000).train_dataloader()
