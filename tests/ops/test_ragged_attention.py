@@ -140,6 +140,42 @@ def test_grouped_keeps_no_scores_for_backward() -> None:
     assert kept("grouped") < kept("reference") / 10
 
 
+@every_impl
+def test_derivatives_of_torch_func_and_vmap(impl: str) -> None:
+    inputs = tuple(tokens.detach() for tokens in draw(*LENGTHS))
+    tangents = tuple(torch.randn_like(tokens) for tokens in inputs)
+
+    def function(*inputs: Tensor) -> Tensor:
+        return ragged_attention(*inputs, *counts(*LENGTHS), scale=SCALE, impl=impl)
+
+    output, along = torch.func.jvp(function, inputs, tangents)
+    direction = torch.randn_like(output)
+    _, pullback = torch.func.vjp(function, *inputs)
+    forward = (along * direction).sum()
+    assert_close(sum((g * t).sum() for g, t in zip(pullback(direction), tangents, strict=True)), forward, 1e-10)
+    several = [torch.stack((tokens, 2 * tokens)) for tokens in inputs]
+    assert_close(torch.func.vmap(function)(*several)[1], function(*(2 * tokens for tokens in inputs)), 1e-12)
+
+
+@every_impl
+def test_an_empty_batch_runs_backward_too(impl: str) -> None:
+    inputs = draw([], [])
+    output = ragged_attention(*inputs, *counts([], []), scale=SCALE, impl=impl)
+    assert output.shape == (0, 2, 8)
+    output.sum().backward()
+
+
+@every_impl
+def test_many_tokens_in_half_precision(impl: str) -> None:
+    """The mean of 20,000 values: neither sums that overflow nor weights that vanish."""
+    query, key, value = torch.zeros(1, 1, 8), torch.zeros(20_000, 1, 8), 100 + torch.randn(20_000, 1, 8)
+    for dtype in (torch.float16, torch.bfloat16):
+        inputs = [tokens.to(dtype) for tokens in (query, key, value)]
+        output = ragged_attention(*inputs, *counts([1], [20_000]), scale=SCALE, impl=impl)
+        mean = inputs[2].double().mean(0)
+        assert ((output[0].double() - mean).abs() <= torch.finfo(dtype).eps * mean).all()
+
+
 def test_a_kernel_that_cannot_run_says_so() -> None:
     inputs = draw(*LENGTHS)
     with pytest.raises(ImplementationUnavailable, match="varlen"):

@@ -182,6 +182,21 @@ def test_low_precision_loses_no_more_than_the_formula_does(impl: str, dtype: tor
     assert_within_budget_on_average(draws)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@every_impl
+def test_many_windows_in_half_precision(impl: str, dtype: torch.dtype, masked: bool) -> None:
+    """64 k tokens in 1,000 windows whose tokens all say the same: the mean of what stands at their places."""
+    n = 4 if impl == "reference" else 64
+    maps = (100 + torch.randn(1, 1000, n, 1, 2)).to(dtype)
+    mask = torch.rand(1, 1000, n) < 0.5 if masked else torch.ones(1, 1000, n, dtype=torch.bool)
+    still = torch.zeros(1, 1000, 1, 2, dtype=dtype)
+    output = pointwise_attention(maps, still, still, mask if masked else None, impl=impl)
+    mean = (maps.double() * mask[..., None, None]).sum(1) / mask.sum(1)[..., None, None]
+    error = (output.double() - mean[:, None]).abs() / mean[:, None]
+    assert (error[mask] <= 2 * torch.finfo(dtype).eps).all()
+
+
 @every_pointwise_form
 @every_impl
 def test_a_single_window_has_nothing_to_exchange_and_gives_zero_gradients(impl: str, form: Form) -> None:

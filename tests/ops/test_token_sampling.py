@@ -433,6 +433,25 @@ def test_queries_of_dropped_tokens_are_never_asked_for() -> None:
     assert torch.equal(asked[0], sampled.ids)
 
 
+@pytest.mark.parametrize("num_tokens", [1_000, 8_000, 64_000])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_many_tokens_in_half_precision(dtype: torch.dtype, num_tokens: int) -> None:
+    """Queries of zero read the mean; the scores that then decide are the norms of values, in float32."""
+    value = (100 + torch.randn(1, num_tokens, 2, 8)).to(dtype)
+    still, scored = torch.zeros_like(value), []
+
+    def sampler(scores: Tensor, mask: Tensor | None) -> TokenSample:
+        scored.append(scores)
+        return inverse_transform_sample(scores, 8, mask)
+
+    norms = value[:, 1:].double().norm(dim=-1).sum(-1)
+    mean = value.double().mean(1).flatten()
+    for impl in ("reference", "fused") if num_tokens == 1_000 else ("fused",):
+        sampled = attend(still, still, value, sampler=sampler, impl=impl)
+        assert ((sampled.tokens[sampled.mask].double() - mean).abs() <= 2 * torch.finfo(dtype).eps * mean).all()
+        assert_close(scored[-1] * norms.sum() / norms, torch.ones(1, num_tokens - 1), 1e-5)
+
+
 # Transformations of torch.func
 
 
