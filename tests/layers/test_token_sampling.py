@@ -116,6 +116,7 @@ def test_ids_are_what_the_residual_gathers() -> None:
     for b in range(3):
         where = sampled.ids[b, sampled.mask[b]]
         assert_close(sampled.tokens[b, sampled.mask[b]], whole.tokens[b, where])
+        assert (sampled.tokens[b, len(where) :] == 0).all()
     assert_same_sample(TokenSample(*layer(tokens, num_tokens=7)[1:]), TokenSample(*attention(7)(tokens)[1:]))
 
 

@@ -111,14 +111,14 @@ class SeparableAttention(nn.Module):
         window_token = self._window_token(order)
         query, key, value = _query_key_value(self.qkv, windows, window_token, self.heads)
 
-        attended = depthwise_attention(query, key, value, window_mask, impl=self.impl).flatten(-2)
-        maps = attended[:, :, -windows.shape[2] :] + windows
+        attended = depthwise_attention(query, key, value, window_mask, impl=self.impl)
+        maps = attended[:, :, -windows.shape[2] :] + windows.unflatten(-1, (self.heads, -1))
         if window_token is not None and self.window_norm is not None and self.window_query_key is not None:
-            activated = F.gelu(self.window_norm(attended[:, :, 0] + window_token))
+            attended_token = attended[:, :, 0] + window_token.unflatten(-1, (self.heads, -1))
+            activated = F.gelu(self.window_norm(attended_token.flatten(-2)))
             query, key = self.window_query_key(activated).unflatten(-1, (2, self.heads, -1)).unbind(2)
-            maps = maps.unflatten(-1, (self.heads, -1))
-            maps = pointwise_attention(maps, query, key, window_mask, shortcut=True, impl=self.impl).flatten(-2)
-        result = self.out(maps)
+            maps = pointwise_attention(maps, query, key, window_mask, shortcut=True, impl=self.impl)
+        result = self.out(maps.flatten(-2))
         if window_mask is not None:
             result = result.masked_fill(~window_mask.unsqueeze(-1), 0)
         result = order.tokens(result, self.window_size)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from narrows.errors import ImplementationUnavailable, InvalidArgument
-from narrows.layers.plain import linear_part, why_not_plain
+from narrows.layers.plain import why_not_plain
 from narrows.ops.token_sampling import (
     SampledTokens,
     TokenSample,
@@ -159,13 +159,15 @@ class SampledAttention(nn.Module):
             tokens = tokens.masked_fill(~mask[..., None], 0.0)
         impl, dropout = self.implementation(), self.dropout if self.training else 0.0
         if impl == "query_first":
-            inner = self.qkv.out_features // 3
-            key, value = self._by_head(linear_part(self.qkv, tokens, inner, 3 * inner), 2)
+            rows = (self.qkv.out_features // 3, self.qkv.out_features // 3 * 2)
+            biases = (None, None) if self.qkv.bias is None else self.qkv.bias.split(rows)
+            (query_weight, weight), (query_bias, bias) = self.qkv.weight.split(rows), biases
+            key, value = self._by_head(F.linear(tokens, weight, bias), 2)
 
             def queries(ids: Tensor) -> Tensor:
-                return self._by_head(linear_part(self.qkv, gather_tokens(tokens, ids), 0, inner), 1)[0]
+                return self._by_head(F.linear(gather_tokens(tokens, ids), query_weight, query_bias), 1)[0]
 
-            (class_query,) = self._by_head(linear_part(self.qkv, tokens[:, 0], 0, inner), 1)
+            (class_query,) = self._by_head(F.linear(tokens[:, 0], query_weight, query_bias), 1)
         else:
             query, key, value = self._by_head(self.qkv(tokens), 3)
             class_query, queries = query[:, 0], partial(gather_tokens, query)
@@ -179,7 +181,7 @@ class SampledAttention(nn.Module):
             dropout=dropout,
             impl="reference" if impl == "reference" else "fused",
         )
-        result = self.out(attended).masked_fill(~kept[..., None], 0.0)
+        result = self.out(attended) * kept[..., None]
         return SampledTokens(F.dropout(result, dropout), ids, kept)
 
     def implementation(self) -> str:

@@ -129,12 +129,13 @@ def sampled_attention(
             scores are, so that those of dropped tokens need not be there.
         key, value: `[B, N, H, d]`, finite at masked tokens too.
         sampler: scores `[B, N - 1]` and mask of the tokens after the class token to a `TokenSample` of K of them.
-        mask: `[B, N]`, True at real tokens. A sample without any gives zeros.
+        mask: `[B, N]`, True at real tokens.
         dropout: probability at which attention weights are dropped.
         impl: "auto" or a name in `IMPLEMENTATIONS`.
 
     Returns:
-        What K + 1 tokens read, `[B, K + 1, H * d]`, the class token first, with their positions among the N.
+        What K + 1 tokens read, `[B, K + 1, H * d]`, the class token first, with their positions among the N. In slots
+        left over, and for a sample without any token, it is finite and means nothing.
 
     Raises:
         InvalidArgument, InvalidType: shapes or dtypes are not as above.

@@ -90,8 +90,7 @@ def sampled_attention(
         None if readable is None else readable[:, None, None, :],
         dropout=dropout,
     )
-    attended = attended.transpose(1, 2).flatten(2)
-    return SampledTokens(attended.masked_fill(~kept[..., None], 0.0), ids, kept)
+    return SampledTokens(attended.transpose(1, 2).flatten(2), ids, kept)
 
 
 def _whole(scores: Tensor, real: Tensor) -> Tensor:

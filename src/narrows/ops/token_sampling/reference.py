@@ -91,4 +91,4 @@ def sampled_attention(
 
         rows = ids[:, None, :, None].expand(-1, heads, -1, num_tokens)
         attended = (F.dropout(attention.gather(2, rows), dropout) @ value).transpose(1, 2).flatten(2)
-        return SampledTokens(attended.masked_fill(~kept[..., None], 0.0).to(dtype), ids, kept)
+        return SampledTokens(attended.to(dtype), ids, kept)
