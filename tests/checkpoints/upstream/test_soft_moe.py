@@ -126,10 +126,6 @@ def test_hidden_widths_survive_rounding(dim: int, mult: float, geglu: bool) -> N
     assert_close(convert(theirs)(torch.ones(1, 3, dim)), theirs(torch.ones(1, 3, dim)))
 
 
-def test_dropout_carries_over() -> None:
-    assert convert(upstream.SoftMoE(16, num_experts=2, num_slots=1, dropout=0.25)).experts.dropout == 0.25
-
-
 def test_distributed_experts_are_refused() -> None:
     with pytest.raises(
         InvalidArgument, match="module: expected a SoftMoE whose experts are on one machine, got is_distributed=True"

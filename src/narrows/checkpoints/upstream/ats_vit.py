@@ -13,7 +13,7 @@ from narrows.models import ATSViT
 
 
 def ats_vit(module: Any) -> Conversion:
-    """The `ATSViT` with Gumbel sampling that has the weights of an upstream `ViT`.
+    """Upstream's `ViT` as `ATSViT` with Gumbel sampling.
 
     For the same seed it keeps the same tokens in the first block that samples, and in later ones where the tokens that
     arrive fill their capacity: upstream draws noise as wide as the batch's fullest image, narrows as wide as the

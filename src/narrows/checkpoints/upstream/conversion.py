@@ -1,4 +1,4 @@
-"""Carrying the parts of an upstream module over into a narrows module."""
+"""How the parts of a module of another package become the parts of a narrows module."""
 
 import copy
 from collections import Counter

@@ -12,7 +12,7 @@ from narrows.models import UpstreamSepViT
 
 
 def sepvit(module: Any) -> Conversion:
-    """The `UpstreamSepViT` of an upstream `SepViT`, exact at every image size that upstream takes.
+    """Upstream's `SepViT` as `UpstreamSepViT`, exact at every image size that upstream takes.
 
     Widths, windows and heads are those that upstream built, not those it was asked for: it ignores its arguments
     `window_size` and `dim_head`. Attention between windows is kept in the last stage too. Upstream leaves it without

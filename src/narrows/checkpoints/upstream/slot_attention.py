@@ -25,7 +25,7 @@ _ONE_WAY = {
 
 
 def slot_attention(module: Any) -> Conversion:
-    """`SlotAttention`: biases on queries, keys and values."""
+    """Upstream's `SlotAttention` has biases on queries, keys and values."""
     converted = SlotAttention(
         module.dim,
         num_slots=module.num_slots,
@@ -38,7 +38,7 @@ def slot_attention(module: Any) -> Conversion:
 
 
 def multi_head_slot_attention(module: Any) -> Conversion:
-    """`MultiHeadSlotAttention`: the softmax per head, a linear map after the heads."""
+    """Upstream's `MultiHeadSlotAttention` has a softmax per head and a linear map after the heads."""
     inner = module.to_q.out_features
     heads = max(1, round(inner * module.scale**2))
     converted = SlotAttention(
@@ -66,7 +66,7 @@ def _conversion(converted: SlotAttention, modules: Mapping[str, str], *, scale: 
 
 
 def slot_attention_experimental(module: Any) -> Conversion:
-    """`SlotAttentionExperimental`: what tokens read is normalised over the tokens."""
+    """Upstream's `SlotAttentionExperimental` normalises what tokens read over the tokens."""
     dim = module.norm_inputs.normalized_shape[0]
     reads = {"slots_read": ("slots_to_inputs_attn", "slots_ff"), "tokens_read": ("inputs_to_slots_attn", "inputs_ff")}
     eps = module.slots_to_inputs_attn.fn.eps

@@ -12,7 +12,7 @@ from narrows.layers.soft_moe import DynamicSlotsSoftMoE, SoftMoE
 
 
 def soft_moe(module: Any) -> Conversion:
-    """`SoftMoE`, whose experts are on one machine."""
+    """Upstream's `SoftMoE`; experts on several machines are refused, and layers without slots."""
     if module.experts.is_distributed:
         raise InvalidArgument(
             "module",
@@ -39,7 +39,7 @@ def soft_moe(module: Any) -> Conversion:
 
 
 def dynamic_slots_soft_moe(module: Any) -> Conversion:
-    """`DynamicSlotsSoftMoE`."""
+    """Upstream's `DynamicSlotsSoftMoE`."""
     ours = DynamicSlotsSoftMoE(
         module.to_slot_embeds[0].in_features, normalization="rms", **_expert_options(module.experts)
     )
