@@ -191,9 +191,12 @@ class Audit:
             f"{_count(leaks)} moved and must not, {_count(blind)} should move and did not."
         ]
         lines += [
-            f"leak:  {_told(finding)} moves {_where(finding)}, by up to {finding.change:.2g}" for finding in leaks
+            f"leak:  {_medium_in_words(finding)} moves {_positions_in_words(finding)}, by up to {finding.change:.2g}"
+            for finding in leaks
         ]
-        lines += [f"blind: {_told(finding)} does not move {_where(finding)}" for finding in blind]
+        lines += [
+            f"blind: {_medium_in_words(finding)} does not move {_positions_in_words(finding)}" for finding in blind
+        ]
         if self.expected.any() and not (self.change > self.threshold).any():
             lines.append("Nothing moves: the text does not depend on its media at all. Are gates still closed?")
         return "\n".join(lines)
@@ -318,14 +321,14 @@ def _count(findings: Sequence[Finding]) -> int:
     return sum(len(finding.positions) for finding in findings)
 
 
-def _told(finding: Finding) -> str:
+def _medium_in_words(finding: Finding) -> str:
     medium = finding.medium
     place = "without a place in the text" if medium.position is None else f"at position {medium.position}"
     return f"medium {medium.index} of row {medium.row}, {place},"
 
 
-def _where(finding: Finding) -> str:
-    """`positions 0-2, 5 of row 1`; the row only where it is not the medium's own."""
+def _positions_in_words(finding: Finding) -> str:
+    """For example `positions 0-2, 5 of row 1`; the row only if it is not the medium's own."""
     runs = [list(run) for _, run in groupby(enumerate(finding.positions), lambda pair: pair[1] - pair[0])]
     spans = [str(run[0][1]) if len(run) == 1 else f"{run[0][1]}-{run[-1][1]}" for run in runs]
     row = "" if finding.row == finding.medium.row else f" of row {finding.row}"

@@ -185,7 +185,7 @@ class ReducedBlock:
         return self.host.result(attach_kept_mask(state) if self.last else attach_state(state))
 
     def _attention(self, step: Step) -> TokenState:
-        """The tokens that go on, after attention."""
+        """The tokens that this block keeps, after attention."""
         method, prefix = self.plan.method, self.plan.host.prefix
         if self.entry is None:
             return self._all(step)[0]
@@ -199,7 +199,7 @@ class ReducedBlock:
         return self._merged(step, method, count)
 
     def _all(self, step: Step) -> tuple[TokenState, Signals]:
-        """All tokens after attention to one another, and what a method may look at."""
+        """All tokens after attention, and what a method may look at."""
         state = step.state
         normed = self.host.normed(state.tokens)
         query, key, value = self.host.query_key_value(normed)
@@ -241,7 +241,7 @@ class ReducedBlock:
             if method.proportional:
                 before = torch.ones_like(merge.share) if attended.sizes is None else attended.sizes
                 sizes = (belongs * before[:, None]).sum(-1)
-        # A product instead of adding up by index, which is in no fixed order on a GPU and which few runtimes export.
+        # A product, not index_add, which sums in no fixed order on a GPU and which few runtimes can export.
         shares = (belongs * merge.share[:, None]).to(attended.tokens.dtype)
         ids = attended.ids.gather(1, merge.ids.clamp_min(0)).where(merge.ids >= 0, -1)
         return attended.merged(shares @ attended.tokens, ids, sizes, merge.into)

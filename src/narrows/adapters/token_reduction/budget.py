@@ -1,4 +1,4 @@
-"""How many tokens each block carries on."""
+"""How many tokens each block keeps."""
 
 from collections.abc import Mapping, Sequence
 
@@ -19,20 +19,20 @@ def schedule_of(
     depth: int,
     num_tokens: int,
 ) -> Schedule:
-    """One entry for each block.
+    """The schedule of a budget: an entry for each block.
 
-    A single number holds from block `depth // 4` on: tokens that have been through fewer blocks say little about
-    themselves. A method that can remove only so many tokens at once gets there in equal shares over all blocks from
-    there on: at its limit it would have no choice. (Published, token merging works in every block, by a fixed number.)
+    A single number holds from block `depth // 4` on: attention of earlier blocks says little about which tokens matter.
+    A method that can remove only a limited share at once removes equal shares in all blocks from there on, which keeps
+    it well below its limit. (The paper of token merging merges a fixed number of tokens in every block.)
 
     Args:
         budget: a count, a share, one entry for each block, or entries by number of the block.
-        method: what is to meet it.
+        method: that has to meet it.
         depth: number of blocks.
         num_tokens: tokens after the prefix, at the model's own image size.
 
     Raises:
-        InvalidArgument, InvalidType: it cannot be met or is none.
+        InvalidArgument, InvalidType: it cannot be met, or is not a budget.
     """
     if isinstance(budget, Mapping):
         schedule = _by_block(budget, depth)
@@ -114,7 +114,7 @@ def _check_steps(schedule: Schedule, method: ReductionMethod, num_tokens: int) -
 
 
 def _too_steep(schedule: Schedule, method: ReductionMethod, num_tokens: int) -> int | None:
-    """The first block that would have to remove more tokens than the method can."""
+    """The first block that would have to remove more tokens than the method can, if any."""
     left = num_tokens
     for block, entry in enumerate(schedule):
         if entry is None:

@@ -212,7 +212,7 @@ class EViT(Merging):
         fused = prefix + count
         into = ids.new_full(attention.shape, fused)
         into = into.scatter(1, ids[:, :fused], torch.arange(fused, device=ids.device).expand(ids.shape[0], -1))
-        # No attention at all is shared equally.
+        # Without any attention, equal weights.
         weight = attention.clamp_min(torch.finfo(attention.dtype).tiny).where(into == fused, 0.0)
         share = torch.where(into == fused, weight / weight.sum(1, keepdim=True), 1.0)
         return Merge(into, share, ids)
@@ -279,7 +279,7 @@ class Random(Pruning):
         shape, device = (batch, num_tokens - signals.prefix), signals.tokens.device
         if signals.training:
             return greatest(torch.rand(shape, generator=signals.generator, device=device), count)
-        # A hash of the position, no generator, so that it can be traced; whole numbers are the same everywhere.
+        # A hash of the position in place of a generator: it can be traced, and integers are exact on every device.
         place = torch.arange(1, shape[1] + 1, device=device)
         hashed = (place * 48271 + self.seed) % _PRIME
         hashed = (hashed * hashed % _PRIME * 16807 + place) % _PRIME

@@ -53,9 +53,8 @@ class Reduction:
             for index in range(first, host.depth)
         )
         self._names = {module: name for name, module in model.named_modules()}
-        self._last_call: dict[
-            int, tuple[Tensor, int]
-        ] = {}  # for each block: the slot that holds each position, and how many slots there are
+        # For each block: the slot that holds each position, and the number of slots.
+        self._last_call: dict[int, tuple[Tensor, int]] = {}
         self._image_size: tuple[int, int] | None = None
 
     @staticmethod
@@ -119,7 +118,7 @@ class Reduction:
 
     def _record(self, index: int, state: TokenState) -> None:
         """Remember which positions the block at `index` carries on."""
-        # Rows are counted over the batch; slots from the first of each image on.
+        # Rows are numbered over the batch; slots within each image.
         start = state.layout.flat(state.holder.new_zeros(state.holder.shape[0], 1))
         slots = (state.holder - start).where(state.holder >= 0, -1)
         self._last_call[index] = slots, state.layout.width

@@ -86,7 +86,7 @@ class CostTarget(ABC):
         assert dearest is not None, "keeping every token is possible with any method"
         if dearest <= self.goal:
             return self._solution(most, dearest, most)
-        # `high` costs too much; `low` meets the goal, or is fewer than the method can get down to.
+        # `high` costs too much; `low` meets the goal, or is below what the method can reach.
         low, high, met = 0, most, None
         while high - low > 1:
             count = (low + high) // 2
@@ -115,7 +115,7 @@ class CostTarget(ABC):
             return host.num_tokens, images.to(next(host.module.parameters()).device)
 
     def _cost(self, attempt: Attempt, count: int, images: Tensor) -> float | None:
-        """None where the method cannot get down to that few tokens."""
+        """The cost of `count` tokens; None where the method cannot reach so few."""
         try:
             reduction = attempt(count)
         except InvalidArgument:

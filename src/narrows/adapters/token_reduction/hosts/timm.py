@@ -73,7 +73,7 @@ class TimmModel(HostModel):
         attends: bool = isinstance(module.attn_pool, AttentionPoolLatent)
         if kept is None or (not attends and kind not in ("avg", "max", "avgmax")):
             return type(module).pool(module, x, pool_type)
-        # As the two families have it: whether the special tokens are pooled too.
+        # The two families differ in whether special tokens are pooled too.
         prefix = 0 if getattr(module, "pool_include_prefix", attends and isinstance(module, Eva)) else self.prefix
         x, kept = x[:, prefix:], kept[:, prefix:]
         if not attends:
@@ -93,7 +93,7 @@ class TimmModel(HostModel):
 
 
 class _TimmBlock(HostBlock):
-    """What all blocks share: attention of one of three classes, and a feed-forward."""
+    """Base class of all blocks: attention of one of three classes, and a feed-forward."""
 
     module: Any
     parameters: tuple[str, ...] = ("attn_mask", "is_causal")  # of the block's forward, after the tokens

@@ -68,7 +68,7 @@ class Family(NamedTuple):
     prefix: int
 
 
-# By the class of the embedding, which only the vision tower of a model of several has.
+# By the class of the embedding: of a multimodal model only the vision tower has one of these.
 FAMILIES = {
     "vit.modeling_vit.ViTEmbeddings": Family("ViTLayer", _VIT, 1),
     "deit.modeling_deit.DeiTEmbeddings": Family("DeiTLayer", _VIT, 2),
