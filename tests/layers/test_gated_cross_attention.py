@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from flamingo_pytorch.flamingo_pytorch import MaskedCrossAttention as UpstreamAttention
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -240,6 +241,14 @@ def test_media_projected_once_are_read_as_if_projected_each_time(attend: Attend)
         block.routing(text, kept, locations).weights, block.routing(text, media, locations, mask).weights
     )
     assert torch.equal(block(text, kept), block(text, media, media_mask=mask))
+
+
+def test_an_offloaded_block_projects_media_outside_its_forward() -> None:
+    block, (text, media) = gated(), draw()
+    expected = block(text, media, places(2, 4, 5))
+    cpu_offload(block, execution_device=torch.device("cpu"))
+    assert block.attn.to_kv.weight.is_meta
+    assert torch.equal(block(text, block.keys_values(media), places(2, 4, 5)), expected)
 
 
 @every_policy
