@@ -130,7 +130,7 @@ def _check_columns(path: Path) -> None:
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """What a timing cannot be understood without: the columns of a row that no case decides."""
+    """Where, when and with which versions a row is measured: its columns that no case decides."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),

@@ -39,12 +39,12 @@ def run(arguments: list[str]) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Of narrows and what it stands on."""
+    """Versions of narrows, torch and Python."""
     return {"narrows": __version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
 def extras() -> dict[str, str]:
-    """For each extra what of it is there, or how to get it."""
+    """For each extra the packages that are installed, and how to install the others."""
     found = {}
     for extra, packages in EXTRAS.items():
         installed = {package: _version(package) for package in packages}

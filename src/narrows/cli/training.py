@@ -29,9 +29,9 @@ from narrows.training.callbacks import ClassMaps, PredictionTable, SavePretraine
 from narrows.training.task import Task
 from narrows.validation import check_choice
 
-# What Lightning says and does not hold here: arguments come from `main`, `ImageDataModule` resumes where it was, and
-# what a task has frozen is meant to be in evaluation mode.
-_BESIDE_THE_POINT = (
+# Warnings of Lightning that do not apply: arguments come from `main`, `ImageDataModule` resumes in the middle of an
+# epoch, and frozen modules are in evaluation mode on purpose.
+_DO_NOT_APPLY = (
     "LightningCLI's args parameter is intended to run from within Python",
     "isinstance.treespec, LeafSpec.. is deprecated",
     "your dataloader is not resumable",
@@ -42,7 +42,7 @@ _CHECKPOINT_WORDS = ("best", "last", "hpc")
 
 
 class Link(NamedTuple):
-    """What one of model and data says of itself and the other needs: an option that nobody has to give."""
+    """An option of the model that is read from the data, or the other way round, so that nobody has to give it."""
 
     source: str
     target: str
@@ -108,7 +108,7 @@ class TrainingCLI(LightningCLI):
         super().__init__(self.choice.task, self.choice.data, trainer_defaults=defaults, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The data say what the model has to fit; the best and the last state are kept."""
+        """Link model and data, and keep the best and the last checkpoint."""
         parser.add_argument("--task", type=Literal[*TASKS], default=self.task, help="What is trained.")
         for link in self.choice.links:
             parser.link_arguments(link.source, link.target, link.value, apply_on="instantiate")
@@ -123,7 +123,7 @@ class TrainingCLI(LightningCLI):
         )
 
     def before_instantiate_classes(self) -> None:
-        """A checkpoint has to be there, and only training can do without one."""
+        """Check that the checkpoint is there; only `fit` does without one."""
         if self.subcommand == "predict" and self.choice.predictions is None:
             raise InvalidArgument(
                 "task", expected="one that predicts", got=repr(self.task), hint="Use `narrows generate` for text."
@@ -140,11 +140,11 @@ class TrainingCLI(LightningCLI):
             raise InvalidArgument("ckpt_path", expected="a checkpoint file", got=f"{given!r}, which does not exist")
 
     def instantiate_classes(self) -> None:
-        """Errors of narrows come out as they are."""
+        """Raise errors of narrows as they are: jsonargparse wraps what goes wrong while it links."""
         try:
             super().instantiate_classes()
         except ValueError as error:
-            if isinstance(error.__cause__, NarrowsError):  # jsonargparse wraps what goes wrong while it links
+            if isinstance(error.__cause__, NarrowsError):
                 raise error.__cause__ from None
             raise
 
@@ -157,7 +157,7 @@ class TrainingCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Say where everything is."""
-        folder = self.trainer.log_dir  # every process has to ask
+        folder = self.trainer.log_dir  # log_dir is broadcast: every process has to read it
         if self.trainer.is_global_zero and folder is not None:
             print(f"Checkpoints, metrics and the model are in {folder}")
 
@@ -184,7 +184,7 @@ class TrainingCLI(LightningCLI):
 
 def run(arguments: list[str]) -> None:
     """Run one of Lightning's commands."""
-    for remark in _BESIDE_THE_POINT:
+    for remark in _DO_NOT_APPLY:
         warnings.filterwarnings("ignore", f".*{remark}")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "Tip" not in record.getMessage()

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from tqdm import tqdm
 
@@ -32,10 +31,9 @@ from narrows.hub.readers import (
     without_bars,
 )
 from narrows.models import create_model
-from narrows.training.callbacks import RunProgress
 from narrows.training.classification import Classification
 from narrows.training.flamingo import FlamingoTraining
-from narrows.training.run import fit, quiet_lightning, train
+from narrows.training.run import fit, progress_trainer, quiet_lightning, train
 from narrows.training.task import warmup_schedule
 
 FOLDER = Path("runs") / "flamingo_digits"
@@ -83,7 +81,7 @@ class Answers:
 
 
 def digits_reader(folder: Path = FOLDER, *, epochs: int = EPOCHS, accelerator: str = "cpu") -> Reader:
-    """The trained reader of digit scenes; whatever of it is not in `folder` yet is trained, each part once."""
+    """The reader of digit scenes; parts of it that are not in `folder` yet are trained."""
     language_model = digits_language_model(folder)
     encoder = digits_vision_encoder(folder, accelerator=accelerator)
     saved = folder / "flamingo"
@@ -121,11 +119,11 @@ def digits_language_model(folder: Path = FOLDER, *, steps: int = LANGUAGE_STEPS)
         texts = digit_sentences(SENTENCES, seed=0)
         tokenizer = digits_tokenizer(texts)
         model = _trained(tokenizer, texts, steps)
-        begun = folder / "language_model.begun"
+        unfinished = folder / "language_model.unfinished"
         with without_bars():
-            tokenizer.save_pretrained(begun)
-            model.save_pretrained(begun)
-        begun.rename(saved)  # at once: a run that is cut short leaves nothing that looks whole
+            tokenizer.save_pretrained(unfinished)
+            model.save_pretrained(unfinished)
+        unfinished.rename(saved)  # in one step: an interrupted run leaves nothing that looks complete
     return saved
 
 
@@ -183,11 +181,10 @@ def _trained(tokenizer: Any, texts: list[str], steps: int) -> Any:
 def examine(reader: Reader, prompts: DigitPrompts, *, batch_size: int = 64) -> Answers:
     """Ask about every image of `prompts`."""
     documents = prompts.documents(range(len(prompts)))
-    asked, truth = _asked(documents)
-    reordered = [replace(document, images=document.images.flip(0)) for document in documents]
-    other_truth = [answer for document in documents for answer in reversed(_answers(document))]
+    asked, truth = _questions(documents)
+    other_asked, _ = _questions([replace(document, images=document.images.flip(0)) for document in documents])
+    other_truth = [one.answer for document in documents for one in reversed(questions(document.text))]
     moved = [index for index, (one, other) in enumerate(zip(truth, other_truth, strict=True)) if one != other]
-    other_asked, _ = _asked(reordered)
 
     def share(given: Sequence[str], right: Sequence[str]) -> float:
         return sum(map(str.__eq__, given, right)) / max(1, len(right))
@@ -208,29 +205,14 @@ def examine(reader: Reader, prompts: DigitPrompts, *, batch_size: int = 64) -> A
     )
 
 
-def _asked(documents: Sequence[Document]) -> tuple[list[Document], list[str]]:
+def _questions(documents: Sequence[Document]) -> tuple[list[Document], list[str]]:
     """A prompt for each image of the documents, and its answer."""
     found = [(document, question) for document in documents for question in questions(document.text)]
     prompts = [Document(question.text, document.images[: question.image + 1]) for document, question in found]
     return prompts, [question.answer for _, question in found]
 
 
-def _answers(document: Document) -> list[str]:
-    return [question.answer for question in questions(document.text)]
-
-
 def _trainer(folder: Path, epochs: int, accelerator: str) -> Trainer:
     logs = folder / "logs" / "flamingo"
-    shutil.rmtree(logs, ignore_errors=True)
-    return Trainer(
-        max_epochs=epochs,
-        accelerator=accelerator,
-        devices=1,
-        gradient_clip_val=1.0,
-        num_sanity_val_steps=0,
-        callbacks=[RunProgress("what is added, on both")],
-        logger=CSVLogger(folder / "logs", name="flamingo", version=""),
-        enable_progress_bar=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-    )
+    shutil.rmtree(logs, ignore_errors=True)  # of a run that was interrupted
+    return progress_trainer(logs, label="Flamingo, on text and images", max_epochs=epochs, accelerator=accelerator)

@@ -60,7 +60,7 @@ class LoadedModel:
 
     @property
     def channels(self) -> int:
-        """Of the images it takes."""
+        """Channels of the images it takes."""
         return len(self.mean)
 
     def outputs(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B width"]:
@@ -121,7 +121,7 @@ def open_model(name: str | Path, checkpoint: str | Path | None = None, **argumen
 
 
 def save_model(model: nn.Module, folder: Path, *, weights: Mapping[str, Tensor] | None = None) -> None:
-    """Weights as safetensors and config: for `load_model`, or of a model of timm's for "timm:local-dir:<folder>".
+    """Write a model as safetensors and config; `open_model` takes the folder, as "timm:local-dir:<folder>" if of timm.
 
     Args:
         model: of narrows or of timm.
@@ -134,7 +134,7 @@ def save_model(model: nn.Module, folder: Path, *, weights: Mapping[str, Tensor] 
     if weights is not None:
         config = getattr(model, "_hub_mixin_config", None)
         if any(isinstance(parameter, DTensor) for parameter in model.parameters()) and config:
-            # Shards cannot be copied into a whole model.
+            # Sharded parameters cannot take whole weights: the model is built anew.
             model = type(model)(**{name: value for name, value in config.items() if name != "architecture"})
         else:
             model = copy.deepcopy(model)

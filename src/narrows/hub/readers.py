@@ -126,7 +126,7 @@ class TokenRows:
     def __init__(self, language_model: Any, tokenizer: Any, tokens: Sequence[str]) -> None:
         embeddings = (language_model.get_input_embeddings(), language_model.get_output_embeddings())
         weights = [module.weight for module in embeddings if module is not None]
-        # Tied embeddings are one weight.
+        # Tied embeddings share one weight.
         self.weights: list[nn.Parameter] = list({id(weight): weight for weight in weights}.values())
         vocabulary = tokenizer.get_vocab()
         unknown = [token for token in tokens if vocabulary.get(token, len(self.weights[0])) >= len(self.weights[0])]
@@ -143,7 +143,7 @@ class TokenRows:
         """Let gradients reach these rows, and no other."""
         for weight in self.weights:
             weight.requires_grad_(True)
-            weight.register_hook(self._of_rows)
+            weight.register_hook(self._without_other_rows)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The rows, `[tokens, D]` of each weight."""
@@ -155,7 +155,7 @@ class TokenRows:
         for index, weight in enumerate(self.weights):
             weight[self.ids] = rows[f"embeddings.{index}"].to(weight)
 
-    def _of_rows(self, gradient: Tensor) -> Tensor:
+    def _without_other_rows(self, gradient: Tensor) -> Tensor:
         kept = torch.zeros_like(gradient)
         ids = self.ids.to(gradient.device)
         return kept.index_copy(0, ids, gradient[ids])
@@ -245,7 +245,7 @@ class Reader:
         return self.tokenizer.batch_decode(ended, skip_special_tokens=True)
 
     def save(self, folder: str | Path) -> None:
-        """Write what was added, the format of prompts, and a narrows encoder; `open_reader` reads them."""
+        """Write what was trained, the format of prompts, and a vision encoder of narrows; `open_reader` reads them."""
         folder = Path(folder)
         self.model.save_pretrained(folder)
         if self.format.new_tokens:

@@ -147,7 +147,7 @@ def compare(
         raise InvalidArgument("models", expected="at least one registry name", got="none")
     accelerator = accelerator_of(device)
     found = ImageDataModule(data, image_size=image_size).loaded
-    # Built before anything is trained: a wrong name or size must not cost the time of the others.
+    # Built before anything is trained, so that a wrong name or size shows at once.
     for name in models:
         create_model(name, **_shape(found))
     folder = new_folder(Path(output))
@@ -179,7 +179,7 @@ def compare(
 
 
 def _costs(runs: Sequence[Run], data: ImageData, batch_size: int, accelerator: str) -> dict[str, ModelCost]:
-    """What each model costs; speeds are taken in turns, so that a slow spell of the machine hits all of them."""
+    """What each model costs; speeds are measured in turns, so that a busy machine slows all of them."""
     device = torch.device(accelerator)
     models = {run.model: load_model(run.folder).to(device) for run in reversed(runs)}
     models = {name: models[name] for name in dict.fromkeys(run.model for run in runs)}

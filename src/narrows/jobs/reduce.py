@@ -141,7 +141,7 @@ class ReductionResult(Result):
             trial.budget or None,
             *accuracy,
             None if untouched else percent(trial.agreement),
-            Cell(trial.kept, f"{self.tokens}" if untouched else f"{self.tokens} → {trial.kept:.3g}"),
+            self.tokens if untouched else Cell(trial.kept, f"{self.tokens} → {trial.kept:.3g}"),
             Cell(fmean(trial.macs), scaled(fmean(trial.macs)) + spread),
             per_second(trial.throughput.median),
             None if untouched else Cell(faster, f"{faster:.2f}×"),

@@ -75,6 +75,10 @@ class Candidate:
             self(images)
         return tuple(routing.detach() for routing in self.reduction.routing)
 
+    def count_kept(self, images: Float[Tensor, "B C H W"]) -> float:
+        """Tokens beside the prefix that are left at the end, on average; 0 for the untouched model: it drops none."""
+        return carriers_in_use(self.routing(images)[-1]).float().mean().item() if self.reduction is not None else 0.0
+
     def export_onnx(self, images: Float[Tensor, "B C H W"], path: str | Path) -> None:
         """Write the model under its reduction as ONNX, for any number of images of this size."""
         path = Path(path)
@@ -102,7 +106,7 @@ class Trial(Candidate):
             features, the mean cosine between them.
         accuracy: the part of the images that get the right class; None without labels.
         macs: multiply-accumulates of each of the first images, with the tokens really kept.
-        kept: tokens beside the prefix that are left at the end, on average.
+        kept: as `count_kept` gives it.
         timing: seconds for a batch.
         batch: images in it.
         memory: greatest number of bytes that it has alive beyond weights and images.
@@ -148,7 +152,7 @@ def run_trials(candidates: Sequence[Candidate], images: Images, *, batch_size: i
                 agreement=agreement,
                 accuracy=accuracy,
                 macs=candidate.count_macs(first[:COUNTED]),
-                kept=sum(carriers_in_use(last).float().mean().item() for last in candidate.routing(first)[-1:]),
+                kept=candidate.count_kept(first),
                 timing=timings[candidate.name],
                 batch=len(first),
                 memory=peak_memory(calls[candidate.name], model.device),

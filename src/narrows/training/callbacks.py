@@ -38,7 +38,7 @@ class SavePretrained(Callback):
         """Save."""
         assert isinstance(pl_module, Task)
         best = Path(getattr(trainer.checkpoint_callback, "best_model_path", ""))
-        # Every process has to ask for these two: they come from all of them.
+        # Every process has to read these two: log_dir is broadcast, shards of weights are gathered.
         folder = trainer.log_dir
         weights: dict[str, Any] = get_model_state_dict(
             pl_module, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -75,7 +75,7 @@ class PredictionTable(BasePredictionWriter):
         if trainer.world_size > 1:
             everyone = [None] * trainer.world_size
             torch.distributed.all_gather_object(everyone, mine)
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # comes from all processes as well
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # log_dir is broadcast: every process has to read it
         if not trainer.is_global_zero:
             return
         data = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
@@ -101,8 +101,8 @@ class ClassMaps(BasePredictionWriter):
         super().__init__("batch")
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make the folder; the picture begins anew."""
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # every process has to ask
+        """Make the folder, and forget the images of an earlier call."""
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # log_dir is broadcast: every process has to read it
         self.path = folder / "predictions"
         self.path.mkdir(parents=True, exist_ok=True)
         self._shown: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -117,7 +117,7 @@ class ClassMaps(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        """Write the maps of a batch, and remember the first images."""
+        """Write the maps of a batch, and keep the first images for the picture."""
         data = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         assert isinstance(data, ImageDataModule)
         assert batch_indices is not None
@@ -177,11 +177,11 @@ class ReduceTokens(Callback):
         self.reduction = reduce_tokens(pl_module.model, **self.arguments)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give the model back."""
+        """Remove the reduction from the model."""
         self.reduction.remove()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say how it was reduced."""
+        """Write how the model was reduced."""
         if trainer.is_global_zero and trainer.log_dir is not None:
             path = Path(trainer.log_dir) / "reduction.json"
             path.write_text(json.dumps(self.arguments) + "\n", encoding="utf-8")
@@ -212,23 +212,23 @@ class RunProgress(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """One step on."""
+        """Advance the bar by one step."""
         self.bar.update()
         if trainer.global_step % 20 == 0:
             self._tell(f"loss {outputs['loss']:.2f}")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A new held-out accuracy."""
+        """Show the new held-out accuracy."""
         if not trainer.sanity_checking and "val/accuracy" in trainer.callback_metrics:
             self.accuracy = trainer.callback_metrics["val/accuracy"].item()
             self._tell("")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the finished bar behind."""
+        """Close the bar."""
         self.bar.close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the bar where it stopped."""
+        """Close the bar where it stopped."""
         if hasattr(self, "bar"):
             self.bar.close()
 

@@ -98,8 +98,8 @@ class FlamingoTraining(Task):
     def configure_model(self) -> None:
         """Shard the parameters (FSDP2) where the strategy brings a device mesh: each decoder layer, then the rest.
 
-        What is added is sharded with the rest, so that a hook of any decoder layer finds it whole. Each process has the
-        vision encoder, small beside a language model, to itself.
+        What is added is sharded with the rest, so that a hook of any decoder layer finds it whole. The vision encoder,
+        small beside a language model, is not sharded.
         """
         if self.device_mesh is None:
             return
@@ -161,14 +161,14 @@ class FlamingoTraining(Task):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave out what is frozen: it is as large as the language model, and does not change."""
+        """Leave frozen parameters out: they are as large as the language model, and do not change."""
         trained = {f"model.{name}" for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: value for name, value in state.items() if name in trained}
 
     def _log_losses(self, part: str) -> None:
         right, wrong = self.loss_right.compute(), self.loss_swapped.compute()
-        # Every process has computed the same; sync_dist says so to Lightning.
+        # Metrics are synchronised already; without sync_dist Lightning would warn.
         self.log(f"{part}/loss", right, prog_bar=True, sync_dist=True)
         self.log_dict({f"{part}/loss_swapped": wrong, f"{part}/image_gain": wrong - right}, sync_dist=True)
         self.loss_right.reset()
@@ -186,7 +186,7 @@ class SaveReader(Callback):
         assert isinstance(pl_module, FlamingoTraining)
         data = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         assert isinstance(data, InterleavedDataModule)
-        folder = trainer.log_dir  # every process has to ask
+        folder = trainer.log_dir  # log_dir is broadcast: every process has to read it
         if folder is None:
             return
         best = Path(getattr(trainer.checkpoint_callback, "best_model_path", ""))
@@ -195,7 +195,7 @@ class SaveReader(Callback):
             pl_module.load_state_dict(weights, strict=False)
         prompts = ReaderFormat(data.image_token, data.end_of_chunk, new_tokens=pl_module.new_tokens)
         reader = Reader(pl_module.flamingo, pl_module.tokenizer, prompts)
-        # Sharded weights are gathered from every process; only one of them writes where the run is.
+        # Every process has to save, since shards are gathered; only the first one's files are kept.
         with tempfile.TemporaryDirectory() as elsewhere:
             reader.save(Path(folder) / "model" if trainer.is_global_zero else elsewhere)
 
@@ -213,7 +213,7 @@ def token_losses(
 
 
 def swapped(media: Float[Tensor, "B M *medium"], mask: Tensor) -> Float[Tensor, "B M *medium"]:
-    """Every real medium in the place of the next one, across rows."""
+    """The media, each real one replaced by the real one before it, across rows."""
     places = mask.nonzero(as_tuple=True)
     return media.index_put(places, media[places].roll(1, 0))
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -57,18 +58,12 @@ def train(
         accelerator: "cpu" or "cuda".
     """
     run_name = f"{name}-seed{images.seed}"
-    trainer = Trainer(
+    trainer = progress_trainer(
+        folder / "logs" / run_name,
+        label=label,
         max_epochs=epochs,
         accelerator=accelerator,
-        devices=1,
-        gradient_clip_val=1.0,
         check_val_every_n_epoch=max(1, epochs // 4),
-        num_sanity_val_steps=0,
-        callbacks=[RunProgress(label)],
-        logger=CSVLogger(folder / "logs", name=run_name, version=""),
-        enable_progress_bar=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
     )
     start = time.perf_counter()
     fit(trainer, task, images)
@@ -79,6 +74,21 @@ def train(
     model.save_pretrained(folder / "models" / run_name)
     images_seen = trainer.global_step * images.batch_size
     return Run(name, images.seed, accuracy, images_seen, seconds, folder / "models" / run_name)
+
+
+def progress_trainer(logs: Path, *, label: str, **options: Any) -> Trainer:
+    """A trainer on one device that shows one bar with `label`, logs to CSV in `logs`, and keeps no checkpoints."""
+    return Trainer(
+        devices=1,
+        gradient_clip_val=1.0,
+        num_sanity_val_steps=0,
+        callbacks=[RunProgress(label)],
+        logger=CSVLogger(logs.parent, name=logs.name, version=""),
+        enable_progress_bar=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        **options,
+    )
 
 
 def fit(trainer: Trainer, task: LightningModule, data: LightningDataModule) -> None:
@@ -97,7 +107,7 @@ def fit(trainer: Trainer, task: LightningModule, data: LightningDataModule) -> N
 
 @contextmanager
 def quiet_lightning() -> Iterator[None]:
-    """The bar says what there is to say; Lightning's notes on devices and workers would tear it apart."""
+    """Silences Lightning's notes on devices and workers, which would break the progress bar."""
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
     logger.setLevel(logging.ERROR)
