@@ -298,19 +298,12 @@ def test_wrong_images_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
         small()(torch.zeros(2, 3, 8, 8), torch.ones(2, 8, 8))
 
 
-two_sizes = pytest.mark.parametrize("size", [(32, 32), (20, 27)], ids=str)
-
-
 @pytest.mark.compiled
-@pytest.mark.parametrize("masked", [False, True])
-def test_compiles_to_one_graph(masked: bool) -> None:
-    """Windows as views without a mask; padded windows, and images of two sizes, with one."""
+def test_compiles_to_one_graph_with_padding_and_images_of_two_sizes() -> None:
+    """Without a mask, where windows are views, it is a case of `test_every_model.py`."""
     torch._dynamo.reset()
-    size = (20, 27) if masked else (32, 32)
-    model, x, mask = small(depths=(1, 2)), images(*size), None
-    if masked:
-        mask = torch.zeros(2, *size, dtype=torch.bool)
-        mask[0, :11], mask[1, :, :18] = True, True
+    model, x, mask = small(depths=(1, 2)), images(20, 27), torch.zeros(2, 20, 27, dtype=torch.bool)
+    mask[0, :11], mask[1, :, :18] = True, True
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     logits, expected = compiled(x, mask), model(x, mask)
     assert_close(logits, expected, 1e-5)
@@ -320,19 +313,18 @@ def test_compiles_to_one_graph(masked: bool) -> None:
 
 
 @pytest.mark.compiled
-@two_sizes
-def test_exports_with_any_batch(size: tuple[int, int]) -> None:
+def test_exports_with_any_batch_where_windows_are_padded() -> None:
     model = small()
     batch = torch.export.Dim("batch", min=1, max=64)
     with torch.no_grad():
-        program = torch.export.export(model, (images(*size),), dynamic_shapes=({0: batch},), strict=False).module()
+        program = torch.export.export(model, (images(20, 27),), dynamic_shapes=({0: batch},), strict=False).module()
         for count in (1, 5):
-            others = images(*size, batch=count)
+            others = images(20, 27, batch=count)
             assert_close(program(others), model(others), 1e-5)
 
 
 @pytest.mark.compiled
-@two_sizes
+@pytest.mark.parametrize("size", [(32, 32), (20, 27)], ids=str)
 def test_onnx_runtime_computes_the_same(size: tuple[int, int], tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
