@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from narrows.errors import ImplementationUnavailable, InvalidArgument
 from narrows.layers.initialisation import draw_, for_each_sample, reset_submodules
 from narrows.layers.plain import why_not_plain
+from narrows.ops.attention import is_transformed
 from narrows.ops.slot_attention import slot_attention
 from narrows.precision import at_least_float32, autocast_off, compute_dtype
 from narrows.routing import Routing
@@ -276,6 +277,9 @@ class SlotAttention(nn.Module):
             updates = updates.transpose(1, 2).flatten(2).to(slots.dtype)  # [B, K, H * E]
             if self.to_out is not None:
                 updates = self.to_out(updates).to(slots.dtype)
+            if is_transformed(updates):
+                # GRUCell adds in place to what it makes of its state, which `torch.func.vmap` must have vectorised too.
+                slots = slots + updates.new_zeros(slots.shape)
             slots = self.gru(updates.flatten(0, 1), slots.flatten(0, 1)).view_as(slots).to(slots.dtype)  # line 9
             slots = slots + self.mlp(slots)  # line 10
         if slot_mask is not None:

@@ -21,6 +21,7 @@ from narrows.layers.slot_attention import (
     reset_initial_slots,
     reset_like_keras,
 )
+from narrows.ops.attention import is_transformed
 from narrows.ops.slot_attention import read_slots, slot_attention, token_weights
 from narrows.precision import at_least_float32, autocast_off, compute_dtype
 from narrows.routing import Routing
@@ -355,6 +356,9 @@ class _Reading(nn.Module):
 
 def _step(cell: nn.Module, updates: Float[Tensor, "B R d"], readers: Float[Tensor, "B R d"]) -> Float[Tensor, "B R d"]:
     """One step of a recurrent cell for every row, in the dtype of the readers."""
+    if is_transformed(updates):
+        # GRUCell adds in place to what it makes of its state, which `torch.func.vmap` must have vectorised too.
+        readers = readers + updates.new_zeros(readers.shape)
     state = cell(updates.to(readers.dtype).flatten(0, 1), readers.flatten(0, 1))
     return state.view_as(readers).to(readers.dtype)
 
