@@ -5,8 +5,8 @@ import logging
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
 from pathlib import Path
-from typing import IO
 
 import torch
 from jaxtyping import Float, Int
@@ -198,7 +198,7 @@ class FolderImages(ImageSet):
             return self._transform(image)
 
 
-def decode_image(file: Path | IO[bytes], name: str) -> Image.Image:
+def decode_image(file: Path | BytesIO, name: str) -> Image.Image:
     """An image file as RGB, rotated as its EXIF orientation says; errors call it `name`.
 
     Raises:
