@@ -26,7 +26,7 @@ def document(text: str, first: float = 1.0) -> Document:
         ("", ""),
     ],
 )
-def test_what_is_said_about_an_image_gets_an_end(text, expected):
+def test_text_about_an_image_ends_with_end_of_chunk(text, expected):
     assert with_chunk_ends(text.replace("<e>", END_OF_CHUNK)) == expected.replace("<e>", END_OF_CHUNK)
 
 
@@ -62,7 +62,7 @@ def test_a_batch_without_images_has_one_that_is_masked():
     assert not batch["media_locations"].any()
 
 
-def test_nothing_is_learned_before_the_first_image_if_asked():
+def test_text_before_the_first_image_can_be_left_out_of_the_loss():
     documents = [document("two a <image>a cat"), document("a dog")]
     masked = InterleavedCollate(word_tokenizer(WORDS), mask_before_first_image=True)(documents)["labels"]
     plain = InterleavedCollate(word_tokenizer(WORDS))(documents)["labels"]
@@ -71,14 +71,14 @@ def test_nothing_is_learned_before_the_first_image_if_asked():
     assert masked[1, :3].tolist() == [A, DOG, 3]  # no image, hence no first one
 
 
-def test_documents_that_do_not_count_are_not_learned_from():
+def test_padding_documents_have_no_labels():
     filler = Document("<image>a", torch.zeros(1, 3, 2, 2), counts=False)
     labels = InterleavedCollate(word_tokenizer(WORDS))([filler, document("a")])["labels"]
     assert (labels[0] == -100).all()
     assert (labels[1] != -100).any()
 
 
-def test_long_documents_lose_the_images_that_stand_behind():
+def test_long_documents_lose_the_images_beyond_the_cut():
     texts = [document("<image>a cat<image>a dog<image>two")]
     batch = InterleavedCollate(word_tokenizer(WORDS), max_tokens=6)(texts)
     assert batch["input_ids"].tolist() == [[2, A, CAT, 3, 2, A]]

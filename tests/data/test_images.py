@@ -28,7 +28,7 @@ def test_training_images_are_a_pure_function_of_seed_epoch_and_index(folder):
     assert not torch.equal(load(folder, image_size=24, seed=4, augmentation=STRONG).train.batch(range(6), 1)[0], images)
 
 
-def test_images_to_judge_by_are_not_varied(folder):
+def test_held_out_images_are_not_augmented(folder):
     plain, strong = load(folder, image_size=24), load(folder, image_size=24, augmentation=STRONG)
     assert torch.equal(plain.held_out.batch([0, 1])[0], strong.held_out.batch([0, 1])[0])
 
@@ -96,7 +96,7 @@ def test_a_batch_is_drawn_once_and_is_what_the_other_set_draws() -> None:
     assert counted.drawn == len(asked)
 
 
-def test_what_does_not_fit_is_drawn_every_time() -> None:
+def test_batches_beyond_the_capacity_are_drawn_every_time() -> None:
     counted = Counted()
     remembered = RememberedImages(counted, capacity=2 * 32 * 32 * 4)
     for _ in range(2):

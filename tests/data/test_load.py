@@ -124,7 +124,7 @@ def test_every_kind_of_image_becomes_three_channels(tmp_path, mode):
         assert images.batch(range(len(images)))[0].shape[1:] == (3, 16, 16)
 
 
-def test_photographs_are_turned_upright(tmp_path):
+def test_exif_orientation_is_applied(tmp_path):
     picture = Image.new("RGB", (20, 20))
     picture.paste((255, 255, 255), (0, 0, 20, 10))  # light above
     exif = Image.Exif()

@@ -31,13 +31,13 @@ def test_processes_share_the_batches_of_one_process():
 
 
 @pytest.mark.parametrize("length", [1, 7, 8, 9])
-def test_filled_up_positions_do_not_count_and_all_images_count_once(length):
+def test_padding_positions_do_not_count_and_every_image_counts_once(length):
     dealt = _deal(length, 4, fill=True, shuffle=False)
     assert len({len(positions) for positions in dealt}) == 1
     assert sorted(p.index for positions in dealt for p in positions if p.counts) == list(range(length))
 
 
-def test_without_filling_processes_get_equally_many():
+def test_without_padding_processes_get_equally_many():
     assert [len(positions) for positions in _deal(11, 4, fill=False)] == [2, 2, 2, 2]
 
 

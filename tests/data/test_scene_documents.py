@@ -57,7 +57,7 @@ def test_bad_input_is_explained(options):
         DigitPrompts(**options)
 
 
-def test_documents_that_fill_up_do_not_count():
+def test_padding_documents_are_marked():
     prompts = DigitPrompts("held_out", size=16)
     real, filler = prompts.__getitems__([Position(0), Position(0, counts=False)])
     assert real.counts

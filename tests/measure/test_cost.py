@@ -35,7 +35,7 @@ def test_every_figure() -> None:
 
 
 @pytest.mark.parametrize("inputs", [(torch.ones(2, 8), 2.0), {"x": torch.ones(2, 8), "scale": 2.0}])
-def test_arguments_by_place_and_by_name(inputs: object) -> None:
+def test_positional_and_keyword_arguments(inputs: object) -> None:
     assert measure(Two(), inputs, repeats=1).macs == 2 * 64  # pyright: ignore[reportArgumentType]
 
 

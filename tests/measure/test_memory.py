@@ -101,7 +101,7 @@ class TestPeak:
         with mode():
             assert peak_memory(lambda: [x + 1 for _ in range(5)]) == 5 * BYTES
 
-    def test_views_and_in_place_work_take_nothing(self, mode: type) -> None:
+    def test_views_and_in_place_operations_allocate_nothing(self, mode: type) -> None:
         x = torch.randn(SIZE)
         with mode():
             assert peak_memory(lambda: x.view(10, 100).transpose(0, 1).add_(1)) == 0

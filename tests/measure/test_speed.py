@@ -68,7 +68,7 @@ def test_warm_up_is_not_timed(clock: Clock) -> None:
     assert compare_speed({"it": contender}, repeats=3, warmup=2)["it"].samples == (1.0, 1.0, 1.0)
 
 
-def test_a_slow_spell_of_the_machine_leaves_the_ratio(clock: Clock) -> None:
+def test_a_slowdown_of_the_machine_does_not_change_the_ratio(clock: Clock) -> None:
     def slowed(seconds: float) -> Callable[[int], float]:
         return lambda count: seconds * (1 + count)
 

@@ -84,7 +84,7 @@ def test_no_two_carriers_look_alike(vision: str) -> None:
     assert min(deltaE_ciede2000(lab[i], lab[j]) for i, j in combinations(range(len(CARRIERS)), 2)) > 10
 
 
-def test_hex_and_numbers_are_each_others_inverse() -> None:
+def test_hex_and_rgb_are_inverse() -> None:
     assert to_rgb("#ff8000").tolist() == pytest.approx([1, 128 / 255, 0])
     assert [to_hex(to_rgb(colour)) for colour in CARRIERS] == list(CARRIERS)
 

@@ -113,7 +113,7 @@ def test_numbers_that_cannot_be_drawn_are_named() -> None:
 WHOLE = ParetoPoint("untouched", 100, 95)
 
 
-def test_a_line_for_each_method_from_cheap_to_dear_and_the_reference_across():
+def test_a_line_for_each_method_by_cost_and_the_reference_across():
     lines = {
         "ats": [ParetoPoint("ats 0.7", 70, 94.8), ParetoPoint("ats 0.5", 50, 94.5)],
         "random": [ParetoPoint("random 0.5", 50, 90)],

@@ -41,7 +41,7 @@ def assert_cached(model: Flamingo) -> None:
 
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt")
-def test_a_language_model_of_few_bits(bits: int) -> None:
+def test_a_quantised_language_model(bits: int) -> None:
     # Where a CPU multiplies in bfloat16, four bits are packed in blocks of 64 by 32.
     lm = language_model("llama", hidden_size=64, intermediate_size=64, head_dim=16)
     quantise(lm, bits)
@@ -114,7 +114,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("family", REFUSED)
-def test_what_cannot_be_supported_is_refused_by_name_with_the_reason(family: str) -> None:
+def test_unsupported_architectures_are_refused_by_name_with_the_reason(family: str) -> None:
     auto, sizes, reason = REFUSED[family]
     sizes = sizes if "n_embd" in sizes or "d_model" in sizes else {**SMALL, **sizes}
     lm = auto.from_config(AutoConfig.for_model(family, **{"vocab_size": 32, **sizes}))

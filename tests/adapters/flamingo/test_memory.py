@@ -73,7 +73,7 @@ def test_text_read_in_parts(model: Flamingo, sizes: tuple[int, ...], static: boo
 
 
 @pytest.mark.parametrize("keep", [11, 9, 7, 6, 3, 1])
-def test_a_cache_cut_back(model: Flamingo, keep: int) -> None:
+def test_a_cropped_cache(model: Flamingo, keep: int) -> None:
     tokens, images = text("ab#cde##f#gh", "cd#abe##h#fg"), media(2, 4)
     turns = Turns(model, tokens, images)
     turns.read(0, 5)
@@ -139,7 +139,7 @@ def test_samples_share_what_was_encoded(last_medium: Flamingo) -> None:
 
 
 @pytest.mark.parametrize("how", ["assistant", "prompt lookup"])
-def test_drafts_that_are_taken_back(model: Flamingo, how: str) -> None:
+def test_assisted_generation_with_rejected_drafts(model: Flamingo, how: str) -> None:
     """Assisted decoding reads what it drafts, and cuts back the cache to where a draft went wrong."""
     lm = model.language_model
     assistant = copy.deepcopy(language_model("llama", num_hidden_layers=1))
@@ -182,7 +182,7 @@ def test_only_the_last_medium_is_kept_and_projected_once(last_medium: Flamingo) 
     assert not counts
 
 
-def test_text_that_only_the_bare_language_model_read_comes_before_any_media(last_medium: Flamingo) -> None:
+def test_text_in_a_cache_of_the_bare_language_model_has_no_media(last_medium: Flamingo) -> None:
     tokens, images = text("abcd#ef#gh"), media(1, 2)
     cache = DynamicCache(config=last_medium.language_model.config)
     with torch.no_grad():

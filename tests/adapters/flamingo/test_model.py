@@ -85,7 +85,7 @@ def test_encoded_media_may_have_different_lengths(model: Flamingo) -> None:
     assert_close(one, logits(model, text("abc#ef"), sounds[:, 1:, :4], media_mask=short), 1e-6)
 
 
-def test_places_without_a_token_and_text_without_ids(model: Flamingo) -> None:
+def test_media_locations_in_place_of_tokens_and_embeddings_in_place_of_ids(model: Flamingo) -> None:
     tokens, images = text("ab#cd#e"), torch.randn(1, 2, 3, 8, 8)
     read, locations = logits(model, tokens, images), tokens == MEDIA_TOKEN
     embeddings = model.language_model.get_input_embeddings()(tokens)
@@ -134,7 +134,7 @@ def test_what_is_frozen_stays_as_it_is() -> None:
     assert all(module.training for module in loose.modules())
 
 
-def test_a_block_may_stand_behind_its_layer_and_leave_text_without_media_alone() -> None:
+def test_a_block_after_its_layer_leaves_text_without_media_alone() -> None:
     lm, tokens, images = language_model("gpt2"), text("ab#cde", "fghijk"), media(2, 1)
     hidden: list[Tensor] = []
     lm.transformer.ln_f.register_forward_pre_hook(lambda module, args: hidden.append(args[0]))
@@ -150,7 +150,7 @@ def test_a_block_may_stand_behind_its_layer_and_leave_text_without_media_alone()
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "mpt"])  # layers that return a tensor, and one that returns more
-def test_blocks_behind_their_layers_read_with_a_cache_too(family: str) -> None:
+def test_blocks_after_their_layers_work_with_a_cache(family: str) -> None:
     behind = flamingo(language_model(family), placement="after", attend=AllPrevious())
     options = {"media": media(1, 2), "max_new_tokens": 5, "do_sample": False}
     cached = behind.generate(text("ab#c#de"), **options)

@@ -89,7 +89,7 @@ def test_masked_rows_packed_rows_and_an_image_alone_are_the_same(name: str) -> N
 
 @every_host
 @pytest.mark.parametrize("method", ["topk", "tome"])
-def test_methods_that_keep_as_many_of_every_image_do_not_look_at_its_neighbours(name: str, method: str) -> None:
+def test_methods_with_fixed_counts_do_not_depend_on_the_batch(name: str, method: str) -> None:
     model = HOSTS[name]()
     arguments = inputs(model, 2)
     with reduce_tokens(model, method=method, budget=0.5):

@@ -43,7 +43,7 @@ POOLS = {"narrows vit": lambda tokens: tokens.mean(0), "narrows vit, greatest po
 
 
 @pytest.mark.parametrize("name", POOLS)
-def test_pooled_are_the_tokens_that_were_kept(name: str) -> None:
+def test_pooling_uses_kept_tokens_only(name: str) -> None:
     model = HOSTS[name]()
     seen: list[Tensor] = []
     model.blocks[-1].register_forward_hook(lambda _, __, output: seen.append(output))
@@ -63,7 +63,7 @@ class Listener(TopK):
         return super().choose(signals, count)
 
 
-def test_where_the_greatest_is_pooled_every_channel_reads() -> None:
+def test_max_pooling_scores_tokens_by_every_channel() -> None:
     model, listener = HOSTS["narrows vit, greatest pooled"](), Listener()
     arguments = inputs(model, 2)
     with torch.no_grad():

@@ -73,7 +73,7 @@ def test_arguments_of_another_kind_are_refused(arguments: dict[str, Any]) -> Non
         (lambda: nn.Sequential(nn.Linear(3, 3)), "Sequential"),
     ],
 )
-def test_what_is_not_understood_is_refused_by_name(make: Callable[[], nn.Module], name: str) -> None:
+def test_unsupported_models_are_refused_by_name(make: Callable[[], nn.Module], name: str) -> None:
     model = make()
     before = state(model)
     with pytest.raises(InvalidType, match=name):
@@ -104,7 +104,7 @@ def test_a_state_that_cannot_be_handled_is_refused() -> None:
 
 
 @pytest.mark.parametrize("piece", ["attention_update", "feed_forward_update", "normed", "query", "query_key_value"])
-def test_the_self_test_finds_a_piece_that_is_taken_apart_wrongly(piece: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_self_test_finds_a_wrong_step(piece: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By one in a hundred, in a model whose layer scale makes updates small beside the tokens."""
     model = vit(init_values=1.0)
     with torch.no_grad():

@@ -87,7 +87,7 @@ def test_kept_tokens_are_rotated_by_the_positions_they_had(family: str) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["mean_pooled", "siglip", "dinov3", "perception_encoder"])
-def test_a_readout_of_all_tokens_reads_those_that_were_kept(family: str) -> None:
+def test_heads_that_pool_all_tokens_use_kept_ones_only(family: str) -> None:
     model = FAMILIES[family]()
     prefix = model.num_prefix_tokens
     with reduce_tokens(model, method="topk", budget=20) as reduction:

@@ -151,7 +151,7 @@ def test_padding_of_siglip2_is_read_by_no_token(method: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["transformers siglip", "transformers siglip2"])
-def test_attention_pooling_reads_the_tokens_that_were_kept(name: str) -> None:
+def test_attention_pooling_uses_kept_tokens_only(name: str) -> None:
     model = HOSTS[name]()
     with torch.no_grad():
         with reduce_tokens(model, budget=0.5) as reduction:
@@ -194,7 +194,7 @@ def test_a_layer_of_another_class_is_named_and_the_model_left_alone() -> None:
     assert all("forward" not in vars(layer) for layer in model.layers)
 
 
-def test_what_a_layer_is_called_with_must_be_known() -> None:
+def test_unknown_arguments_of_a_layer_are_refused() -> None:
     model = HOSTS["transformers vit"]()
     tokens = torch.randn(2, 17, 32)
     with reduce_tokens(model, budget={0: 0.5}):
