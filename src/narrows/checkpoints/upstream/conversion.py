@@ -11,7 +11,10 @@ from torch import Tensor, nn
 
 from narrows.errors import InvalidArgument
 
-HINT = "Merge LoRA, remove hooks and parametrizations, dequantise; convert; then put them on the result."
+HINT = (
+    "Merge LoRA, remove hooks and parametrizations, convert before quantising or sharding; then add them to the result."
+)
+REPLACED = "Was it replaced? Convert with upstream's own part, then replace the part of the result."
 
 
 class Rearranged(NamedTuple):
@@ -106,14 +109,21 @@ def carry_over(
         owner, leaf = conversion.ours.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
         value, names = _value(theirs, source, path, memo, uses)
         if value is None and not _is_plain(owner):
-            raise InvalidArgument(joined(path, names[0]), expected="a parameter, as upstream has there", got="none")
+            raise InvalidArgument(
+                joined(path, names[0]), expected="a parameter, as upstream has there", got="none", hint=REPLACED
+            )
         _check_shape(joined(path, names[0]), value, getattr(owner, leaf))
         setattr(owner, leaf, value)
         taken |= set(names)
     _set_dropouts(theirs, conversion, path)
     for name, expected in conversion.settings.items():
         if (got := attrgetter(name)(theirs)) != expected:
-            raise InvalidArgument(joined(path, name), expected=f"upstream's own {expected}", got=got)
+            raise InvalidArgument(
+                joined(path, name),
+                expected=f"upstream's own {expected}",
+                got=got,
+                hint="Set it back: narrows computes with that.",
+            )
     _check_nothing_left(theirs, conversion, taken, path)
     assert unfilled.isdisjoint(conversion.ours.parameters()), "a parameter of ours was not filled"
     return conversion.ours
@@ -138,7 +148,10 @@ def _fill_modules(theirs: nn.Module, conversion: Conversion, path: str, memo: di
             conversion.ours.set_submodule(name, copy.deepcopy(their, memo))
         elif not leaves or any(joined(name, leaf) not in conversion.parameters for leaf in leaves):
             raise InvalidArgument(
-                joined(path, their_name), expected=f"an nn.{type(own).__name__}", got=f"a {class_name(their)}"
+                joined(path, their_name),
+                expected=f"an nn.{type(own).__name__}",
+                got=f"a {class_name(their)}",
+                hint=REPLACED,
             )
         elif isinstance(own, nn.LayerNorm):
             own.eps = their.eps
@@ -182,6 +195,7 @@ def _set_dropouts(theirs: nn.Module, conversion: Conversion, path: str) -> None:
                     joined(path, each),
                     expected=f"{first} with training={first.training}, as {their_names[0]}, which in narrows is one",
                     got=f"{dropout} with training={dropout.training}",
+                    hint="Give them one rate and one mode.",
                 )
         own.dropout = first.p
         if first.p > 0:
@@ -196,7 +210,8 @@ def _kind(tensor: nn.Parameter | None) -> str:
 
 def _check_shape(path: str, theirs: Tensor | None, ours: Tensor | None) -> None:
     if theirs is not None and ours is not None and theirs.shape != ours.shape:
-        raise InvalidArgument(path, expected=f"shape {tuple(ours.shape)}", got=f"shape {tuple(theirs.shape)}")
+        expected, got = (f"shape {tuple(tensor.shape)}" for tensor in (ours, theirs))
+        raise InvalidArgument(path, expected=f"{expected}, which the other parts need", got=got, hint=REPLACED)
 
 
 def joined(*names: str) -> str:
@@ -220,7 +235,9 @@ def _part(theirs: nn.Module, name: str, path: str) -> Any:
     try:
         return theirs.get_submodule(name)
     except AttributeError:
-        raise InvalidArgument(joined(path, name), expected="a submodule, as upstream has there", got="none") from None
+        raise InvalidArgument(
+            joined(path, name), expected="a submodule, as upstream has there", got="none", hint=REPLACED
+        ) from None
 
 
 def _check_nothing_left(theirs: nn.Module, conversion: Conversion, taken: set[str], path: str) -> None:
@@ -230,7 +247,12 @@ def _check_nothing_left(theirs: nn.Module, conversion: Conversion, taken: set[st
         changed = type(part) is not expected or getattr(part, "approximate", "none") != "none"
         if (name not in known or expected is not None) and _is_plain(part) and changed:
             wanted = "nothing, as upstream has there" if expected is None else f"an nn.{expected.__name__}()"
-            raise InvalidArgument(joined(path, name), expected=wanted, got=repr(part))
+            raise InvalidArgument(joined(path, name), expected=wanted, got=repr(part), hint=REPLACED)
     for name, _ in theirs.named_parameters(remove_duplicate=False):
         if name not in taken:
-            raise InvalidArgument(joined(path, name), expected="no parameter: upstream has none there", got="one")
+            raise InvalidArgument(
+                joined(path, name),
+                expected="no parameter, as upstream has none there",
+                got="one",
+                hint="Take it off, convert, and add it to the result.",
+            )
