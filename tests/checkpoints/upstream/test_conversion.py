@@ -198,6 +198,27 @@ def test_inside_a_model_outputs_and_gradients_are_upstreams(case: Case) -> None:
 
 
 @every_case
+def test_training_goes_on_from_where_upstream_was(case: Case) -> None:
+    """With an optimizer of its own; what gradients upstream holds stays upstream's."""
+    theirs = Model(case.build().eval())
+
+    def step(model: nn.Module) -> Tensor:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        optimizer.zero_grad()
+        output = outputs(model, case.inputs(), case.rest())
+        output.square().mean().backward()
+        optimizer.step()
+        return output.detach()
+
+    step(theirs)
+    ours = from_upstream(theirs)
+    assert all(parameter.grad is None for parameter in ours.parameters())
+    assert any(parameter.grad is not None for parameter in theirs.parameters())
+    for _ in range(2):
+        assert_close(step(ours), step(theirs))
+
+
+@every_case
 def test_a_converted_model_is_copied_saved_and_called_by_keyword(case: Case) -> None:
     model = Model(case.build()).eval()
     ours = from_upstream(model)
@@ -207,6 +228,16 @@ def test_a_converted_model_is_copied_saved_and_called_by_keyword(case: Case) -> 
     torch.manual_seed(3)
     by_keyword = ours.inner(**{first: case.inputs()[0]}, **({"media": case.inputs()[1]} if case.locations else {}))
     assert isinstance(by_keyword, tuple) == isinstance(model.inner(*case.inputs()), tuple)
+
+
+@pytest.mark.compiled
+@every_case
+def test_inside_a_model_it_traces_in_one_graph(case: Case) -> None:
+    model = from_upstream(Model(case.build().eval()))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    given = case.inputs(), case.rest()
+    assert_close(outputs(compiled, *given), outputs(model, *given))
 
 
 @every_case

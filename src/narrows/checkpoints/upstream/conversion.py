@@ -221,9 +221,16 @@ def joined(*names: str) -> str:
 
 def alias(name: str) -> Any:
     """An attribute by its name in narrows, to be read and set by the name that upstream has for it."""
-    owner, _, leaf = name.rpartition(".")
-    of = attrgetter(owner) if owner else lambda module: module
-    return property(lambda module: getattr(of(module), leaf), lambda module, value: setattr(of(module), leaf, value))
+    *owners, leaf = name.split(".")
+
+    def owner(module: Any) -> Any:
+        for each in owners:
+            module = getattr(module, each)
+        return module
+
+    return property(
+        lambda module: getattr(owner(module), leaf), lambda module, value: setattr(owner(module), leaf, value)
+    )
 
 
 def _is_plain(module: nn.Module) -> bool:

@@ -110,7 +110,6 @@ def slot_attention_experimental(module: Any) -> Conversion:
 class SlotAttentionAsUpstream(SlotAttention):
     """`SlotAttention` that takes what upstream's takes and answers with the slots alone."""
 
-    dim = alias("gru.hidden_size")
     num_slots = alias("initial_slots.num_slots")
     iters = alias("num_iterations")
 
