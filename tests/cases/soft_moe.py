@@ -31,7 +31,7 @@ def _dynamic_rms(**kwargs: object) -> nn.Module:
 
 def _small_gains(layer: nn.Module) -> None:
     # Gains of 1 make the softmax nearly one-hot, which multiplies every rounding of a logit, the reference's too.
-    for gain in (layer.normalization.token_gain, layer.normalization.slot_gain):
+    for gain in (layer.norm_tokens.weight, layer.norm_slots.weight):
         nn.init.uniform_(gain, 0.2, 0.4)
 
 

@@ -1,12 +1,18 @@
+from copy import deepcopy
+from pathlib import Path
+
 import jaxtyping
 import pytest
 import soft_moe_pytorch as upstream
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from narrows.errors import InvalidArgument, InvalidType
-from narrows.layers.soft_moe import DynamicSlotsSoftMoE, SoftMoE
-from tests.layers.test_experts import CountOperations
+from narrows.layers.soft_moe import DynamicSlotsSoftMoE, ExpertList, SoftMoE, StackedExperts, UnitNorm, make_experts
+from narrows.models import create_model, load_model
 from tests.support import assert_close, gradients
 
 DIM = 16
@@ -26,24 +32,36 @@ every_normalization = pytest.mark.parametrize("normalization", ["unit", "rms", "
 every_impl = pytest.mark.parametrize("impl", ["reference", "shared", "chunked"])
 
 
+class CountOperations(TorchDispatchMode):
+    """How many operations reach the dispatcher."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
 def by_hand(layer: SoftMoE, x: Tensor) -> Tensor:
     """Algorithm 1 and 2 of the paper for one image of tokens `[N, D]`, expert by expert and slot by slot."""
     phi = layer.slots.flatten(0, 1)
     x_unit = x / x.norm(dim=-1, keepdim=True)
-    logits = x_unit @ (layer.normalization.scale * phi / phi.norm(dim=-1, keepdim=True)).T
+    logits = x_unit @ (layer.norm_slots.scale * phi / phi.norm(dim=-1, keepdim=True)).T
     slots = logits.softmax(0).T @ x
     experts = layer.experts
     outputs = []
     for index, slot in enumerate(slots):
         e = index // layer.slots.shape[1]
-        hidden = nn.functional.gelu(slot @ experts.expand.weight[e].T + experts.expand.bias[e])
+        hidden = F.gelu(slot @ experts.expand.weight[e].T + experts.expand.bias[e])
         outputs.append(hidden @ experts.contract.weight[e].T + experts.contract.bias[e])
     return logits.softmax(1) @ torch.stack(outputs)
 
 
 def test_soft_moe_is_the_algorithm_of_the_paper() -> None:
     layer = SoftMoE(DIM, num_experts=3, slots_per_expert=2).double()
-    nn.init.constant_(layer.normalization.scale, 1.7)
+    nn.init.constant_(layer.norm_slots.scale, 1.7)
     x = torch.randn(2, 7, DIM, dtype=torch.float64)
     assert_close(layer(x), torch.stack([by_hand(layer, sample) for sample in x]), 1e-6)
 
@@ -160,6 +178,36 @@ def test_routing_is_what_slots_read() -> None:
     assert_close(routing.weights[:, 0] @ x.flatten(2).mT, read[0].flatten(1, 2), 1e-5)
 
 
+@every_form
+@every_normalization
+def test_outputs_are_what_combine_weights_say_of_the_experts(make: object, normalization: str) -> None:
+    layer = make(normalization=normalization).double()  # type: ignore[operator]
+    x, mask = torch.randn(2, 9, DIM, dtype=torch.float64), torch.rand(2, 9) < 0.7
+    ran: list[Tensor] = []
+    layer.experts.register_forward_hook(lambda module, args, output: ran.append(output))
+    output = layer(x, mask)
+    assert_close(layer.combine_weights(x, mask) @ ran[0].flatten(1, 2), output, 1e-9)
+
+
+@every_form
+def test_expert_shares_sum_to_one_at_real_tokens(make: object) -> None:
+    layer = make()  # type: ignore[operator]
+    image, mask = torch.randn(2, DIM, 3, 4), torch.rand(2, 3, 4) < 0.7
+    shares = layer.expert_shares(image, mask)
+    assert shares.shape == (2, 12, 3)
+    assert_close(shares.sum(-1), mask.flatten(1).float(), 1e-6)
+    slots = layer.combine_weights(image, mask).unflatten(-1, (3, -1))
+    assert_close(shares[..., 1], slots[:, :, 1].sum(-1), 1e-6)
+
+
+def test_an_expert_that_every_token_prefers_has_the_greatest_share() -> None:
+    layer, x = SoftMoE(DIM, num_experts=3), torch.randn(2, 9, DIM) + 3
+    with torch.no_grad():
+        layer.norm_slots.scale.fill_(20.0)
+        layer.slots[1] = 1.0
+    assert (layer.expert_shares(x).argmax(-1) == 1).all()
+
+
 def test_a_slot_whose_tokens_are_all_masked_takes_no_part() -> None:
     layer, mask = DynamicSlotsSoftMoE(DIM, num_experts=3), torch.arange(9)[None] < 4
     weights = layer.routing(torch.randn(1, 9, DIM), mask).weights[0, 0].unflatten(0, (3, 3))
@@ -167,7 +215,239 @@ def test_a_slot_whose_tokens_are_all_masked_takes_no_part() -> None:
     assert (weights[..., 4:] == 0).all()
 
 
-# What soft-moe-pytorch gets wrong, by its number in the notes this project started from.
+# Precision.
+
+
+@every_form
+@every_impl
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+@pytest.mark.parametrize("num_tokens", [1024, 20_000])
+def test_many_equal_tokens_in_low_precision_get_what_one_gets(
+    make: object, impl: str, dtype: torch.dtype, autocast: bool, num_tokens: int
+) -> None:
+    layer = make(impl=impl)  # type: ignore[operator]
+    if isinstance(layer, DynamicSlotsSoftMoE) and layer.slots_per_expert is None:
+        layer.segment_length = num_tokens // 4  # else it would have as many slots as tokens
+    x = torch.randn(1, 1, DIM)
+    exact = layer.double()(x.double())[0, 0]
+    layer, x = (layer.float(), x) if autocast else (layer.to(dtype), x.to(dtype))
+    with torch.autocast("cpu", dtype=dtype if autocast else None, enabled=autocast), torch.no_grad():
+        single, many = layer(x), layer(x.expand(1, num_tokens, DIM))
+    assert single.dtype == many.dtype == dtype
+    error = (single[0, 0] - exact).abs().max()
+    assert (many[0] - exact).abs().max() <= 2 * error + 4 * torch.finfo(dtype).eps * exact.abs().max()
+
+
+@pytest.mark.parametrize("options", [{}, {"slots_per_expert": 2}], ids=str)
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+def test_large_tokens_in_float16_do_not_overflow_where_slots_are_made_of_them(
+    options: dict[str, int], autocast: bool
+) -> None:
+    layer = DynamicSlotsSoftMoE(DIM, num_experts=32, **options)
+    x = 2500 + torch.randn(1, 32, DIM)
+    exact = layer(x)
+    if not autocast:
+        layer, x = layer.half(), x.half()
+    with torch.autocast("cpu", dtype=torch.float16, enabled=autocast):
+        output = layer(x)
+    # Weights and tokens are rounded, then five products: to_slots, two of the experts, dispatch and combine.
+    assert (output - exact).norm() <= 7 * torch.finfo(torch.float16).eps * exact.norm()
+
+
+@every_form
+@every_impl
+@every_normalization
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)], ids=str)
+def test_tokens_of_another_dtype_are_computed_in_the_layers_and_come_back_in_their_own(
+    make: object, impl: str, normalization: str, dtypes: tuple[torch.dtype, torch.dtype]
+) -> None:
+    of_layer, of_tokens = dtypes
+    layer = make(impl=impl, normalization=normalization).to(of_layer)  # type: ignore[operator]
+    x, mask = torch.randn(2, 9, DIM, dtype=of_tokens), torch.rand(2, 9) < 0.7
+    output = layer(x, mask)
+    assert output.dtype == of_tokens
+    assert torch.equal(output, layer(x.to(of_layer), mask).to(of_tokens))
+    for tokens in (x, x.to(of_layer)):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert layer(tokens, mask).dtype == torch.bfloat16
+
+
+def test_unit_vectors_have_length_one_or_the_scale_and_are_smooth_at_zero() -> None:
+    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    unit, scaled = UnitNorm(), UnitNorm(scaled=True).double()
+    nn.init.constant_(scaled.scale, 2.5)
+    assert_close(unit(x).norm(dim=-1), torch.ones(3, dtype=torch.float64), 1e-6)
+    assert_close(scaled(x).norm(dim=-1), torch.full((3,), 2.5, dtype=torch.float64), 1e-6)
+    assert torch.autograd.gradcheck(unit, (x,))
+    assert torch.autograd.gradgradcheck(unit, (x,))
+    zeros = torch.zeros(1, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(unit, (zeros,), eps=1e-7)
+    zeros = torch.zeros(1, 5, dtype=torch.float16, requires_grad=True)
+    unit(zeros).sum().backward()
+    assert torch.isfinite(zeros.grad).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_large_vectors_are_normalised_in_low_precision(dtype: torch.dtype) -> None:
+    x = torch.full((1, 64), 1000.0, dtype=dtype)
+    assert_close(UnitNorm()(x).float(), torch.full((1, 64), 0.125), 1e-3)
+    for norm in (SoftMoE(64, num_experts=2, normalization="rms").norm_tokens, UnitNorm(scaled=True)):
+        vectors = norm.to(dtype)(x).float()
+        assert_close(vectors / vectors[0, 0], torch.ones(1, 64), 1e-3)
+    assert_close(SoftMoE(64, num_experts=2, normalization="rms").norm_tokens(x.float()), torch.ones(1, 64), 1e-6)
+
+
+def test_rms_norms_are_those_of_upstream_for_small_vectors_too() -> None:
+    norm, x = SoftMoE(5, num_experts=2, normalization="rms").norm_tokens.double(), torch.randn(3, 5).double()
+    for size in (1.0, 1e-4):
+        assert_close(norm(size * x), upstream.soft_moe.RMSNorm(5).double()(size * x), 1e-3)
+
+
+# Experts.
+
+
+def one_by_one(experts: StackedExperts, slots: Tensor) -> Tensor:
+    outputs = []
+    for e in range(slots.shape[1]):
+        hidden = F.linear(slots[:, e], experts.expand.weight[e], experts.expand.bias[e])
+        if experts.gated:
+            half = hidden.shape[-1] // 2
+            hidden = hidden[..., :half] * F.gelu(hidden[..., half:])
+        else:
+            hidden = F.gelu(hidden)
+        outputs.append(F.linear(hidden, experts.contract.weight[e], experts.contract.bias[e]))
+    return torch.stack(outputs, 1)
+
+
+@pytest.mark.parametrize("kind", ["gelu", "geglu"])
+def test_stacked_experts_are_the_experts_one_by_one(kind: str) -> None:
+    experts = StackedExperts(6, 3, kind=kind, mult=2.5).double()
+    slots = torch.randn(2, 3, 5, 6, dtype=torch.float64, requires_grad=True)
+    ours, theirs = experts(slots), one_by_one(experts, slots)
+    assert_close(ours, theirs, 1e-12)
+    tensors = (slots, *experts.parameters())
+    for a, b in zip(gradients(ours, *tensors), gradients(theirs, *tensors), strict=True):
+        assert_close(a, b, 1e-12)
+
+
+@pytest.mark.parametrize("kind", ["gelu", "geglu"])
+def test_the_number_of_operations_does_not_grow_with_the_number_of_experts(kind: str) -> None:
+    counts = []
+    for num_experts in (4, 64):
+        experts, slots = (
+            StackedExperts(8, num_experts, kind=kind),
+            torch.randn(2, num_experts, 1, 8, requires_grad=True),
+        )
+        with CountOperations() as operations:
+            experts(slots).sum().backward()
+        counts.append(operations.count)
+    assert counts[0] == counts[1]
+
+
+def test_dropout_is_for_training_only() -> None:
+    experts, slots = StackedExperts(8, 2, dropout=0.5), torch.randn(2, 2, 3, 8)
+    assert not torch.equal(experts(slots), experts(slots))
+    experts.eval()
+    assert_close(experts(slots), one_by_one(experts, slots), 1e-6)
+
+
+def test_any_module_is_an_expert_and_knows_its_number() -> None:
+    experts = make_experts(lambda index: nn.Linear(4, 4, bias=index == 0), 4, 2, mult=4.0, dropout=0.0)
+    assert isinstance(experts, ExpertList)
+    assert experts[0].bias is not None
+    assert experts[1].bias is None
+    slots = torch.randn(3, 2, 5, 4)
+    assert_close(experts(slots), torch.stack([experts[0](slots[:, 0]), experts[1](slots[:, 1])], 1), 1e-6)
+
+
+def test_a_gated_expert_has_as_many_parameters_as_a_plain_one() -> None:
+    counts = [sum(p.numel() for p in StackedExperts(96, 2, kind=kind).parameters()) for kind in ("gelu", "geglu")]
+    assert abs(counts[0] - counts[1]) < 0.01 * counts[0]
+
+
+def test_each_expert_starts_like_a_linear_layer_of_its_own() -> None:
+    experts = StackedExperts(64, 8)
+    for weight, fan_in in ((experts.expand.weight, 64), (experts.contract.weight, 256)):
+        assert weight.abs().max() <= fan_in**-0.5
+        assert weight.std().item() == pytest.approx((3 * fan_in) ** -0.5, rel=0.02)
+
+
+def test_what_does_not_fit_experts_is_named() -> None:
+    with pytest.raises(InvalidArgument, match=r"experts: expected one of \('gelu', 'geglu'\), got 'relu'"):
+        make_experts("relu", 4, 2, mult=4.0, dropout=0.0)
+    with pytest.raises(InvalidArgument, match=r"dropout: expected a share from 0 to below 1, got 1.5"):
+        StackedExperts(4, 2, dropout=1.5)
+    with pytest.raises(
+        InvalidArgument, match=r"expert_mult: expected a multiple of dim that leaves a hidden width, got 0.1"
+    ):
+        StackedExperts(4, 2, mult=0.1)
+
+
+def test_a_module_in_place_of_a_function_is_named() -> None:
+    with pytest.raises(
+        InvalidType, match=r"experts: .*got ModuleList. From a list of modules: experts=modules.__getitem__"
+    ):
+        make_experts(nn.ModuleList([nn.Identity()]), 4, 1, mult=4.0, dropout=0.0)  # type: ignore[arg-type]
+
+
+# Weights saved by older releases.
+
+
+OLDER = {
+    "experts.expand.weight": "experts.weight_in",
+    "experts.expand.bias": "experts.bias_in",
+    "experts.contract.weight": "experts.weight_out",
+    "experts.contract.bias": "experts.bias_out",
+    "norm_slots.scale": "normalization.scale",
+    "norm_tokens.weight": "normalization.token_gain",
+    "norm_slots.weight": "normalization.slot_gain",
+}
+
+
+def as_saved_before(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The older keys, and the layout of experts then: weights `[out, E, in]`."""
+    older = {}
+    for name, value in state.items():
+        key = next((key for key in OLDER if name.endswith(key)), None)
+        name = name if key is None else name.removesuffix(key) + OLDER[key]
+        older[name] = value.transpose(0, 1).contiguous() if "experts.weight" in name else value
+    return older
+
+
+@pytest.mark.parametrize("kind", ["gelu", "geglu"])
+@pytest.mark.parametrize("normalization", ["unit", "rms", "layer"])
+@pytest.mark.parametrize("num_experts", [3, 4], ids=["", "as many experts as features"])
+def test_layers_saved_by_older_releases_open(num_experts: int, normalization: str, kind: str) -> None:
+    def make() -> nn.Module:
+        mult = 1.5 if kind == "geglu" else 1.0
+        layer = SoftMoE(4, num_experts=num_experts, experts=kind, expert_mult=mult, normalization=normalization)
+        for parameter in layer.parameters():
+            nn.init.normal_(parameter)
+        return layer
+
+    saved, opened = make(), make()
+    older = as_saved_before(saved.state_dict())
+    keys = set(older)
+    assert keys >= {"slots", "experts.weight_in", "experts.bias_in", "experts.weight_out", "experts.bias_out"}
+    assert keys & {"normalization.scale", "normalization.token_gain"}
+    opened.load_state_dict(older)
+    assert set(older) == keys
+    for name, value in opened.state_dict().items():
+        assert torch.equal(value, saved.state_dict()[name]), name
+    deepcopy(opened).load_state_dict(opened.state_dict())
+
+
+def test_a_folder_of_a_model_saved_by_an_older_release_opens(tmp_path: Path) -> None:
+    model = create_model("soft_moe_vit_mini").eval()
+    model.save_pretrained(tmp_path)
+    save_file(as_saved_before(model.state_dict()), tmp_path / "model.safetensors")
+    opened = load_model(tmp_path)
+    for name, value in opened.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
+
+
+# What soft-moe-pytorch gets wrong.
 
 
 @pytest.mark.parametrize("size", [(4, 4), (16, 8), (3, 5)], ids=str)
@@ -181,7 +461,7 @@ def test_m1_m2_images_keep_their_channels_and_may_have_any_size(layer: Layer, si
 def test_m3_padding_to_whole_segments_does_not_count_as_tokens() -> None:
     layer = DynamicSlotsSoftMoE(DIM, num_experts=4).double()
     x = torch.randn(2, 13, DIM, dtype=torch.float64)
-    wide = nn.functional.pad(x, (0, 0, 0, 3))
+    wide = F.pad(x, (0, 0, 0, 3))
     mask = (torch.arange(16) < 13).expand(2, 16)
     assert_close(layer(wide, mask)[:, :13], layer(x), 1e-12)
     assert_close(layer.routing(x).weights.sum(-1), torch.ones(2, 1, 16, dtype=torch.float64), 1e-12)
@@ -282,6 +562,20 @@ def test_dynamic_slots_export_for_any_number_of_tokens_above_one_segment(impl: s
         for batch, num_tokens in ((2, 4), (3, 12), (5, 50)):
             x, mask = torch.randn(batch, num_tokens, DIM), torch.rand(batch, num_tokens) < 0.7
             assert_close(program(x, mask), layer(x, mask), 1e-5)
+
+
+@pytest.mark.compiled
+@every_impl
+def test_every_implementation_compiles_to_one_graph(impl: str) -> None:
+    torch._dynamo.reset()
+    layer, x = DynamicSlotsSoftMoE(DIM, num_experts=3, impl=impl), torch.randn(2, 11, DIM)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    output, expected = compiled(x), layer(x)
+    assert_close(output, expected, 1e-5)
+    for a, b in zip(gradients(output, *layer.parameters()), gradients(expected, *layer.parameters()), strict=True):
+        assert_close(a, b, 1e-4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert compiled(x).dtype == torch.bfloat16
 
 
 # What users are told.

@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from narrows.errors import InvalidArgument, InvalidType
-from narrows.ops.soft_moe import IMPLEMENTATIONS, api, chunked, dispatch_weights, reference, shared, soft_moe
-from tests.support import assert_close, assert_within_budget, gradients
+from narrows.ops.soft_moe import IMPLEMENTATIONS, api, chunked, combine_weights, dispatch_weights, reference, soft_moe
+from tests.support import RoundedTo, assert_close, assert_within_budget, gradients
 
 FAST = ("shared", "chunked")
 DIM = 6
@@ -123,14 +123,90 @@ def test_fast_forms_are_as_exact_as_the_plain_formula_in_low_precision(
         assert_within_budget(actual, coarse, exact)
 
 
-@pytest.mark.parametrize("rows", [1, 3, 16])
-def test_the_size_of_a_chunk_does_not_matter(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = random_inputs(2, 17, 11)
+def many_tokens(num_tokens: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Values, and unit vectors as keys of tokens and, times `scale`, of slots: softmax weights of about 1 / N."""
+    values, token_keys, slot_keys = random_inputs(1, num_tokens, 6, own_slots=False, dim=16)
+    unit = torch.nn.functional.normalize
+    return values + 0.5, unit(token_keys, dim=-1), scale * unit(slot_keys, dim=-1)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    ("dtype", "autocast"),
+    [
+        (torch.float32, False),
+        *((dtype, autocast) for dtype in (torch.bfloat16, torch.float16) for autocast in (False, True)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(("num_tokens", "scale"), [(1024, 1.0), (20_000, 10.0), (65_536, 1.0)])
+def test_many_tokens_are_summed_as_exactly_as_the_dtype_allows(
+    impl: str, dtype: torch.dtype, autocast: bool, num_tokens: int, scale: float
+) -> None:
+    inputs = many_tokens(num_tokens, scale)
+    inputs = tuple(t.float() if autocast else t.to(dtype) for t in inputs)
+    exact = outputs_and_gradients(reference.soft_moe, tuple(t.double() for t in inputs))
+    with RoundedTo(dtype):
+        plain = outputs_and_gradients(reference.soft_moe, tuple(t.to(dtype).double() for t in inputs))
+    with torch.autocast("cpu", dtype=dtype if autocast else None, enabled=autocast):
+        results = outputs_and_gradients(IMPLEMENTATIONS[impl].run, inputs)
+    assert results[0].dtype == dtype
+    for result, rounded, oracle in zip(results, plain, exact, strict=True):
+        # Sums of so many terms in float32 lose up to N eps, in whatever order they are taken.
+        summation = num_tokens * torch.finfo(torch.float32).eps * oracle.abs().max()
+        allowed = 2 * (rounded - oracle).abs().max() + 2 * torch.finfo(dtype).eps * oracle.abs().max() + summation
+        assert (result.double() - oracle).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("num_tokens", [1024, 20_000, 40_000, 65_536])
+def test_equal_logits_give_the_mean(impl: str, dtype: torch.dtype, num_tokens: int) -> None:
+    values, token_keys, slot_keys = (t.to(dtype) for t in many_tokens(num_tokens, 1.0))
+    output = soft_moe(values + 2, 0 * token_keys, 0 * slot_keys, lambda slots: slots, impl=impl)
+    mean = (values + 2).double().mean(1, keepdim=True)
+    # Three roundings, of the slots, of the weights over slots and of the output; the sum in float32; and weights of
+    # 1 / N, which lie below the normal numbers of float16 and are off by at most half of its smallest number.
+    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    relative = 3 * torch.finfo(dtype).eps + num_tokens * (torch.finfo(torch.float32).eps + smallest / 2)
+    assert ((output - mean).abs() <= relative * (values + 2).double().abs().mean(1, keepdim=True)).all()
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_autocast_leaves_float64_alone(impl: str) -> None:
+    inputs = random_inputs(2, 9, 4)
+    expected = outputs_and_gradients(reference.soft_moe, inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        results = outputs_and_gradients(IMPLEMENTATIONS[impl].run, inputs)
+    for result, wanted in zip(results, expected, strict=True):
+        assert_close(result, wanted, 1e-12)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("batch", "num_tokens"), [(0, 4096), (0, 3), (2, 0)])
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+def test_nothing_gives_nothing(impl: str, batch: int, num_tokens: int, masked: bool) -> None:
+    inputs = random_inputs(batch, num_tokens, 4, own_slots=False)
+    mask = torch.ones(batch, num_tokens, dtype=torch.bool) if masked else None
+    output, *grads = outputs_and_gradients(IMPLEMENTATIONS[impl].run, inputs, mask=mask)
+    assert output.shape == (batch, num_tokens, DIM)
+    assert all((gradient == 0).all() for gradient in grads)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_second_derivatives(impl: str) -> None:
+    inputs = tuple(t.requires_grad_() for t in random_inputs(1, 4, 3, dim=2))
+    mask, slot_mask = torch.tensor([[True, False, True, True]]), torch.tensor([[True, True, False]])
+    run = IMPLEMENTATIONS[impl].run
+    assert torch.autograd.gradgradcheck(lambda *t: run(*t, experts, mask, slot_mask), inputs)
+
+
+@pytest.mark.parametrize("dim", [1, 4, 6, 40])
+def test_the_size_of_a_chunk_does_not_matter(dim: int) -> None:
+    """A chunk has as many queries as there are channels."""
+    inputs = random_inputs(2, 17, 11, dim=dim)
     mask = torch.rand(2, 17) < 0.7
     expected = outputs_and_gradients(reference.soft_moe, inputs, mask=mask)
-    monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", 1)
-    monkeypatch.setattr(chunked, "SMALLEST_CHUNK", rows)
-    assert len(list(chunked._chunks(2, 17, 11))) == -(-17 // rows)
     for actual, wanted in zip(outputs_and_gradients(chunked.soft_moe, inputs, mask=mask), expected, strict=True):
         assert_close(actual, wanted, 1e-10)
 
@@ -179,9 +255,21 @@ def test_dispatch_weights_sum_to_one_over_real_tokens_of_real_slots() -> None:
     assert (weights.masked_select(~mask[..., None]) == 0).all()
 
 
-def test_auto_keeps_few_logits_and_recomputes_many() -> None:
-    assert api._auto(196, 196) == "shared"
-    assert api._auto(4096, 4096) == "chunked"
+def test_combine_weights_sum_to_one_over_the_slots_of_real_tokens() -> None:
+    _, token_keys, slot_keys = random_inputs(2, 5, 3)
+    mask = torch.tensor([[1, 1, 0, 1, 0], [0, 0, 0, 0, 0]], dtype=torch.bool)
+    slot_mask = torch.tensor([[1, 0, 1], [1, 1, 1]], dtype=torch.bool)
+    weights = combine_weights(token_keys, slot_keys, mask, slot_mask)
+    assert_close(weights.sum(2), mask.double(), 1e-12)
+    assert (weights.masked_select(~slot_mask[:, None]) == 0).all()
+
+
+def test_auto_keeps_logits_that_take_no_more_memory_than_the_inputs() -> None:
+    assert api._auto(196, 196, 384) == "shared"
+    assert api._auto(65_536, 128, 384) == "shared"  # fixed slots: linear in N as it is
+    assert api._auto(4096, 4096, 384) == "chunked"
+    assert api._auto(4096, 4096, 64) == "chunked"
+    assert api._auto(0, 0, 64) == "shared"
 
 
 @pytest.fixture
@@ -209,14 +297,3 @@ def test_what_does_not_fit_is_named() -> None:
         soft_moe(values, token_keys, slot_keys, experts, torch.ones(2, 5))
     with pytest.raises(InvalidArgument, match=r"slot_mask: expected shape \[B, S\] = \(2, 3\), got shape \(2, 5\)"):
         soft_moe(values, token_keys, slot_keys, experts, slot_mask=torch.ones(2, 5, dtype=torch.bool))
-
-
-def test_weights_below_the_normal_numbers_are_zero_in_the_shared_form() -> None:
-    logits = torch.tensor([[0.0, -80.0, -90.0, -200.0]])[:, :, None].requires_grad_()  # e^-90 is subnormal
-    weights = shared.weights(logits, 1)
-    assert ((weights == 0) | (weights >= torch.finfo(torch.float32).tiny)).all()
-    assert weights[0, 1] > 0
-    assert logits.softmax(1)[0, 2] > 0
-    expected = logits.double().softmax(1)
-    assert_close(weights, expected.float(), 1e-37)
-    assert_close(*gradients(weights, logits), *gradients(expected, logits))

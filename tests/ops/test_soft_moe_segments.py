@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from narrows.errors import InvalidArgument
-from narrows.ops.soft_moe import rms_vectors, segments_in_number, segments_of_length, unit_vectors
+from narrows.ops.soft_moe import segments_in_number, segments_of_length
 from tests.support import assert_close
 
 masks = st.integers(1, 9).flatmap(
@@ -57,31 +57,32 @@ def test_segments_keep_the_dtype(dtype: torch.dtype) -> None:
         assert segments.means.dtype == dtype
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("num_tokens", [32, 1024, 65_536])
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+def test_long_segments_of_large_tokens_do_not_overflow(
+    dtype: torch.dtype, num_tokens: int, masked: bool, autocast: bool
+) -> None:
+    tokens = 2500 + 10 * torch.randn(2, num_tokens, 3, generator=torch.Generator().manual_seed(1))
+    tokens = tokens if autocast else tokens.to(dtype)
+    mask = torch.arange(num_tokens).expand(2, num_tokens) < num_tokens - 5 if masked else None
+    real = num_tokens - 5 if masked else num_tokens
+    with torch.autocast("cpu", dtype=dtype, enabled=autocast and dtype != torch.float32):
+        means = (
+            segments_of_length(tokens, num_tokens, mask).means[:, 0],
+            segments_in_number(tokens, 1, mask).means[:, 0],
+        )
+    for mean in means:
+        assert mean.dtype == tokens.dtype
+        # One rounding, and at most N roundings of a sum in float32.
+        allowed = torch.finfo(mean.dtype).eps / 2 + num_tokens * torch.finfo(torch.float32).eps
+        exact = tokens[:, :real].double().mean(1)
+        assert ((mean - exact).abs() <= allowed * exact).all()
+
+
 def test_a_segment_has_at_least_one_token() -> None:
     with pytest.raises(InvalidArgument, match="length: expected a positive integer, got 0"):
         segments_of_length(torch.randn(1, 3, 4), 0)
     with pytest.raises(InvalidArgument, match="count: expected a positive integer, got 0"):
         segments_in_number(torch.randn(1, 3, 4), 0)
-
-
-def test_unit_vectors_have_length_one_or_the_scale_and_are_smooth_at_zero() -> None:
-    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
-    assert_close(unit_vectors(x).norm(dim=-1), torch.ones(3, dtype=torch.float64), 1e-6)
-    assert_close(unit_vectors(x, torch.tensor(2.5)).norm(dim=-1), torch.full((3,), 2.5, dtype=torch.float64), 1e-6)
-    assert torch.autograd.gradcheck(unit_vectors, (x,))
-    zero = torch.zeros(1, 5, dtype=torch.float16, requires_grad=True)
-    unit_vectors(zero).sum().backward()
-    assert torch.isfinite(zero.grad).all()
-
-
-def test_rms_vectors_have_mean_square_one_before_the_gain() -> None:
-    x, gain = torch.randn(3, 5, dtype=torch.float64, requires_grad=True), torch.rand(5, dtype=torch.float64) + 0.5
-    assert_close((rms_vectors(x, gain) / gain).square().mean(-1), torch.ones(3, dtype=torch.float64), 1e-9)
-    assert torch.autograd.gradcheck(rms_vectors, (x, gain.requires_grad_()))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_large_vectors_are_normalised_in_low_precision(dtype: torch.dtype) -> None:
-    x = torch.full((1, 64), 1000.0, dtype=dtype)
-    assert_close(unit_vectors(x).float(), torch.full((1, 64), 0.125), 1e-3)
-    assert_close(rms_vectors(x, torch.ones(64, dtype=dtype)).float(), torch.ones(1, 64), 1e-3)

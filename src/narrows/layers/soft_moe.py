@@ -14,13 +14,13 @@ from narrows.errors import InvalidArgument, InvalidType
 from narrows.layers.initialisation import draw_, reset_submodules
 from narrows.ops.soft_moe import (
     Segments,
+    combine_weights,
     dispatch_weights,
-    rms_vectors,
     segments_in_number,
     segments_of_length,
     soft_moe,
-    unit_vectors,
 )
+from narrows.precision import accumulation_dtype, compute_dtype
 from narrows.routing import Routing
 from narrows.validation import check_choice, check_mask, check_positive, check_tokens
 
@@ -173,63 +173,74 @@ def make_experts(
     return ExpertList(experts(index) for index in range(num_experts))
 
 
-class UnitNormalization(nn.Module):
-    """The paper's: logits from unit vectors times one learned scale; the tokens that are mixed stay as they are."""
+class UnitNorm(nn.Module):
+    r"""$s\,x / \sqrt{|x|^2 + \epsilon}$: unit vectors times a scale s, the paper's normalisation (Algorithm 2).
 
-    def __init__(self, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones((), device=device, dtype=dtype))
+    Logits of unit vectors stay within -s and s whatever the width, so that the softmax does not approach a one-hot
+    vector as the width grows. Smooth at 0, and computed in float32 or better.
 
-    def values(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
-        """What is mixed."""
-        return tokens
-
-    def token_keys(self, values: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
-        """What the logits read of a token."""
-        return unit_vectors(values)
-
-    def slot_keys(self, slots: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
-        """What the logits read of a slot."""
-        return unit_vectors(slots, self.scale)
-
-
-class GainNormalization(nn.Module):
-    """Upstream's: root mean square 1, or layer normalisation, each with a gain; normalised tokens are mixed.
-
-    Logits have a standard deviation of about sqrt(D), so that the softmax is nearly one-hot before training begins.
+    Args:
+        scaled: whether s is learned, from 1 on; it is 1 otherwise.
+        eps: added to the square of the length.
+        device: where parameters are made.
+        dtype: of the parameters.
     """
 
+    scale: nn.Parameter | None
+
     def __init__(
-        self, dim: int, *, center: bool, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+        self,
+        *,
+        scaled: bool = False,
+        eps: float = 1e-6,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.center = center
-        self.token_gain = nn.Parameter(torch.ones(dim, device=device, dtype=dtype))
-        self.slot_gain = nn.Parameter(torch.ones(dim, device=device, dtype=dtype))
+        self.eps = eps
+        self.register_parameter("scale", nn.Parameter(torch.ones((), device=device, dtype=dtype)) if scaled else None)
 
-    def _normalize(self, vectors: Tensor, gain: Tensor) -> Tensor:
-        return F.layer_norm(vectors, gain.shape, gain) if self.center else rms_vectors(vectors, gain)
+    def reset_parameters(self) -> None:
+        """Set the scale to 1."""
+        if self.scale is not None:
+            nn.init.ones_(self.scale)
 
-    def values(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
-        """What is mixed."""
-        return self._normalize(tokens, self.token_gain)
+    def forward(self, vectors: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
+        """Unit vectors, in the dtype of `vectors`."""
+        lengths = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True, dtype=accumulation_dtype(vectors))
+        factors = torch.rsqrt(lengths.square() + self.eps)
+        if self.scale is not None:
+            factors = factors * self.scale
+        return (vectors * factors).to(vectors.dtype)
 
-    def token_keys(self, values: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
-        """What the logits read of a token."""
-        return values
-
-    def slot_keys(self, slots: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
-        """What the logits read of a slot."""
-        return self._normalize(slots, self.slot_gain)
+    def extra_repr(self) -> str:
+        """What `print(layer)` shows."""
+        return f"scaled={self.scale is not None}, eps={self.eps}"
 
 
-def _make_normalization(
-    name: str, dim: int, *, device: torch.device | str | None, dtype: torch.dtype | None
-) -> UnitNormalization | GainNormalization:
-    check_choice("normalization", name, ("unit", "rms", "layer"))
-    if name == "unit":
-        return UnitNormalization(dim, device=device, dtype=dtype)
-    return GainNormalization(dim, center=name == "layer", device=device, dtype=dtype)
+def _make_norms(
+    normalization: str, dim: int, *, device: torch.device | str | None, dtype: torch.dtype | None
+) -> tuple[nn.Module, nn.Module]:
+    """One norm of tokens and one of slots."""
+    check_choice("normalization", normalization, ("unit", "rms", "layer"))
+    if normalization == "unit":
+        return UnitNorm(device=device, dtype=dtype), UnitNorm(scaled=True, device=device, dtype=dtype)
+    if normalization == "rms":
+        make = partial(nn.RMSNorm, dim, eps=1e-12, device=device, dtype=dtype)
+    else:
+        make = partial(nn.LayerNorm, dim, bias=False, device=device, dtype=dtype)
+    return make(), make()
+
+
+def _open_older_norms(_: nn.Module, state: dict[str, Any], prefix: str, *__: object) -> None:
+    """Norms of older releases: one module `normalization` with a scale, or with two gains."""
+    for old, new in (
+        ("scale", "norm_slots.scale"),
+        ("token_gain", "norm_tokens.weight"),
+        ("slot_gain", "norm_slots.weight"),
+    ):
+        if f"{prefix}normalization.{old}" in state:
+            state[f"{prefix}{new}"] = state.pop(f"{prefix}normalization.{old}")
 
 
 class _Keys(NamedTuple):
@@ -241,7 +252,7 @@ class _Keys(NamedTuple):
 
 
 class _SoftMixture(nn.Module):
-    """What both layers share: normalisation, experts, and tokens or images in and out."""
+    """What both layers share: norms, experts, and tokens or images in and out."""
 
     def __init__(
         self,
@@ -258,29 +269,16 @@ class _SoftMixture(nn.Module):
     ) -> None:
         super().__init__()
         check_positive(dim=dim, num_experts=num_experts)
-        self.dim, self.num_experts, self.impl = dim, num_experts, impl
-        self.normalization = _make_normalization(normalization, dim, device=device, dtype=dtype)
+        self.dim, self.num_experts, self.normalization, self.impl = dim, num_experts, normalization, impl
+        self.norm_tokens, self.norm_slots = _make_norms(normalization, dim, device=device, dtype=dtype)
         self.experts = make_experts(
             experts, dim, num_experts, mult=expert_mult, dropout=dropout, device=device, dtype=dtype
         )
+        self.register_load_state_dict_pre_hook(_open_older_norms)
 
-    def _slots(self, values: Tensor, mask: Tensor | None) -> Segments:
-        """Slot parameters `[..., E * P, D]`, expert by expert, and which of them take part."""
-        raise NotImplementedError
-
-    def _keys(self, tokens: Tensor, mask: Tensor | None) -> _Keys:
-        if tokens.ndim == 4:
-            if tokens.shape[1] != self.dim:
-                raise InvalidArgument("tokens", expected=f"images [B, {self.dim}, H, W]", got=tuple(tokens.shape))
-            check_mask("mask", mask, (tokens.shape[0], *tokens.shape[2:]), layout="[B, H, W]")
-            tokens, mask = tokens.flatten(2).mT.contiguous(), None if mask is None else mask.flatten(1)
-        check_tokens("tokens", tokens, dim=self.dim, layout="[B, N, D]")
-        check_mask("mask", mask, tokens.shape[:2])
-        values = self.normalization.values(tokens if mask is None else tokens.masked_fill(~mask[..., None], 0))
-        slots, slot_mask = self._slots(values, mask)
-        return _Keys(
-            values, self.normalization.token_keys(values), self.normalization.slot_keys(slots), mask, slot_mask
-        )
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew."""
+        reset_submodules(self)
 
     def forward(
         self,
@@ -290,11 +288,12 @@ class _SoftMixture(nn.Module):
         """Mix `tokens`, or the pixels of an image, through the experts.
 
         Args:
-            tokens: `[B, N, D]`, or an image `[B, D, H, W]` whose pixels are tokens in rows.
+            tokens: `[B, N, D]`, or an image `[B, D, H, W]` whose pixels are tokens in rows. Tokens of another dtype
+                than the layer's are cast to it.
             mask: `[B, N]` or `[B, H, W]`, True at real tokens.
 
         Returns:
-            The shape of `tokens`; 0 at masked tokens.
+            The shape and dtype of `tokens`, or autocast's dtype where that is on; 0 at masked tokens.
 
         Raises:
             InvalidArgument, InvalidType: an argument of the wrong shape or dtype.
@@ -302,8 +301,29 @@ class _SoftMixture(nn.Module):
         keys = self._keys(tokens, mask)
         mixed = soft_moe(
             keys.values, keys.token_keys, keys.slot_keys, self._run_experts, keys.mask, keys.slot_mask, impl=self.impl
-        )
+        ).to(compute_dtype(tokens))
         return mixed.mT.unflatten(2, tokens.shape[2:]) if tokens.ndim == 4 else mixed
+
+    def _slots(self, values: Tensor, mask: Tensor | None) -> Segments:
+        """Slot parameters `[..., E * P, D]`, expert by expert, and which of them take part."""
+        raise NotImplementedError
+
+    def _keys(self, tokens: Tensor, mask: Tensor | None) -> _Keys:
+        """What is mixed, and what the logits are made from."""
+        if tokens.ndim == 4:
+            if tokens.shape[1] != self.dim:
+                raise InvalidArgument("tokens", expected=f"images [B, {self.dim}, H, W]", got=tuple(tokens.shape))
+            check_mask("mask", mask, (tokens.shape[0], *tokens.shape[2:]), layout="[B, H, W]")
+            tokens, mask = tokens.flatten(2).mT.contiguous(), None if mask is None else mask.flatten(1)
+        check_tokens("tokens", tokens, dim=self.dim, layout="[B, N, D]")
+        check_mask("mask", mask, tokens.shape[:2])
+        dtype = next(self.parameters()).dtype
+        tokens = tokens.to(dtype) if mask is None else tokens.to(dtype).masked_fill(~mask[..., None], 0)
+        token_keys = self.norm_tokens(tokens)
+        # The paper mixes the tokens themselves; the other normalisations are upstream's, which mixes normalised ones.
+        values = tokens if self.normalization == "unit" else token_keys
+        slots, slot_mask = self._slots(values, mask)
+        return _Keys(values, token_keys, self.norm_slots(slots.to(dtype)), mask, slot_mask)
 
     def _run_experts(self, slots: Tensor) -> Tensor:
         return self.experts(slots.unflatten(1, (self.num_experts, -1))).flatten(1, 2)
@@ -318,6 +338,29 @@ class _SoftMixture(nn.Module):
         weights = dispatch_weights(keys.token_keys, keys.slot_keys, keys.mask, keys.slot_mask)
         grid = (tokens.shape[2], tokens.shape[3]) if tokens.ndim == 4 else None
         return Routing(weights.mT[:, None], carriers="expert slots", grid=grid)
+
+    def combine_weights(
+        self,
+        tokens: Float[Tensor, "B N D"] | Float[Tensor, "B D H W"],
+        mask: Bool[Tensor, "B N"] | Bool[Tensor, "B H W"] | None = None,
+    ) -> Float[Tensor, "B N S"]:
+        """How much of each slot, expert by expert, a token or pixel reads: 1 in sum over the slots, 0 if masked.
+
+        Takes what `forward` takes; pixels are in rows. With the dispatch weights of `routing` it is the whole mixture.
+        """
+        keys = self._keys(tokens, mask)
+        return combine_weights(keys.token_keys, keys.slot_keys, keys.mask, keys.slot_mask)
+
+    def expert_shares(
+        self,
+        tokens: Float[Tensor, "B N D"] | Float[Tensor, "B D H W"],
+        mask: Bool[Tensor, "B N"] | Bool[Tensor, "B H W"] | None = None,
+    ) -> Float[Tensor, "B N E"]:
+        """How much of each expert a token or pixel reads: its combine weights, summed over the slots of the expert.
+
+        1 in sum over the experts, 0 if masked. The mean over the tokens is how much an expert is used.
+        """
+        return self.combine_weights(tokens, mask).unflatten(-1, (self.num_experts, -1)).sum(-1)
 
 
 class SoftMoE(_SoftMixture):
@@ -395,7 +438,7 @@ class SoftMoE(_SoftMixture):
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew: slot parameters of length about 1."""
-        reset_submodules(self)
+        super().reset_parameters()
         self._draw()
 
     def _draw(self) -> None:

@@ -49,9 +49,9 @@ def pairs(ours: SoftMoE | DynamicSlotsSoftMoE, theirs: nn.Module) -> list[Pair]:
             stacked = getattr(ours.experts.expand if position == "0" else ours.experts.contract, kind)
             found.append(Pair(parameter, stacked, int(index)))
         elif name == "norm.gamma":
-            found.append(Pair(parameter, ours.normalization.token_gain, None))
+            found.append(Pair(parameter, ours.norm_tokens.weight, None))
         elif name.endswith("gamma"):
-            found.append(Pair(parameter, ours.normalization.slot_gain, None))
+            found.append(Pair(parameter, ours.norm_slots.weight, None))
         else:
             found.append(Pair(parameter, ours.slots if name == "slot_embeds" else ours.to_slots.weight, None))
     return found

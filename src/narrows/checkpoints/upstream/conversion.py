@@ -154,7 +154,7 @@ def _fill_modules(theirs: nn.Module, conversion: Conversion, path: str, memo: di
                 hint=REPLACED,
             )
         elif isinstance(own, nn.LayerNorm):
-            own.eps = their.eps
+            own.eps = getattr(their, "eps", own.eps)
     return taken
 
 

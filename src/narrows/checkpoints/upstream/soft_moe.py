@@ -34,8 +34,8 @@ def soft_moe(module: Any) -> Conversion:
         normalization="layer" if hasattr(module.norm, "beta") else "rms",
         **_expert_options(module.experts.experts),
     )
-    parameters = {"slots": "slot_embeds", **_gains("slot_norm")}
-    return _conversion(ours, SoftMoEAsUpstream, module.experts.experts, "experts.experts", {"": ""}, parameters)
+    modules, parameters = {"": "", "norm_slots": "slot_norm"}, {"slots": "slot_embeds"}
+    return _conversion(ours, SoftMoEAsUpstream, module.experts.experts, "experts.experts", modules, parameters)
 
 
 def dynamic_slots_soft_moe(module: Any) -> Conversion:
@@ -43,14 +43,8 @@ def dynamic_slots_soft_moe(module: Any) -> Conversion:
     ours = DynamicSlotsSoftMoE(
         module.to_slot_embeds[0].in_features, normalization="rms", **_expert_options(module.experts)
     )
-    modules = {"": "", "to_slots": "to_slot_embeds.0"}
-    return _conversion(
-        ours, DynamicSlotsSoftMoEAsUpstream, module.experts, "experts", modules, _gains("to_slot_embeds.2")
-    )
-
-
-def _gains(slot_norm: str) -> dict[str, str]:
-    return {"normalization.token_gain": "norm.gamma", "normalization.slot_gain": f"{slot_norm}.gamma"}
+    modules = {"": "", "to_slots": "to_slot_embeds.0", "norm_slots": "to_slot_embeds.2"}
+    return _conversion(ours, DynamicSlotsSoftMoEAsUpstream, module.experts, "experts", modules, {})
 
 
 def _is_gated(experts: Any) -> bool:
@@ -73,6 +67,7 @@ def _conversion(
     parameters: Mapping[str, str],
 ) -> Conversion:
     """Expert e of upstream, `Linear, activation, Dropout, Linear`, becomes row e of the stacked experts."""
+    gains = {"norm_tokens.weight": "norm.gamma", "norm_slots.weight": f"{modules['norm_slots']}.gamma"}
     each = [f"{name}.{index}" for index in range(len(experts))]
     stacked = {
         f"experts.{linear}.{kind}": Rearranged(tuple(f"{expert}.{place}.{kind}" for expert in each), _stack)
@@ -86,8 +81,8 @@ def _conversion(
     return Conversion(
         ours,
         as_upstream,
-        {**modules, "normalization": "norm", "experts": name, **stacks},
-        {**parameters, **stacked},
+        {**modules, "norm_tokens": "norm", "experts": name, **stacks},
+        {**parameters, **gains, **stacked},
         without_module={f"{expert}.{place}": kind for expert in each for place, kind in inside.items()},
         dropouts={"experts": tuple(f"{expert}.2" for expert in each)},
     )

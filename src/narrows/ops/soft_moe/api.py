@@ -17,14 +17,12 @@ IMPLEMENTATIONS: Mapping[str, Implementation] = {
     "chunked": Implementation(chunked.soft_moe, "fused attention, weights recomputed in backward; memory linear in N"),
 }
 
-# Logits of one sample beyond which they are not worth keeping.
-LARGEST_SHARED = 2**20
 
-
-def _auto(num_tokens: int, num_slots: int) -> str:
+def _auto(num_tokens: int, num_slots: int, dim: int) -> str:
     if torch.compiler.is_exporting():  # A choice by size would fix the size in the exported program.
         return "shared"
-    return "shared" if num_tokens * num_slots <= LARGEST_SHARED else "chunked"
+    inputs = (2 * num_tokens + num_slots) * dim
+    return "shared" if num_tokens * num_slots <= inputs else "chunked"
 
 
 def soft_moe(
@@ -48,8 +46,11 @@ def soft_moe(
         experts: f, from slots `[B, S, D]` to slots `[B, S, D]`.
         mask: `[B, N]`, True at real tokens. The others feed no slot and get 0.
         slot_mask: `[B, S]`, True at slots that take part. The others read no token and no token reads them.
-        impl: "auto" or one of `IMPLEMENTATIONS`. "auto" takes "shared" up to 2^20 logits for each sample, "chunked"
-            beyond, and "shared" under `torch.export`.
+        impl: "auto" or one of `IMPLEMENTATIONS`. "auto" takes "shared" under `torch.export` and where the N x S logits
+            take no more memory than the inputs, (2N + S) D, and "chunked" otherwise: memory is linear in N and S.
+
+    Returns:
+        `[B, N, D]` in the dtype of `values`, or in autocast's where that is on. Autocast never lowers float64.
 
     Raises:
         InvalidArgument, InvalidType: a shape or dtype does not fit, or `impl` is unknown.
@@ -65,5 +66,5 @@ def soft_moe(
         )
     check_mask("mask", mask, values.shape[:2])
     check_mask("slot_mask", slot_mask, (values.shape[0], slot_keys.shape[-2]), layout="[B, S]")
-    run = resolve("soft_moe", impl, IMPLEMENTATIONS, auto=_auto(values.shape[1], slot_keys.shape[-2]))
+    run = resolve("soft_moe", impl, IMPLEMENTATIONS, auto=_auto(values.shape[1], *slot_keys.shape[-2:]))
     return run(values, token_keys, slot_keys, experts, mask, slot_mask)

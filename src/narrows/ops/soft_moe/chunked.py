@@ -1,28 +1,19 @@
 """Soft mixture of experts in memory linear in N and in S: nothing of size N x S is ever kept.
 
-Dispatch is plain attention of the slots over the tokens, combine plain attention of the tokens over the slots. Forward
-is PyTorch's fused attention. Backward is not PyTorch's, which works on one head of one sample with one CPU thread, and
-here there is one head: the queries pass in chunks whose weights are recomputed.
+Dispatch is attention of the slots over the tokens, combine attention of the tokens over the slots. Forward is PyTorch's
+fused attention. Backward recomputes the weights of D queries at a time, whose logits take as much memory as the keys:
+PyTorch's own has no fused kernel for every width and dtype, and keeps N x S where it has none.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from narrows.precision import at_least_float32
-
-# Logits recomputed at a time in backward, for the whole batch: small enough for the caches of a CPU.
-CHUNK_ELEMENTS = 2**19
-SMALLEST_CHUNK = 32
-
-
-def _chunks(batch: int, num_queries: int, num_keys: int) -> Iterator[slice]:
-    rows = max(SMALLEST_CHUNK, CHUNK_ELEMENTS // (batch * num_keys))
-    return (slice(start, start + rows) for start in range(0, num_queries, rows))
+from narrows.ops.attention import attention, is_transformed
+from narrows.precision import accumulation_dtype, autocast_off, compute_dtype
 
 
 class _Attention(torch.autograd.Function):
@@ -30,8 +21,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-        mask = None if mask is None else mask[:, None, None]
-        return F.scaled_dot_product_attention(queries[:, None], keys[:, None], values[:, None], mask, scale=1.0)[:, 0]
+        return _fused(queries, keys, values, mask)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor | None], output: Tensor) -> None:  # noqa: ARG004
@@ -41,27 +31,35 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         (grad,) = grad_outputs
         queries, keys, values, mask = ctx.saved_tensors
-        grad_queries = torch.empty_like(queries, memory_format=torch.contiguous_format)
-        grad_keys, grad_values = (torch.zeros_like(at_least_float32(t)) for t in (keys, values))
-        for rows in _chunks(queries.shape[0], queries.shape[1], keys.shape[1]):
-            logits = queries[:, rows] @ keys.mT
+        dtype, wide = queries.dtype, accumulation_dtype(queries)
+        grad_queries = []
+        grad_keys, grad_values = torch.zeros_like(keys, dtype=wide), torch.zeros_like(values, dtype=wide)
+        width = queries.shape[2]
+        for chunk, chunk_grad in zip(queries.split(width, 1), grad.split(width, 1), strict=True):
+            logits = chunk @ keys.mT
             if mask is not None:
-                logits = logits.masked_fill_(~mask[:, None], torch.finfo(logits.dtype).min)
-            weights = logits.softmax(-1)
-            grad_values += weights.mT @ grad[:, rows]
-            grad_logits = (grad[:, rows] @ values.mT).mul_(weights)
-            grad_logits -= weights * grad_logits.sum(-1, keepdim=True)
-            grad_queries[:, rows] = grad_logits @ keys
-            grad_keys += grad_logits.mT @ queries[:, rows]
-        return grad_queries, grad_keys.to(keys.dtype), grad_values.to(values.dtype), None
+                logits = logits.masked_fill(~mask[:, None], torch.finfo(dtype).min)
+            weights = logits.softmax(-1, dtype=wide)
+            grad_values += weights.to(dtype).mT @ chunk_grad
+            grad_weights = chunk_grad @ values.mT
+            grad_logits = weights * (grad_weights - (weights * grad_weights).sum(-1, keepdim=True))
+            grad_logits = grad_logits.to(dtype)
+            grad_queries.append(grad_logits @ keys)
+            grad_keys += grad_logits.mT @ chunk
+        return torch.cat(grad_queries, 1), grad_keys.to(dtype), grad_values.to(dtype), None
+
+
+def _fused(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    mask = None if mask is None else mask[:, None, None]
+    return attention(queries[:, None], keys[:, None], values[:, None], mask, scale=1.0)[:, 0]
 
 
 def _attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-    device = values.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else values.dtype
     if mask is not None:  # A sample without any key reads all of them evenly; the caller clears what it gets.
         mask = mask | ~mask.any(-1, keepdim=True)
-    result = _Attention.apply(queries.to(dtype), keys.to(dtype), values.to(dtype), mask)
+    if is_transformed(queries, keys, values):
+        return _fused(queries, keys, values, mask)
+    result = _Attention.apply(queries, keys, values, mask)
     assert isinstance(result, Tensor)
     return result
 
@@ -75,9 +73,14 @@ def soft_moe(
     slot_mask: Bool[Tensor, "B S"] | None = None,
 ) -> Float[Tensor, "B N D"]:
     """Attention from slots to tokens, the experts, attention from tokens to slots; keeps only what has N or S rows."""
-    slot_keys = slot_keys.expand(values.shape[0], -1, -1)
-    outputs = experts(_attend(slot_keys, token_keys, values, mask))
-    if slot_mask is not None:
-        outputs = outputs.masked_fill(~slot_mask[..., None], 0)
-    mixed = _attend(token_keys, slot_keys, outputs, slot_mask)
+    dtype = compute_dtype(values)
+    with autocast_off(values):
+        token_keys = token_keys.to(dtype)
+        slot_keys = slot_keys.to(dtype).expand(values.shape[0], -1, -1)
+        slots = _attend(slot_keys, token_keys, values.to(dtype), mask)
+    outputs = experts(slots)
+    with autocast_off(values):
+        if slot_mask is not None:
+            outputs = outputs.masked_fill(~slot_mask[..., None], 0)
+        mixed = _attend(token_keys, slot_keys, outputs.to(dtype), slot_mask)
     return mixed if mask is None else mixed.masked_fill(~mask[..., None], 0)

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from narrows.precision import at_least_float32, autocast_off
+from narrows.precision import at_least_float32, autocast_off, compute_dtype
 
 
 def _masked_softmax(logits: Tensor, mask: Tensor | None, dim: int) -> Tensor:
@@ -62,5 +62,6 @@ def soft_moe(
     with autocast_off(values):
         slots = torch.einsum("bns,bnd->bsd", dispatch, at_least_float32(values))
     outputs = experts(slots.to(values.dtype))
+    dtype = compute_dtype(values)
     with autocast_off(values):
-        return torch.einsum("bns,bsd->bnd", combine, at_least_float32(outputs)).to(values.dtype)
+        return torch.einsum("bns,bsd->bnd", combine, at_least_float32(outputs)).to(dtype)

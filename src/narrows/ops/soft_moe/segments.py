@@ -1,4 +1,7 @@
-"""Means of consecutive tokens, from which dynamic slots are made. Masked tokens are as if they were not there."""
+"""Means of consecutive tokens, from which dynamic slots are made. Masked tokens are as if they were not there.
+
+Sums are taken in float32 or better, means come in the dtype of the tokens.
+"""
 
 from typing import NamedTuple
 
@@ -7,6 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from narrows.precision import accumulation_dtype, at_least_float32, autocast_off
 from narrows.validation import check_mask, check_positive, check_tokens
 
 
@@ -41,12 +45,13 @@ def segments_of_length(
     num_tokens = tokens.shape[1]
     count = (num_tokens + length - 1) // length
     tokens = tokens if mask is None else _compacted(tokens, mask)
-    sums = F.pad(tokens, (0, 0, 0, count * length - num_tokens)).unflatten(1, (count, length)).sum(2)
+    padded = F.pad(tokens, (0, 0, 0, count * length - num_tokens)).unflatten(1, (count, length))
+    sums = padded.sum(2, dtype=accumulation_dtype(tokens))
     starts = torch.arange(count, device=tokens.device) * length
     if mask is None:
-        return Segments(sums / (num_tokens - starts).clamp(max=length)[:, None], None)
+        return Segments((sums / (num_tokens - starts).clamp(max=length)[:, None]).to(tokens.dtype), None)
     sizes = (mask.sum(-1, keepdim=True) - starts).clamp(0, length)
-    return Segments(sums / sizes.clamp(min=1)[..., None], sizes > 0)
+    return Segments((sums / sizes.clamp(min=1)[..., None]).to(tokens.dtype), sizes > 0)
 
 
 def segments_in_number(tokens: Float[Tensor, "B N D"], count: int, mask: Bool[Tensor, "B N"] | None = None) -> Segments:
@@ -64,5 +69,7 @@ def segments_in_number(tokens: Float[Tensor, "B N D"], count: int, mask: Bool[Te
     segment = torch.arange(count, device=tokens.device)[:, None]
     starts, ends = segment * size // count, ((segment + 1) * size + count - 1) // count
     inside = (rank >= starts) & (rank < ends) & mask[:, None]
-    sums = inside.to(tokens.dtype) @ tokens.masked_fill(~mask[..., None], 0)
-    return Segments(sums / (ends - starts).clamp(min=1), None)
+    with autocast_off(tokens):
+        wide = at_least_float32(tokens.masked_fill(~mask[..., None], 0))
+        means = (inside.to(wide.dtype) @ wide) / (ends - starts).clamp(min=1)
+    return Segments(means.to(tokens.dtype), None)
