@@ -1,7 +1,7 @@
 """Checks of arguments that several rooms share. They trace under `torch.compile` and `torch.export`."""
 
 import operator
-from typing import SupportsIndex
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ def as_tokens(tokens: Tensor, mask: Tensor | None, *, dim: int) -> tuple[Tensor,
     return tokens.flatten(2).mT, None if mask is None else mask.flatten(1), (height, width)
 
 
-def check_positive(**values: SupportsIndex | torch.SymInt) -> None:
+def check_positive(**values: Any) -> None:
     """Raise on the first of the named integers that is not at least 1.
 
     Any integer type will do, NumPy's among them, and so will a size that is still open under `torch.export`; a truth
@@ -59,17 +59,17 @@ def check_positive(**values: SupportsIndex | torch.SymInt) -> None:
     for name, value in values.items():
         if not _is_integer(value):
             raise InvalidType(name, expected="a positive integer", got=repr(value))
-        if value < 1:  # pyright: ignore[reportOperatorIssue]
+        if value < 1:
             raise InvalidArgument(name, expected="a positive integer", got=value)
 
 
-def _is_integer(value: object) -> bool:
+def _is_integer(value: Any) -> bool:
     if isinstance(value, int | torch.SymInt):
         return not isinstance(value, bool)
     if isinstance(value, Tensor) and value.dtype == torch.bool:
         return False
     try:
-        operator.index(value)  # pyright: ignore[reportArgumentType]
+        operator.index(value)
     except TypeError:
         return False
     return True

@@ -6,6 +6,7 @@ from copy import deepcopy
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from narrows.checkpoints import from_upstream
-from narrows.errors import ImplementationUnavailable, InvalidArgument, NarrowsError
-from narrows.layers.slot_attention import IMPLEMENTATIONS, LearnedSlots, SlotAttention
+from narrows.errors import ImplementationUnavailable, InvalidArgument, InvalidType, NarrowsError
+from narrows.layers.slot_attention import IMPLEMENTATIONS, GaussianSlots, LearnedSlots, SlotAttention
 from narrows.layers.two_way_slot_attention import TwoWaySlotAttention
 from tests.support import assert_close, assert_within_budget_on_average, gradients
 
@@ -134,7 +135,7 @@ def test_every_implementation_is_algorithm_1(impl: str, form: str, masked: bool)
         assert_close(ours, expected, 1e-10)
 
 
-@every_implementation
+@pytest.mark.parametrize("impl", ["reference", "absorbed"])
 @pytest.mark.parametrize("form", ["heads and output", "joint heads"])
 def test_gradcheck(impl: str, form: str) -> None:
     layer = make(form, D=3, K=2, S=3, num_iterations=2, impl=impl)
@@ -395,7 +396,7 @@ def test_two_way_routing_is_the_attention() -> None:
 
 
 @both_layers
-@pytest.mark.parametrize("impl", ["reference", "absorbed"])
+@every_implementation
 def test_a_float32_layer_reads_bfloat16_tokens_where_upstream_raises(build: Build, impl: str) -> None:
     layer, tokens, slots = build(8, num_slots=4, impl=impl), torch.randn(2, 9, 8).bfloat16(), torch.randn(2, 4, 8)
     output, expected = layer(tokens, slots=slots), layer(tokens.float(), slots=slots)
@@ -406,7 +407,22 @@ def test_a_float32_layer_reads_bfloat16_tokens_where_upstream_raises(build: Buil
         Upstream(4, 8)(tokens)
 
 
-@pytest.mark.parametrize("impl", ["reference", "absorbed"])
+@both_layers
+@every_implementation
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_tokens_are_converted_to_the_dtype_of_the_layer(build: Build, impl: str, dtype: torch.dtype) -> None:
+    for own in (torch.bfloat16, torch.float32, torch.float64):
+        layer = build(8, num_slots=4, impl=impl, dtype=own)
+        tokens, slots = torch.randn(2, 9, 8).to(dtype), torch.randn(2, 4, 8)
+        output, expected = layer(tokens, slots=slots), layer(tokens.to(own), slots=slots)
+        assert torch.equal(output.slots, expected.slots)
+        assert output.slots.dtype == output.attention.dtype == own
+        if isinstance(layer, TwoWaySlotAttention):
+            assert output.tokens.dtype == dtype
+            assert torch.equal(output.tokens, expected.tokens.to(dtype))
+
+
+@every_implementation
 def test_a_float16_layer_stays_finite_where_upstream_divides_zero_by_zero(impl: str) -> None:
     torch.manual_seed(0)
     upstream = Upstream(4, 8).half()
@@ -473,6 +489,7 @@ def test_fewer_operations_and_less_saved_than_upstream(heads: int) -> None:
         ({"mlp_dim": 0}, "mlp_dim: expected a positive integer, got 0"),
         ({"heads": 3}, "heads: expected a divisor of slot_dim = 8, got 3. Or give head_dim."),
         ({"head_dim": 0}, "head_dim: expected a positive integer, got 0"),
+        ({"temperature": 0.0}, "temperature: expected a positive number, got 0.0"),
     ],
     ids=str,
 )
@@ -493,12 +510,242 @@ def test_messages_of_the_constructor(arguments: dict[str, Any], message: str) ->
         ({"slots": torch.zeros(1, 3, 8)}, "slots: expected as many samples as tokens, 2, got 1"),
         ({"slots": torch.zeros(2, 3, 8), "num_slots": 4}, "num_slots: expected None or the 3 slots given, got 4"),
         ({"num_slots": 0}, "num_slots: expected a positive integer, got 0"),
+        ({"tokens": torch.zeros(2, 7, 3, 3)}, r"tokens: expected images \[B, 8, H, W\], got shape \(2, 7, 3, 3\)"),
+        (
+            {"tokens": torch.zeros(2, 8, 3, 3), "mask": torch.ones(2, 9).bool()},
+            r"mask: expected shape \[B, H, W\] = \(2, 3, 3\), got shape \(2, 9\)",
+        ),
+        ({"slot_mask": torch.ones(2, 3).bool()}, r"slot_mask: expected shape \[B, K\] = \(2, 4\), got shape \(2, 3\)"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_messages_of_a_call(build: Build, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(NarrowsError, match=message):
         build(8, num_slots=4)(**{"tokens": torch.zeros(2, 9, 8), **arguments})
+
+
+@both_layers
+def test_routing_is_forward_from_the_same_start(build: Build) -> None:
+    layer, tokens = build(8, num_slots=5), torch.randn(2, 12, 8)
+    for start in ({"slots": torch.randn(2, 5, 8)}, {"generator": 3}):
+
+        def fresh(start: dict[str, Any] = start) -> dict[str, Any]:
+            return start if "slots" in start else {"generator": torch.Generator().manual_seed(3)}
+
+        more = {"num_iterations": 2, "slot_mask": torch.rand(2, 5) > 0.3, "mask": torch.rand(2, 12) > 0.3}
+        routing, attention = layer.routing(tokens, **fresh(), **more), layer(tokens, **fresh(), **more).attention
+        assert torch.equal(routing.with_grid((3, 4)).maps().flatten(2), attention)
+    assert not torch.equal(layer.routing(tokens).weights, layer.routing(tokens).weights)
+    assert "give both the same `slots`, or a `generator`" in layer.routing.__doc__.replace("\n        ", " ")
+
+
+@pytest.mark.parametrize("joint_heads", [False, True])
+@pytest.mark.parametrize("head_dim", [None, 3])
+def test_maps_are_the_masks_of_forward_whatever_the_heads(joint_heads: bool, head_dim: int | None) -> None:
+    layer = SlotAttention(8, num_slots=5, heads=2, head_dim=head_dim, joint_heads=joint_heads)
+    images, slots = torch.randn(2, 8, 3, 4), torch.randn(2, 5, 8)
+    maps = layer.routing(images, slots=slots).maps()
+    assert_close(maps.flatten(2), layer(images, slots=slots).attention)
+    assert_close(maps.sum(1), torch.ones(2, 3, 4))
+
+
+@both_layers
+@every_implementation
+@pytest.mark.parametrize("masked", [False, True])
+def test_an_image_is_its_pixels_row_by_row(build: Build, impl: str, masked: bool) -> None:
+    layer, images, slots = build(8, num_slots=4, impl=impl), torch.randn(2, 8, 3, 5), torch.randn(2, 4, 8)
+    mask = torch.rand(2, 3, 5) > 0.4 if masked else None
+    output = layer(images, mask, slots)
+    expected = layer(images.flatten(2).mT, None if mask is None else mask.flatten(1), slots)
+    assert torch.equal(output.slots, expected.slots)
+    assert torch.equal(output.attention, expected.attention)
+    if isinstance(layer, TwoWaySlotAttention):
+        assert torch.equal(output.tokens, expected.tokens.mT.unflatten(2, (3, 5)))
+    routing = layer.routing(images, mask, slots)
+    assert routing.grid == (3, 5)
+    assert_close(routing.maps().flatten(2), output.attention)
+    assert layer.routing(images.flatten(2).mT).grid is None
+
+
+@both_layers
+@every_implementation
+@pytest.mark.parametrize("masked", [False, True])
+def test_masked_slots_are_as_if_they_were_not_there(build: Build, impl: str, masked: bool) -> None:
+    layer, tokens = build(8, num_slots=5, impl=impl).double(), torch.randn(3, 9, 8).double()
+    slots, mask = torch.randn(3, 5, 8).double(), ragged(3, 9) if masked else None
+    slot_mask = torch.tensor([[1, 1, 1, 1, 1], [0, 1, 0, 1, 1], [0, 0, 0, 0, 0]]).bool()
+    slots[1, 0] = torch.nan
+    slots.requires_grad_()
+    output = layer(tokens, mask, slots, slot_mask=slot_mask)
+    for b in range(2):
+        real = slot_mask[b]
+        alone = layer(tokens[b : b + 1], None if mask is None else mask[b : b + 1], slots[b : b + 1, real])
+        assert_close(output.slots[b, real], alone.slots[0], 1e-10)
+        assert_close(output.attention[b, real], alone.attention[0], 1e-10)
+        if isinstance(layer, TwoWaySlotAttention):
+            assert_close(output.tokens[b], alone.tokens[0], 1e-10)
+    assert not output.slots[~slot_mask].any()
+    assert not output.attention[~slot_mask].any()
+    sum(part.square().sum() for part in output).backward()
+    assert torch.isfinite(slots.grad).all()
+    assert not slots.grad[~slot_mask].any()
+    assert all(parameter.grad is None or torch.isfinite(parameter.grad).all() for parameter in layer.parameters())
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_slots_masked_under_one_softmax_over_all_heads(impl: str) -> None:
+    layer, (tokens, slots) = make("joint heads", K=5, impl=impl), draw(K=5)
+    slot_mask = torch.tensor([[0, 1, 0, 1, 1]]).bool().expand(2, 5)
+    output, alone = layer(tokens, slots=slots, slot_mask=slot_mask), layer(tokens, slots=slots[:, [1, 3, 4]])
+    assert_close(output.slots[:, [1, 3, 4]], alone.slots, 1e-10)
+    assert_close(output.attention[:, [1, 3, 4]], alone.attention, 1e-10)
+
+
+@both_layers
+def test_iterations_of_a_call(build: Build) -> None:
+    layer, tokens, slots = build(8, num_slots=4), torch.randn(2, 9, 8), torch.randn(2, 4, 8)
+    short = build(8, num_slots=4, num_iterations=1)
+    short.load_state_dict(layer.state_dict())
+    once, expected = layer(tokens, slots=slots, num_iterations=1), short(tokens, slots=slots)
+    for value, wanted in zip(once, expected, strict=True):
+        assert torch.equal(value, wanted)
+    if isinstance(layer, SlotAttention):  # the second iteration is the first from its slots
+        assert_close(
+            layer(tokens, slots=slots, num_iterations=2).slots, layer(tokens, slots=once.slots, num_iterations=1).slots
+        )
+    assert not torch.equal(layer(tokens, slots=slots).slots, once.slots)
+    with pytest.raises(InvalidArgument, match="num_iterations: expected a positive integer, got 0"):
+        layer(tokens, num_iterations=0)
+
+
+@both_layers
+@every_implementation
+def test_temperature_sharpens(build: Build, impl: str) -> None:
+    layer, tokens, slots = build(8, num_slots=4, impl=impl), torch.randn(2, 9, 8), torch.randn(2, 4, 8)
+
+    def attention(temperature: float) -> Tensor:
+        layer.temperature = temperature
+        return layer(tokens, slots=slots, num_iterations=1).attention
+
+    assert_close(attention(1e4), torch.full((2, 4, 9), 0.25), 1e-3)
+    assert_close(attention(1e-4).amax(1), torch.ones(2, 9))
+    assert_close(attention(0.5), (2 * attention(1.0).log()).softmax(1))
+    hot = build(8, num_slots=4, impl=impl, temperature=1e4)
+    assert hot.temperature == 1e4
+
+
+class FixedSlots(nn.Module):
+    """The least that initial slots must be; knows neither number nor width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.map = nn.Linear(3, 8)
+
+    def forward(
+        self, batch: int, slots: Tensor | None = None, num_slots: int | None = None, generator: Any = None
+    ) -> Tensor:
+        return self.map(torch.eye(3)).expand(batch, -1, -1) if slots is None else slots
+
+
+@both_layers
+def test_initial_slots_are_a_module_of_anyones(build: Build) -> None:
+    mine = FixedSlots()
+    before = mine.map.weight.clone()
+    layer, tokens = build(8, initial_slots=mine), torch.randn(2, 9, 8)
+    assert torch.equal(mine.map.weight, before)  # construction does not draw anew what it is given
+    assert layer(tokens).slots.shape == (2, 3, 8)
+    assert torch.equal(layer(tokens).slots, layer(tokens).slots)
+    layer.reset_parameters()
+    assert not torch.equal(mine.map.weight, before)
+    learned = LearnedSlots(5, 8)
+    layer = build(8, initial_slots=learned)
+    assert layer.initial_slots is learned
+    assert layer(tokens).slots.shape == (2, 5, 8)
+    assert build(8, num_slots=5, initial_slots=learned)(tokens).slots.shape == (2, 5, 8)
+
+
+@both_layers
+def test_initial_slots_must_be_as_many_and_as_wide_as_asked_for(build: Build) -> None:
+    for initial_slots in (LearnedSlots(5, 8), GaussianSlots(5, 8)):
+        with pytest.raises(InvalidArgument, match="num_slots: expected 5, as the initial_slots have, got 7"):
+            build(8, num_slots=7, initial_slots=initial_slots)
+        with pytest.raises(InvalidArgument, match="slot_dim: expected 8, as the initial_slots have, got 6"):
+            build(8, slot_dim=6, initial_slots=initial_slots)
+    with pytest.raises(InvalidArgument, match="num_slots: expected a positive integer, or initial_slots, got None"):
+        build(8)
+
+
+@pytest.mark.compiled  # jaxtyping would speak first
+@both_layers
+def test_any_integer_is_a_number_of_slots(build: Build) -> None:
+    layer, tokens = build(8, num_slots=np.int64(4)), torch.randn(2, 9, 8)
+    assert layer(tokens).slots.shape == (2, 4, 8)
+    for number in (np.int32(3), np.uint8(3), torch.tensor(3)):
+        assert layer(tokens, num_slots=number).slots.shape == (2, 3, 8)
+    for number in (True, np.True_, 3.0, "3"):
+        with pytest.raises(InvalidType, match="num_slots: expected a positive integer, got"):
+            layer(tokens, num_slots=number)
+
+
+@both_layers
+@every_implementation
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_many_tokens_in_low_precision(build: Build, impl: str, dtype: torch.dtype) -> None:
+    """As near to exact among 65,536 tokens as among 1,024."""
+    torch.manual_seed(0)
+    exact = build(8, num_slots=4, impl="reference").double()
+    low = deepcopy(exact).to(dtype)
+    low.impl = impl
+    exact.load_state_dict(low.state_dict())
+    tokens, slots = torch.randn(1, 65536, 8).to(dtype), torch.randn(1, 4, 8).to(dtype)
+
+    def error(num_tokens: int) -> float:
+        output = low(tokens[:, :num_tokens], slots=slots).slots
+        return (output.double() - exact(tokens[:, :num_tokens], slots=slots).slots).abs().max().item()
+
+    assert error(65536) <= 2 * error(1024) + 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.compiled
+@both_layers
+def test_exports_with_any_number_of_slots(build: Build) -> None:
+    layer, tokens = build(16, num_slots=4).eval(), torch.randn(2, 9, 16)
+    batch, tokens_axis, number = (torch.export.Dim(name, min=2, max=64) for name in ("batch", "tokens", "number"))
+    arguments = {"tokens": tokens, "slots": torch.randn(2, 4, 16)}
+    shapes = {"tokens": {0: batch, 1: tokens_axis}, "slots": {0: batch, 1: number}}
+    with torch.no_grad():
+        program = torch.export.export(layer, (), kwargs=arguments, dynamic_shapes=shapes).module()
+        for num_slots in (2, 7, 30):
+            others = {"tokens": torch.randn(3, 12, 16), "slots": torch.randn(3, num_slots, 16)}
+            for value, expected in zip(program(**others), layer(**others), strict=True):
+                assert_close(value, expected)
+
+        arguments, shapes = (
+            {"tokens": tokens, "num_slots": 4},
+            {"tokens": {0: batch}, "num_slots": torch.export.Dim.DYNAMIC},
+        )
+        program = torch.export.export(layer, (), kwargs=arguments, dynamic_shapes=shapes).module()
+        for num_slots in (2, 7):
+            torch.manual_seed(5)
+            output = program(tokens=tokens, num_slots=num_slots)
+            torch.manual_seed(5)
+            for value, expected in zip(output, layer(tokens, num_slots=num_slots), strict=True):
+                assert_close(value, expected)
+
+
+@pytest.mark.compiled
+@both_layers
+def test_compiles_with_slots_that_a_generator_drew(build: Build) -> None:
+    torch._dynamo.reset()
+    layer, tokens = build(16, num_slots=4).eval(), torch.randn(2, 9, 16)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    expected = layer(tokens, generator=torch.Generator().manual_seed(3))
+    slots = layer.initial_slots(2, generator=torch.Generator().manual_seed(3))
+    slot_mask = torch.ones(2, 4, dtype=torch.bool)
+    for value, wanted in zip(compiled(tokens, slots=slots, slot_mask=slot_mask), expected, strict=True):
+        assert_close(value, wanted)
+    with pytest.raises(torch._dynamo.exc.Unsupported):  # torch cannot; it says so itself
+        compiled(tokens, generator=torch.Generator().manual_seed(3))
 
 
 def test_learned_slots_are_deterministic_and_learn() -> None:
