@@ -20,10 +20,7 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
     """float32, or float64 where any of `tensors` is: what sums, softmax and references are computed in."""
-    dtype = torch.float32
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

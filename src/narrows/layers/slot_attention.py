@@ -229,7 +229,7 @@ class SlotAttention(nn.Module):
         self,
         tokens: Tensor,
         mask: Tensor | None,
-        slots: Tensor | None,
+        given: Tensor | None,
         num_slots: int | None,
         generator: torch.Generator | None,
         num_iterations: int | None,
@@ -239,13 +239,11 @@ class SlotAttention(nn.Module):
         tokens, mask, grid = as_tokens(tokens, mask, dim=self.dim)
         iterations = self.num_iterations if num_iterations is None else num_iterations
         check_positive(num_iterations=iterations)
-        slots = self.initial_slots(tokens.shape[0], slots, num_slots, generator)
-        slots = check_initial_slots(slots, slot_mask, batch=tokens.shape[0])
+        slots: Tensor = begin(self.initial_slots, tokens.shape[0], given, num_slots, generator, slot_mask)
         impl = self.implementation(tokens, slots, num_iterations=iterations)
         tokens = tokens.to(slots.dtype)
         if mask is not None:
             tokens = tokens.masked_fill(~mask[..., None], 0)
-
         elif tokens.shape[1] == 0:
             mask = tokens.new_zeros(tokens.shape[:2], dtype=torch.bool)
         scale = self.head_dim**-0.5 / self.temperature
@@ -493,14 +491,20 @@ def make_initial_slots(
     return initial_slots
 
 
-def check_initial_slots(
-    slots: Float[Tensor, "B K S"], slot_mask: Bool[Tensor, "B K"] | None, *, batch: int
+def begin(
+    initial_slots: nn.Module,
+    batch: int,
+    slots: Float[Tensor, "B K S"] | None,
+    num_slots: int | None,
+    generator: torch.Generator | None,
+    slot_mask: Bool[Tensor, "B K"] | None,
 ) -> Float[Tensor, "B K S"]:
-    """The initial slots of a call, masked ones filled with 0."""
-    if slots.shape[0] != batch:
-        raise InvalidArgument("slots", expected=f"as many samples as tokens, {batch}", got=slots.shape[0])
-    check_mask("slot_mask", slot_mask, slots.shape[:2], layout="[B, K]")
-    return slots if slot_mask is None else slots.masked_fill(~slot_mask[..., None], 0)
+    """The slots that a call begins with, those that are masked filled with 0."""
+    begun: Tensor = initial_slots(batch, slots, num_slots, generator)
+    if begun.shape[0] != batch:
+        raise InvalidArgument("slots", expected=f"as many samples as tokens, {batch}", got=begun.shape[0])
+    check_mask("slot_mask", slot_mask, begun.shape[:2], layout="[B, K]")
+    return begun if slot_mask is None else begun.masked_fill(~slot_mask[..., None], 0)
 
 
 def check_temperature(temperature: float) -> None:

@@ -13,7 +13,7 @@ from narrows.layers.slot_attention import (
     IMPLEMENTATIONS,
     AbsorbedProjections,
     FeedForward,
-    check_initial_slots,
+    begin,
     check_temperature,
     fold_norm,
     make_initial_slots,
@@ -208,7 +208,7 @@ class TwoWaySlotAttention(nn.Module):
         self,
         tokens: Tensor,
         mask: Tensor | None,
-        slots: Tensor | None,
+        given: Tensor | None,
         num_slots: int | None,
         generator: torch.Generator | None,
         num_iterations: int | None,
@@ -219,8 +219,7 @@ class TwoWaySlotAttention(nn.Module):
         tokens, mask, grid = as_tokens(tokens, mask, dim=self.dim)
         iterations = self.num_iterations if num_iterations is None else num_iterations
         check_positive(num_iterations=iterations)
-        slots = self.initial_slots(tokens.shape[0], slots, num_slots, generator)
-        slots = check_initial_slots(slots, slot_mask, batch=tokens.shape[0])
+        slots: Tensor = begin(self.initial_slots, tokens.shape[0], given, num_slots, generator, slot_mask)
         impl = self.implementation(tokens)
         tokens = tokens.to(slots.dtype)
         if mask is not None:

@@ -85,8 +85,8 @@ def slot_attention(
     if not eps > 0:
         raise InvalidArgument("eps", expected="a positive number", got=eps)
     check_choice("impl", impl, ("auto", *IMPLEMENTATIONS))
-    scale = queries.shape[-1] ** -0.5 if scale is None else scale
-    queries = queries if scale == 1 else queries * scale
+    if scale != 1:
+        queries = queries * (queries.shape[-1] ** -0.5 if scale is None else scale)
     run = IMPLEMENTATIONS["mixed" if impl == "auto" else impl].run
     return SlotAttentionResult(*run(queries, bias, keys, values, mask, slot_mask, joint_heads, eps))
 
