@@ -49,6 +49,11 @@ def from_upstream(module: nn.Module) -> nn.Module:
         InvalidType: no module, nothing of upstream inside, or a subclass of an upstream class.
         InvalidArgument: a part that was changed in a way a conversion would lose: hooks, LoRA, parametrizations,
             another class or shape. The message names it.
+
+    >>> from slot_attention import SlotAttention
+    >>> model = nn.Sequential(SlotAttention(num_slots=5, dim=64), nn.Linear(64, 10))
+    >>> from_upstream(model)(torch.randn(2, 100, 64)).shape
+    torch.Size([2, 5, 10])
     """
     if not isinstance(module, nn.Module):
         raise InvalidType("module", expected="an nn.Module", got=type(module).__name__)
