@@ -13,6 +13,7 @@ from torch.func import functional_call, grad, jvp, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
 from narrows.errors import InvalidArgument
+from narrows.layers.soft_moe import StackedLinear
 from narrows.models import ATSViT, ImageClassifier, create_model, list_models, load_model
 from tests.models import small_sepvit
 from tests.support import assert_close, gradients, parameter_gradients
@@ -21,11 +22,7 @@ KEYS = Path(__file__).parents[1] / "snapshots" / "model_state_dict_keys.json"
 SMALL = {"sepvit_lite": {**small_sepvit.SMALL, "num_classes": 10, "depths": (1, 2)}}
 MODELS = [*list_models("*_mini"), *SMALL]  # one of each class
 
-# Of layers that are being mended. TODO(14)
-PENDING = ("soft_moe_vit_mini",)
-
 every_model = pytest.mark.parametrize("name", MODELS)
-every_ready_model = pytest.mark.parametrize("name", [name for name in MODELS if name not in PENDING])
 low_precision = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 
 
@@ -115,24 +112,26 @@ def test_state_dict_keys_are_what_they_were(name: str) -> None:
     assert {key: list(value.shape) for key, value in model.state_dict().items()} == snapshot[name]
 
 
-@every_ready_model
+@every_model
 def test_lora_on_every_linear_map_changes_the_output_trains_and_merges(name: str) -> None:
     model, x = build(name).double(), images().double()
     for parameter in model.parameters():  # window tokens begin at zero, where nothing of them is seen
         nn.init.normal_(parameter, std=0.1) if not parameter.any() else None
     plain = model(x)
     maps = [key for key, module in model.named_modules() if isinstance(module, nn.Linear)]
-    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=maps, init_lora_weights=False))
+    stacked = [f"{key}.weight" for key, module in model.named_modules() if isinstance(module, StackedLinear)]
+    config = peft.LoraConfig(r=2, target_modules=maps, target_parameters=stacked or None, init_lora_weights=False)
+    adapted = peft.get_peft_model(model, config)
     outputs = adapted.double().eval()(x)
     assert (outputs - plain).abs().max() > 1e-6
     adapters = {key: value for key, value in adapted.named_parameters() if "lora_" in key}
-    assert len(adapters) == 2 * len(maps)
+    assert len(adapters) == 2 * len(maps + stacked)
     for key, gradient in zip(adapters, gradients(outputs, *adapters.values()), strict=True):
         assert gradient.abs().max() > 0, f"{key} gets no gradient"
     assert_close(adapted.merge_and_unload()(x), outputs, 1e-9)
 
 
-@every_ready_model
+@every_model
 def test_hooks_of_every_submodule_fire(name: str) -> None:
     model, fired = build(name), set()
     called = {key: m for key, m in model.named_modules() if key and type(m).forward is not nn.Module.forward}
@@ -144,7 +143,7 @@ def test_hooks_of_every_submodule_fire(name: str) -> None:
     assert fired == called.keys()
 
 
-@every_ready_model
+@every_model
 def test_torch_func_transforms_a_model(name: str) -> None:
     model, x = build(name).double(), images(2).double()
     parameters = dict(model.named_parameters())
@@ -169,7 +168,7 @@ def test_autocast_leaves_float64_alone(name: str) -> None:
         assert_close(model(images().double()), expected, 1e-12)
 
 
-@every_ready_model
+@every_model
 def test_an_empty_batch_runs_forward_and_backward(name: str) -> None:
     model = build(name)
     logits = model(images(0))
@@ -178,7 +177,7 @@ def test_an_empty_batch_runs_forward_and_backward(name: str) -> None:
     assert all(parameter.grad is None or not parameter.grad.any() for parameter in model.parameters())
 
 
-@every_ready_model
+@every_model
 @low_precision
 def test_models_can_be_made_in_low_precision(name: str, dtype: torch.dtype) -> None:
     explicit = construct(name, dtype=dtype)
@@ -194,12 +193,12 @@ def test_models_can_be_made_in_low_precision(name: str, dtype: torch.dtype) -> N
         assert torch.isfinite(model.eval()(images().to(dtype))).all()
 
 
-@every_ready_model
+@every_model
 def test_the_meta_device_gives_shapes(name: str) -> None:
     assert construct(name, device="meta").eval()(images().to("meta")).shape == (3, 10)
 
 
-@every_ready_model
+@every_model
 def test_resetting_gives_the_distribution_of_construction(name: str) -> None:
     """As FSDP makes large models: on the meta device, then `to_empty` and `reset_parameters`."""
     draws = 8
@@ -228,7 +227,7 @@ def test_resetting_gives_the_distribution_of_construction(name: str) -> None:
         assert abs(ours.std().item() - deviation) <= error, key
 
 
-@every_ready_model
+@every_model
 def test_device_and_dtype_are_not_saved(name: str, tmp_path: Path) -> None:
     construct(name, device="cpu", dtype=torch.float64).save_pretrained(tmp_path)
     assert not {"device", "dtype"} & json.loads((tmp_path / "config.json").read_text()).keys()
@@ -241,7 +240,7 @@ def counted(model: Callable[[Tensor], Tensor]) -> int:
     return counter.get_total_flops()
 
 
-@every_ready_model
+@every_model
 def test_the_counter_of_torch_counts_a_model(name: str) -> None:
     model = build(name)
     with FlopCounterMode(display=False) as counter:
@@ -262,7 +261,7 @@ def test_compiles_to_one_graph(name: str) -> None:
         assert_close(gradient, expected_gradients[key], 1e-4)
 
 
-@every_ready_model
+@every_model
 @pytest.mark.compiled
 @pytest.mark.filterwarnings("ignore:Using `torch.compile.module.` when there are global hooks")
 def test_the_counter_of_torch_counts_a_compiled_model(name: str) -> None:

@@ -1,4 +1,4 @@
-"""Parameters of layers: how they are drawn, at construction and by `reset_parameters`, and how a batch shares one."""
+"""How parameters of layers are drawn, at construction and by `reset_parameters`, and how views of them are made."""
 
 from collections.abc import Callable
 
@@ -29,13 +29,10 @@ def reset_submodules(module: nn.Module) -> None:
             reset_submodules(child)
 
 
-def for_each_sample(parameter: Tensor, batch: int) -> Tensor:
-    """A view `[batch, *parameter.shape]` of a parameter that all samples share.
+def detached_under_no_grad(parameter: Tensor) -> Tensor:
+    """`parameter`, for a view that a module will be called with; detached where no gradients are recorded.
 
-    Under `torch.no_grad` it is a view of the detached parameter. A view that is made there of the parameter itself says
-    that it requires a gradient and has no function to give it one, which ends `torch.utils.flop_counter` with an error
-    as soon as a module is called with it.
+    A view that is made of a parameter under `torch.no_grad` says that it requires a gradient and has no function to
+    give it one. `torch.utils.flop_counter` ends with an error as soon as a module is called with it.
     """
-    if not torch.is_grad_enabled():
-        parameter = parameter.detach()
-    return parameter.expand(batch, *parameter.shape)
+    return parameter if torch.is_grad_enabled() else parameter.detach()

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from narrows.errors import ImplementationUnavailable, InvalidArgument
-from narrows.layers.initialisation import draw_, for_each_sample, reset_submodules
+from narrows.layers.initialisation import detached_under_no_grad, draw_, reset_submodules
 from narrows.layers.plain import why_not_plain
 from narrows.ops.perceiver_resampler import (
     IMPLEMENTATIONS,
@@ -282,7 +282,7 @@ class PerceiverResampler(nn.Module):
                 Latents of a medium without any token read only each other: all such media give the same.
         """
         tokens, readable, standardised = self._tokens(media, mask)
-        latents = for_each_sample(self.latents, tokens.shape[0])
+        latents = detached_under_no_grad(self.latents).expand(tokens.shape[0], -1, -1)
         for layer in self.layers:
             latents = layer(latents, tokens, readable, standardised=standardised)
         latents = self.norm(latents)
@@ -297,7 +297,7 @@ class PerceiverResampler(nn.Module):
         frames one after the other. A row sums to 1 less what the latents read of each other.
         """
         tokens, readable, standardised = self._tokens(media, mask)
-        latents = for_each_sample(self.latents, tokens.shape[0])
+        latents = detached_under_no_grad(self.latents).expand(tokens.shape[0], -1, -1)
         *layers, last = self.layers
         assert isinstance(last, PerceiverBlock)
         for layer in layers:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from narrows.errors import ImplementationUnavailable, InvalidArgument
-from narrows.layers.initialisation import draw_, for_each_sample, reset_submodules
+from narrows.layers.initialisation import detached_under_no_grad, draw_, reset_submodules
 from narrows.layers.plain import why_not_plain
 from narrows.ops.attention import is_transformed
 from narrows.ops.slot_attention import slot_attention
@@ -454,7 +454,7 @@ class LearnedSlots(nn.Module):
             return _given(slots, num_slots, like=self.slots)
         if num_slots is not None and num_slots != self.num_slots:
             raise InvalidArgument("num_slots", expected=f"None or the {self.num_slots} learned", got=num_slots)
-        return for_each_sample(self.slots, batch)
+        return detached_under_no_grad(self.slots).expand(batch, -1, -1)
 
     def extra_repr(self) -> str:
         """What `print` shows."""

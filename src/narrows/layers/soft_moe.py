@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from narrows.errors import InvalidArgument, InvalidType
-from narrows.layers.initialisation import draw_, reset_submodules
+from narrows.layers.initialisation import detached_under_no_grad, draw_, reset_submodules
 from narrows.ops.soft_moe import (
     Segments,
     combine_weights,
@@ -445,7 +445,7 @@ class SoftMoE(_SoftMixture):
         draw_(self.slots, partial(nn.init.normal_, std=self.dim**-0.5))
 
     def _slots(self, values: Tensor, mask: Tensor | None) -> Segments:
-        return Segments(self.slots.flatten(0, 1), None)
+        return Segments(detached_under_no_grad(self.slots).flatten(0, 1), None)
 
 
 class DynamicSlotsSoftMoE(_SoftMixture):

@@ -71,7 +71,7 @@ class TransformerClassifier(ImageClassifier):
         own = inspect.signature(cls.__init__).parameters
         if "vit" in own:
             handed_on = inspect.signature(TransformerClassifier.__init__).parameters
-            names = [name for name in handed_on if name in ViTArguments.__annotations__]
+            names = [name for name in handed_on if name in ViTArguments.__annotations__ and name not in own]
             parameters = [*(own[name] for name in own if name != "vit"), *(handed_on[name] for name in names)]
             cls.__init__.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
         super().__init_subclass__(**kwargs)
