@@ -1,5 +1,6 @@
 """The job in miniature: what it measures, what it leaves, what it refuses."""
 
+import csv
 import json
 import re
 from pathlib import Path
@@ -85,6 +86,14 @@ def test_the_table_names_what_was_measured(result: ReductionResult) -> None:
     ]
     assert re.search(r"untouched +– +[\d.]+ % +– +16 ", untouched)
     assert re.search(r"ats +0.75 +[\d.]+ % +[\d.]+ % +16 → [\d.]+ .* [\d.]+×", ats)
+
+
+def test_the_table_is_kept_as_numbers(result: ReductionResult) -> None:
+    with (result.folder / "reductions.csv").open() as file:
+        untouched, ats, *_ = csv.DictReader(file)
+    assert (untouched["method"], untouched["budget"], untouched["tokens"]) == ("untouched", "", "16")
+    assert float(ats["tokens"]) == result.trials[1].kept
+    assert float(ats["MACs/image"]) == fmean(result.trials[1].macs)
 
 
 def test_the_report_is_one_file_with_table_curve_and_pictures(result: ReductionResult) -> None:

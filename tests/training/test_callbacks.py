@@ -39,6 +39,9 @@ def test_the_best_model_is_saved_and_opens_again(tmp_path):
     saved = load_model(tmp_path / "model").state_dict()
     weights = torch.load(best.best_model_path, weights_only=True)["state_dict"]
     assert set(saved) == set(task.model.state_dict())
+    assert any(not torch.equal(value, saved[name]) for name, value in task.model.state_dict().items()), (
+        "is left as it is"
+    )
     for name, value in saved.items():
         assert torch.equal(value, weights[f"model.{name}"])
 

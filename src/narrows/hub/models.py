@@ -1,6 +1,5 @@
 """Vision models by name: timm's, transformers', narrows' own, or a folder."""
 
-import copy
 import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,7 +11,6 @@ import torch
 from huggingface_hub import PyTorchModelHubMixin
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from narrows.checkpoints.files import read_weights
 from narrows.data.images import MEAN_AND_STD
@@ -120,25 +118,12 @@ def open_model(name: str | Path, checkpoint: str | Path | None = None, **argumen
     return _open_ours(str(name), checkpoint, arguments)
 
 
-def save_model(model: nn.Module, folder: Path, *, weights: Mapping[str, Tensor] | None = None) -> None:
+def save_model(model: nn.Module, folder: Path) -> None:
     """Write a model as safetensors and config; `open_model` takes the folder, as "timm:local-dir:<folder>" if of timm.
 
-    Args:
-        model: of narrows or of timm.
-        folder: where to.
-        weights: to save in place of the model's own.
-
     Raises:
-        InvalidArgument: a model of neither.
+        InvalidArgument: a model of neither narrows nor timm.
     """
-    if weights is not None:
-        config = getattr(model, "_hub_mixin_config", None)
-        if any(isinstance(parameter, DTensor) for parameter in model.parameters()) and config:
-            # Sharded parameters cannot take whole weights: the model is built anew.
-            model = type(model)(**{name: value for name, value in config.items() if name != "architecture"})
-        else:
-            model = copy.deepcopy(model)
-        model.load_state_dict(weights)
     if isinstance(model, PyTorchModelHubMixin):
         model.save_pretrained(folder)
     elif hasattr(model, "pretrained_cfg"):

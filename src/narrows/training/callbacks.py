@@ -1,5 +1,6 @@
 """What training runs leave behind, and how they show their progress."""
 
+import copy
 import csv
 import json
 import sys
@@ -12,8 +13,9 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, Callback
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from narrows.adapters import reduce_tokens
@@ -46,8 +48,17 @@ class SavePretrained(Callback):
         if trainer.is_global_zero and folder is not None:
             if best.is_file():
                 weights = torch.load(best, map_location="cpu", weights_only=True)["state_dict"]
-            of_model = {k.removeprefix("model."): v for k, v in weights.items() if k.startswith("model.")}
-            save_model(pl_module.model, Path(folder) / "model", weights=of_model)
+            model = _unsharded_copy(pl_module.model)
+            model.load_state_dict({k.removeprefix("model."): v for k, v in weights.items() if k.startswith("model.")})
+            save_model(model, Path(folder) / "model")
+
+
+def _unsharded_copy(model: nn.Module) -> nn.Module:
+    """A model that takes whole weights; what is sharded is built anew from the arguments it was made with."""
+    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        return copy.deepcopy(model)
+    arguments: dict[str, Any] = model._hub_mixin_config  # pyright: ignore[reportAssignmentType]
+    return type(model)(**{name: value for name, value in arguments.items() if name != "architecture"})
 
 
 class PredictionTable(BasePredictionWriter):
