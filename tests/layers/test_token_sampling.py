@@ -252,3 +252,5 @@ def test_bad_attention_is_refused() -> None:
         SampledAttention(16, sampler=sampler, heads=2, head_dim=0)
     with pytest.raises(InvalidArgument, match=r"impl: expected 'auto' or one of \['all_queries', 'query_first', 'refe"):
         attention(impl="static")(torch.randn(1, 9, 16))
+    with pytest.raises(InvalidArgument, match=r"tokens: expected at least the class token, got shape \(1, 0, 16\)"):
+        attention()(torch.randn(1, 0, 16))

@@ -252,7 +252,7 @@ class UpstreamSeparableAttention(nn.Module):
             activated = F.gelu(self.window_norm(attended[:, :, 0])).flatten(-2)
             query, key = self.window_query_key(activated).unflatten(-1, (2, self.heads, -1)).unbind(2)
             maps = pointwise_attention(maps, query, key, dropout=dropout, impl=self.impl)
-        result = F.dropout(self.out(maps.flatten(-2)), dropout).view(cut.shape)
+        result = F.dropout(self.out(maps.flatten(-2)), dropout).unflatten(1, cut.shape[1:3])
         return result if feature_map.ndim == 5 else from_windows(result, self.window_size)
 
     def routing(self, feature_map: Float[Tensor, "B *layout D"]) -> Routing:

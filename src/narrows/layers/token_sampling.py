@@ -84,13 +84,13 @@ class AdaptiveTokenSampler(nn.Module):
 
 
 class SampledAttention(nn.Module):
-    r"""Multi-head self-attention that returns the class token and the tokens it finds significant.
+    r"""Multi-head self-attention that returns the class token and the tokens it finds significant (Fayyaz et al. 2022).
 
     \[ O = \mathrm{softmax}(Q_S K^T / \sqrt{d}) V W_o, \quad S = \{cls\} \cup \text{sampler}(s), \quad
        s_n \propto \sum_h A_{h,cls,n} \lVert V_{h,n} \rVert \]
 
-    All tokens are read, those sampled are written. Normalisation before and the residual after are the block's: with
-    the tokens `x` that came in, `gather_tokens(x, ids) + tokens`.
+    All tokens are read, and only those sampled are computed. Normalisation before and the residual after are the
+    block's: with the tokens `x` that came in, `gather_tokens(x, ids) + tokens`.
 
     Args:
         dim: D.
@@ -155,6 +155,8 @@ class SampledAttention(nn.Module):
         """
         check_tokens("tokens", tokens, dim=self.dim)
         check_mask("mask", mask, tuple(tokens.shape[:2]))
+        if tokens.shape[1] == 0:
+            raise InvalidArgument("tokens", expected="at least the class token", got=f"shape {tuple(tokens.shape)}")
         if mask is not None:
             tokens = tokens.masked_fill(~mask[..., None], 0.0)
         impl, dropout = self.implementation(), self.dropout if self.training else 0.0

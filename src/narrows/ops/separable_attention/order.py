@@ -41,7 +41,7 @@ class WindowOrder:
     Where the largest window divides the map, tokens are *nested*: all tokens of a largest window stand together, inside
     it all tokens of each next smaller one, down to single tokens in raster order. Windows of every size are then
     reshapes of `[B, N, D]`, which move nothing. Where it does not, tokens stay in raster order, and windows are copies
-    of the map with padding at its right and lower border: what has no parameters for windows works on real tokens only.
+    of the map with padding at its right and lower border; whatever works token by token never sees that padding.
 
     Args:
         height, width: of the feature map, in tokens.
