@@ -164,6 +164,18 @@ def test_parts_keep_the_dtype_of_their_weights(recorded):
             assert parameter.dtype == (torch.float64 if is_norm else torch.bfloat16), name
 
 
+def test_blocks_of_different_sizes_make_no_flamingo(recorded):
+    narrow = {"ff.1.weight": (slice(None, 5),), "ff.3.weight": (slice(None), slice(None, 5))}
+    state = under(recorded, "model/checkpoint.")
+    for name, value in state.items():
+        for ending, part in narrow.items():
+            if "layers.3." in name and name.endswith(ending):
+                state[name] = value[part]
+    parts = read_open_flamingo(state, head_dim=HEAD_DIM)
+    with pytest.raises(InvalidArgument, match=r"checkpoint: expected gated blocks of one size, got \{1: .*, 3: "):
+        parts.arguments()
+
+
 def test_heads_of_another_width_are_refused(recorded):
     with pytest.raises(InvalidArgument, match="head_dim: expected a divisor of the inner width 8, got 3"):
         read_open_flamingo(under(recorded, "model/checkpoint."), head_dim=3)

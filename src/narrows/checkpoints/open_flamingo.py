@@ -42,8 +42,15 @@ class OpenFlamingoParts(NamedTuple):
     others: dict[str, Tensor]
 
     def arguments(self) -> dict[str, Any]:
-        """What makes a `narrows.Flamingo` of these sizes, beside the language model and the vision encoder."""
+        """What makes a `narrows.Flamingo` of these sizes, beside the language model and the vision encoder.
+
+        Raises:
+            InvalidArgument: blocks of different sizes, which a `Flamingo` does not have.
+        """
         resampler, block = self.resampler, next(iter(self.blocks.values()))
+        sizes = {layer: _sizes(each.attn, each.ff) for layer, each in self.blocks.items()}
+        if any(each != sizes[next(iter(sizes))] for each in sizes.values()):
+            raise InvalidArgument("checkpoint", expected="gated blocks of one size", got=sizes)
         return {
             "media_dim": resampler.dim,
             "every": list(self.blocks),
