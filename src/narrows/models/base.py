@@ -49,7 +49,7 @@ class ImageClassifier(SavedModel, pipeline_tag="image-classification"):
     """
 
     def forward_features(self, images: Float[Tensor, "B C H W"]) -> Tensor:
-        """What the head reads."""
+        """The features that `forward_head` takes."""
         raise NotImplementedError
 
     def forward_head(self, features: Tensor) -> Float[Tensor, "B classes"]:

@@ -1,6 +1,6 @@
-"""What the transformers of narrows are made of: stems, position embedding, attention, feed-forward, block.
+"""Parts of vision transformers: stems, position embedding, attention, feed-forward, block.
 
-Everything takes `device` and `dtype` of its parameters, here called `factory`.
+All of them take the `device` and `dtype` of their parameters as `**factory`.
 """
 
 from itertools import pairwise
@@ -115,7 +115,7 @@ class TokenEmbedding(nn.Module):
 
     @property
     def prefix(self) -> int:
-        """How many tokens stand before the grid."""
+        """Number of tokens before the grid: 1 with a class token, else 0."""
         return 0 if self.class_token is None else 1
 
     def grid(self, images: Float[Tensor, "B C H W"]) -> tuple[int, int]:

@@ -66,7 +66,7 @@ class Segmenter(SavedModel, pipeline_tag="image-segmentation"):
         return self.head(joined)[..., : images.shape[-2], : images.shape[-1]]
 
     def no_weight_decay(self) -> set[str]:
-        """What the backbone names, by its names here."""
+        """Names of the parameters that the backbone exempts from weight decay."""
         parts: list[tuple[str, Any]] = [(name, part) for name, part in self.named_modules() if part is not self]
         naming = [(name, part) for name, part in parts if hasattr(part, "no_weight_decay")]
         return {f"{name}.{parameter}" for name, part in naming for parameter in part.no_weight_decay()}

@@ -326,7 +326,7 @@ class SepViT(ImageClassifier):
         return ceil(height / self.patch_stride), ceil(width / self.patch_stride)
 
     def no_weight_decay(self) -> set[str]:
-        """Window tokens are not decayed."""
+        """Names of the window tokens, which weight decay should leave alone."""
         return {name for name, _ in self.named_parameters() if name.endswith("window_token")}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:

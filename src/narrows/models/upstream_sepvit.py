@@ -116,7 +116,7 @@ class UpstreamSepViT(ImageClassifier):
         return ceil(height / self.reductions[0]), ceil(width / self.reductions[0])
 
     def no_weight_decay(self) -> set[str]:
-        """Window tokens are not decayed."""
+        """Names of the window tokens, which weight decay should leave alone."""
         return {name for name, _ in self.named_parameters() if name.endswith("window_token")}
 
     def _divides(self, side: int) -> bool:

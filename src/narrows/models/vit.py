@@ -26,7 +26,7 @@ POOLS = ("avg", "max", "token")
 
 
 class ViTArguments(TypedDict):
-    """What every vision transformer takes, besides its depth and what its bottleneck needs.
+    """Arguments of every vision transformer, besides its depth and those of its bottleneck.
 
     Args:
         image_size: side of the images the positions are learned on; other sizes interpolate them.
@@ -55,7 +55,7 @@ class ViTArguments(TypedDict):
 class TransformerClassifier(ImageClassifier):
     """Embedding, blocks one after another, norm, pooling over the tokens that are left, linear head.
 
-    A subclass lists its blocks, and takes `**vit` to hand on: its arguments are saved with its weights.
+    A subclass lists its blocks and passes `**vit` on; all arguments of its constructor are saved with its weights.
 
     Args:
         blocks: for each block what makes it, called with `dim`, `heads`, `mlp_dim`, `device` and `dtype`: a module from
@@ -67,12 +67,12 @@ class TransformerClassifier(ImageClassifier):
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        # What a constructor hands on in `**vit` is shown, checked by `create_model` and saved like its other arguments.
+        # Arguments that a constructor passes on in `**vit` are shown, checked and saved like those it names.
         own = inspect.signature(cls.__init__).parameters
         if "vit" in own:
-            handed_on = inspect.signature(TransformerClassifier.__init__).parameters
-            names = [name for name in handed_on if name in ViTArguments.__annotations__ and name not in own]
-            parameters = [*(own[name] for name in own if name != "vit"), *(handed_on[name] for name in names)]
+            passed_on = inspect.signature(TransformerClassifier.__init__).parameters
+            names = [name for name in passed_on if name in ViTArguments.__annotations__ and name not in own]
+            parameters = [*(own[name] for name in own if name != "vit"), *(passed_on[name] for name in names)]
             cls.__init__.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
         super().__init_subclass__(**kwargs)
 
@@ -117,11 +117,11 @@ class TransformerClassifier(ImageClassifier):
         initialise_linear(self.head)
 
     def forward_features(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D"]:
-        """What is pooled of the tokens that are left after the last block, normalised: `[B, dim]`."""
+        """The tokens after the last block, normalised and pooled: `[B, dim]`."""
         return self.pool(self.norm(self.blocks(self.embedding(images))))
 
     def pool(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B D"]:
-        """What the head reads of normalised tokens."""
+        """One vector for each image from its tokens, as `global_pool` says."""
         if self.global_pool == "token":
             return tokens[:, 0]
         return tokens.amax(1) if self.global_pool == "max" else tokens.mean(1)
@@ -135,7 +135,7 @@ class TransformerClassifier(ImageClassifier):
         return self.embedding.grid(images)
 
     def no_weight_decay(self) -> set[str]:
-        """Positions and the class token are not decayed."""
+        """Names of the positions and the class token, which weight decay should leave alone."""
         return {"embedding.positions", "embedding.class_token"}
 
 
@@ -275,7 +275,7 @@ class ResamplerViT(TransformerClassifier):
 
 
 class ATSBlock(Block):
-    """Pre-norm transformer block that carries on the tokens its attention samples, or all of them.
+    """Pre-norm transformer block that keeps only the tokens its attention samples, or all of them.
 
     Args:
         dim: token width.
@@ -305,7 +305,7 @@ class ATSBlock(Block):
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, state: SampledTokens, num_tokens: int | None = None
     ) -> SampledTokens:
-        """The tokens carried on, with the positions they had in the image; at most `num_tokens` if given."""
+        """The tokens that are kept, with the positions they had in the image; at most `num_tokens` if given."""
         tokens, ids, mask = state
         normed, readable = self.attention_norm(tokens), mask if self.masked else None
         if self.samples:
