@@ -477,6 +477,16 @@ def test_vmap_draws(impl: str, randomness: str) -> None:
 
 
 @both_samplings
+def test_a_choice_has_no_derivative(impl: str) -> None:
+    scores = torch.rand(2, 9)
+    for sample in (inverse_transform_sample, gumbel_sample):
+        chosen = torch.func.jvp(lambda s, f=sample: f(s, 4, impl=impl).ids.double(), (scores,), (scores,))
+        assert (chosen[1] == 0).all()
+        jacobian = torch.func.jacrev(lambda s, f=sample: f(s, 4, impl=impl).ids.double())(scores)
+        assert (jacobian == 0).all()
+
+
+@both_samplings
 def test_nothing_to_choose_from(impl: str) -> None:
     """A class token alone, and an empty batch."""
     for sample in (inverse_transform_sample, gumbel_sample):
