@@ -47,7 +47,7 @@ def as_tokens(tokens: Tensor, mask: Tensor | None, *, dim: int) -> tuple[Tensor,
     check_tokens("tokens", tokens, layout="[B, D, H, W]")
     batch, _, height, width = tokens.shape
     check_mask("mask", mask, (batch, height, width), layout="[B, H, W]")
-    return tokens.flatten(2).mT, None if mask is None else mask.flatten(1), (height, width)
+    return tokens.flatten(2).mT.contiguous(), None if mask is None else mask.flatten(1), (height, width)
 
 
 def check_positive(**values: Any) -> None:

@@ -625,7 +625,7 @@ def test_a_call_names_what_does_not_fit() -> None:
     layer = DynamicSlotsSoftMoE(DIM, num_experts=4)
     with pytest.raises(InvalidArgument, match=r"tokens: expected shape \[B, N, D\] with D = 16, got shape \(2, 5, 8\)"):
         layer(torch.randn(2, 5, 8))
-    with pytest.raises(InvalidArgument, match=r"tokens: expected images \[B, 16, H, W\], got \(2, 8, 3, 3\)"):
+    with pytest.raises(InvalidArgument, match=r"tokens: expected images \[B, 16, H, W\], got shape \(2, 8, 3, 3\)"):
         layer(torch.randn(2, 8, 3, 3))
     with pytest.raises(InvalidArgument, match=r"tokens: expected shape \[B, N, D\] with D = 16, got shape \(5, 16\)"):
         layer(torch.randn(5, DIM))

@@ -1,5 +1,6 @@
 """Slot attention as a layer."""
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from narrows.errors import ImplementationUnavailable, InvalidArgument
 from narrows.layers.initialisation import detached_under_no_grad, draw_, reset_submodules
 from narrows.layers.plain import why_not_plain
 from narrows.ops.attention import is_transformed
-from narrows.ops.slot_attention import slot_attention
+from narrows.ops.slot_attention import SlotAttentionResult, slot_attention
 from narrows.precision import at_least_float32, autocast_off, compute_dtype
 from narrows.routing import Routing
 from narrows.validation import as_tokens, check_choice, check_mask, check_positive, check_tokens
@@ -215,13 +216,10 @@ class SlotAttention(nn.Module):
                 )
             return "absorbed"
         iterations = self.num_iterations if num_iterations is None else num_iterations
-        known = getattr(self.initial_slots, "num_slots", None)
-        if torch.compiler.is_exporting() and known is not None:
-            num_slots = known  # The program's may be open.
-        elif slots is not None:
+        if slots is not None:
             num_slots = slots.shape[1]
-        elif num_slots is None:
-            num_slots = known
+        if num_slots is None or torch.compiler.is_exporting():  # The number of a program's slots may be open.
+            num_slots = getattr(self.initial_slots, "num_slots", None)
         pays = num_slots is None or iterations * num_slots * self.heads <= self.dim
         return "absorbed" if pays and reason is None else "mixed"
 
@@ -247,38 +245,29 @@ class SlotAttention(nn.Module):
         elif tokens.shape[1] == 0:
             mask = tokens.new_zeros(tokens.shape[:2], dtype=torch.bool)
         scale = self.head_dim**-0.5 / self.temperature
+        options = {"joint_heads": self.joint_heads, "eps": self.eps}
         if impl == "absorbed":
             absorbed = AbsorbedProjections.of(self.norm_tokens, self.to_k, self.to_v, heads=self.heads, scale=scale)
-            keys = values = normalized(tokens, self.norm_tokens)[:, None]
+            read = partial(absorbed.read, normalized(tokens, self.norm_tokens), mask, slot_mask, **options)
         else:
-            absorbed = None
             tokens = self.norm_tokens(tokens)  # line 3
             keys, values = (self._split(linear(tokens)).contiguous() for linear in (self.to_k, self.to_v))
-        for _ in range(iterations):  # line 4
-            queries, bias = self._split(self.to_q(self.norm_slots(slots))), None  # line 6
-            if absorbed is not None:
-                (queries, bias), scale = absorbed.queries(queries), 1.0
-            updates, attention = slot_attention(  # lines 7 and 8
-                queries,
-                keys,
-                values,
-                mask,
-                slot_mask,
-                bias=bias,
+            read = partial(
+                slot_attention,
+                keys=keys,
+                values=values,
+                mask=mask,
+                slot_mask=slot_mask,
                 scale=scale,
-                joint_heads=self.joint_heads,
-                eps=self.eps,
-                impl="reference" if impl == "reference" else "mixed",
+                impl=impl,
+                **options,
             )
-            if absorbed is not None:
-                updates = absorbed.updates(updates, mask)
+        for _ in range(iterations):  # line 4
+            queries = self._split(self.to_q(self.norm_slots(slots)))  # line 6
+            updates, attention = read(queries=queries)  # lines 7 and 8
             updates = updates.transpose(1, 2).flatten(2).to(slots.dtype)  # [B, K, H * E]
-            if self.to_out is not None:
-                updates = self.to_out(updates).to(slots.dtype)
-            if is_transformed(updates):
-                # GRUCell adds in place to what it makes of its state, which `torch.func.vmap` must have vectorised too.
-                slots = slots + updates.new_zeros(slots.shape)
-            slots = self.gru(updates.flatten(0, 1), slots.flatten(0, 1)).view_as(slots).to(slots.dtype)  # line 9
+            updates = updates if self.to_out is None else self.to_out(updates)
+            slots = recurrent_step(self.gru, updates, slots)  # line 9
             slots = slots + self.mlp(slots)  # line 10
         if slot_mask is not None:
             slots = slots.masked_fill(~slot_mask[..., None], 0)
@@ -321,23 +310,39 @@ class AbsorbedProjections(NamedTuple):
             value_bias = None if value_bias is None else value_bias.unflatten(0, (heads, -1))
             return cls(torch.cat([key, column[..., None]], -1) * scale, value.unflatten(0, (heads, -1)), value_bias)
 
-    def queries(self, queries: Float[Tensor, "B H K E"]) -> tuple[Float[Tensor, "B H K D"], Float[Tensor, "B H K"]]:
-        """Queries of normalised tokens, and what is added to all logits of a slot."""
-        with autocast_off(queries):
+    def read(
+        self,
+        tokens: Float[Tensor, "B N D"],
+        mask: Bool[Tensor, "B N"] | None,
+        slot_mask: Bool[Tensor, "B K"] | None,
+        queries: Float[Tensor, "B H K E"],
+        *,
+        joint_heads: bool = False,
+        eps: float,
+    ) -> SlotAttentionResult:
+        """What slots read of normalised `tokens`: `slot_attention` of keys and values that are never made."""
+        with autocast_off(tokens):
+            tokens = tokens[:, None]
             rows = torch.einsum("bhke,hed->bhkd", queries.to(self.key.dtype), self.key)
-        return rows[..., :-1], rows[..., -1]
-
-    def updates(self, means: Float[Tensor, "B H K D"], mask: Bool[Tensor, "B N"] | None) -> Float[Tensor, "B H K E"]:
-        """The means of the values from those of the normalised tokens; zeros for samples without any token."""
-        with autocast_off(means):
+            means, attention = slot_attention(
+                rows[..., :-1],
+                tokens,
+                tokens,
+                mask,
+                slot_mask,
+                bias=rows[..., -1],
+                scale=1.0,
+                joint_heads=joint_heads,
+                eps=eps,
+            )
             if self.value.shape[0] == 1:  # The gradient of einsum would lie the other way round in memory.
                 updates = F.linear(means, self.value[0])
             else:
                 updates = torch.einsum("bhkd,hed->bkhe", means, self.value).transpose(1, 2)
-            if self.value_bias is None:
-                return updates
-            bias = self.value_bias[:, None]
-            return updates + (bias if mask is None else bias * mask.any(1)[:, None, None, None])
+            if self.value_bias is not None:  # samples without any token read zeros
+                bias = self.value_bias[:, None]
+                updates = updates + (bias if mask is None else bias * mask.any(1)[:, None, None, None])
+            return SlotAttentionResult(updates, attention)
 
 
 def fold_norm(norm: nn.LayerNorm, linear: nn.Linear) -> tuple[Float[Tensor, "out D"], Float[Tensor, "out"] | None]:
@@ -541,6 +546,17 @@ class FeedForward(nn.Module):
     def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
         """What is added to `x`."""
         return self.contract(self.expand(self.norm(x)).relu())
+
+
+def recurrent_step(
+    cell: nn.Module, updates: Float[Tensor, "B R I"], state: Float[Tensor, "B R S"]
+) -> Float[Tensor, "B R S"]:
+    """One step of a recurrent cell for every row, in the dtype of its state."""
+    if is_transformed(updates):
+        # GRUCell adds in place to what it makes of its state, which `torch.func.vmap` must have vectorised too.
+        state = state + updates.new_zeros(state.shape)
+    new = cell(updates.to(state.dtype).flatten(0, 1), state.flatten(0, 1))
+    return new.view_as(state).to(state.dtype)
 
 
 def reset_initial_slots(initial_slots: nn.Module) -> None:

@@ -22,7 +22,7 @@ from narrows.ops.soft_moe import (
 )
 from narrows.precision import accumulation_dtype, compute_dtype
 from narrows.routing import Routing
-from narrows.validation import check_choice, check_mask, check_positive, check_tokens
+from narrows.validation import as_tokens, check_choice, check_positive
 
 STACKED = ("gelu", "geglu")
 
@@ -310,13 +310,7 @@ class _SoftMixture(nn.Module):
 
     def _keys(self, tokens: Tensor, mask: Tensor | None) -> _Keys:
         """What is mixed, and what the logits are made from."""
-        if tokens.ndim == 4:
-            if tokens.shape[1] != self.dim:
-                raise InvalidArgument("tokens", expected=f"images [B, {self.dim}, H, W]", got=tuple(tokens.shape))
-            check_mask("mask", mask, (tokens.shape[0], *tokens.shape[2:]), layout="[B, H, W]")
-            tokens, mask = tokens.flatten(2).mT.contiguous(), None if mask is None else mask.flatten(1)
-        check_tokens("tokens", tokens, dim=self.dim, layout="[B, N, D]")
-        check_mask("mask", mask, tokens.shape[:2])
+        tokens, mask, _ = as_tokens(tokens, mask, dim=self.dim)
         dtype = next(self.parameters()).dtype
         tokens = tokens.to(dtype) if mask is None else tokens.to(dtype).masked_fill(~mask[..., None], 0)
         token_keys = self.norm_tokens(tokens)

@@ -18,10 +18,10 @@ from narrows.layers.slot_attention import (
     fold_norm,
     make_initial_slots,
     normalized,
+    recurrent_step,
     reset_initial_slots,
     reset_like_keras,
 )
-from narrows.ops.attention import is_transformed
 from narrows.ops.slot_attention import read_slots, slot_attention, token_weights
 from narrows.precision import at_least_float32, autocast_off, compute_dtype
 from narrows.routing import Routing
@@ -297,11 +297,9 @@ class TwoWaySlotAttention(nn.Module):
         tokens = tokens.to(compute_dtype(tokens))
         for _ in range(iterations):
             hat = normalized(tokens, side.norm_read)
-            queries, bias = projections.queries(side.to_q(side.norm_readers(slots))[:, None])
-            means, attention = slot_attention(
-                queries, hat[:, None], hat[:, None], mask, slot_mask, bias=bias, scale=1.0, eps=self.eps
-            )
-            slots = side.update(slots, projections.updates(means, mask).squeeze(1))
+            queries = side.to_q(side.norm_readers(slots))[:, None]
+            updates, attention = projections.read(hat, mask, slot_mask, queries, eps=self.eps)
+            slots = side.update(slots, updates.squeeze(1))
             if self.tokens_read.norm_readers.eps != side.norm_read.eps:
                 hat = normalized(tokens, self.tokens_read.norm_readers)
             tokens = update(tokens, hat, slots, mask, slot_mask)
@@ -349,17 +347,8 @@ class _Reading(nn.Module):
 
     def update(self, readers: Float[Tensor, "B R d"], updates: Float[Tensor, "B R d"]) -> Float[Tensor, "B R d"]:
         """The readers after the gates have let in what they read, and what the MLP makes of that."""
-        readers = _step(self.gru, updates, readers)
-        return _step(self.mlp_gru, self.mlp(readers), readers)
-
-
-def _step(cell: nn.Module, updates: Float[Tensor, "B R d"], readers: Float[Tensor, "B R d"]) -> Float[Tensor, "B R d"]:
-    """One step of a recurrent cell for every row, in the dtype of the readers."""
-    if is_transformed(updates):
-        # GRUCell adds in place to what it makes of its state, which `torch.func.vmap` must have vectorised too.
-        readers = readers + updates.new_zeros(readers.shape)
-    state = cell(updates.to(readers.dtype).flatten(0, 1), readers.flatten(0, 1))
-    return state.view_as(readers).to(readers.dtype)
+        readers = recurrent_step(self.gru, updates, readers)
+        return recurrent_step(self.mlp_gru, self.mlp(readers), readers)
 
 
 class _AbsorbedTokenUpdate:
