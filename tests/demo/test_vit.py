@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 import narrows
 from narrows.data import DigitScenes
-from narrows.demo import vit as scenes
+from narrows.demo import vit
 
 
 @pytest.mark.slow
@@ -17,7 +17,7 @@ def test_of_small_digits_random_tokens_lose_what_chosen_ones_keep() -> None:
         return DigitScenes(split, size=32, digit_size=(9.0, 12.0))
 
     torch.manual_seed(0)
-    shape = {"depth": 2, "dim": 48, "mlp_dim": 96, "global_pool": scenes.MODEL["global_pool"]}
+    shape = {"depth": 2, "dim": 48, "mlp_dim": 96, "global_pool": vit.MODEL["global_pool"]}
     model = narrows.create_model("vit_mini", channels=1, **shape)
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.98))
     for step in range(170):
