@@ -2,6 +2,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
 from narrows.models import create_model
 from narrows.training.classification import Classification
@@ -102,5 +103,39 @@ def test_the_learning_rate_rises_and_stays_or_falls():
     falls = _rates(1.0, 24, warmup_steps=4, total_steps=24)
     assert falls[:5] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
     assert (falls[14], falls[24]) == (pytest.approx(0.5), pytest.approx(0.0, abs=1e-12))
+    assert _rates(1.0, 30, warmup_steps=4, total_steps=24)[-1] == pytest.approx(0.0, abs=1e-12)
     assert _rates(1.0, 3, warmup_steps=0) == [1.0] * 4
     assert _rates(1.0, 4, warmup_steps=0, total_steps=4)[::2] == pytest.approx([1.0, 0.5, 0.0], abs=1e-12)
+
+
+@pytest.mark.parametrize("warmup_steps", [1, 3])
+def test_the_schedule_gives_what_torchs_own_give(warmup_steps):
+    optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=1.0)
+    rising = LinearLR(optimizer, 1 / warmup_steps, total_iters=warmup_steps - 1)
+    falling = CosineAnnealingLR(optimizer, 12 - warmup_steps)
+    theirs, rates = SequentialLR(optimizer, [rising, falling], milestones=[warmup_steps]), []
+    for _ in range(13):
+        rates.append(theirs.get_last_lr()[0])
+        optimizer.step()
+        theirs.step()
+    assert _rates(1.0, 12, warmup_steps=warmup_steps, total_steps=12) == pytest.approx(rates, abs=1e-12)
+
+
+def test_a_finished_run_that_goes_on_for_longer_follows_the_longer_schedule(tmp_path):
+    trainer = small_trainer(tmp_path, max_epochs=1)
+    trainer.fit(_task(), small_data())
+    trainer.save_checkpoint(tmp_path / "finished.ckpt")
+    rates = []
+
+    class Rates(Classification):
+        def on_train_batch_start(self, batch, batch_idx) -> None:
+            super().on_train_batch_start(batch, batch_idx)
+            rates.append(self.optimizers().param_groups[0]["lr"])
+
+    longer = Rates(nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(256, 10)))
+    small_trainer(tmp_path, max_epochs=4, enable_checkpointing=False).fit(
+        longer, small_data(), ckpt_path=tmp_path / "finished.ckpt", weights_only=True
+    )
+    whole = _rates(longer.learning_rate, 12, warmup_steps=1, total_steps=12)
+    assert rates[0] == 0  # as the finished run left it
+    assert rates[1:] == pytest.approx(whole[4:12])

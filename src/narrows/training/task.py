@@ -1,5 +1,6 @@
 """What every task shares: a model, how it is optimised, how it is spread over devices."""
 
+import math
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
+from torch.optim.lr_scheduler import LambdaLR
 
 from narrows.data.positions import keys
 
@@ -82,10 +83,18 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
 
 
-def warmup_schedule(optimizer: Optimizer, *, warmup_steps: int, total_steps: int | None = None) -> LRScheduler:
-    """The learning rate rises linearly over `warmup_steps`, then stays, or falls along a cosine, 0 at `total_steps`."""
-    rising = LinearLR(optimizer, 1 / max(1, warmup_steps), total_iters=max(0, warmup_steps - 1))
-    if total_steps is None:
-        return rising
-    falling = CosineAnnealingLR(optimizer, max(1, total_steps - warmup_steps))
-    return SequentialLR(optimizer, [rising, falling], milestones=[warmup_steps])
+def warmup_schedule(optimizer: Optimizer, *, warmup_steps: int, total_steps: int | None = None) -> LambdaLR:
+    """The learning rate rises linearly over `warmup_steps`, then stays, or falls along a cosine, 0 at `total_steps`.
+
+    It is a function of the step alone. torch's `SequentialLR` of `LinearLR` and `CosineAnnealingLR` gives the same, but
+    restores the length of the run that was saved: a run that goes on for longer would end at the peak learning rate.
+    """
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        if total_steps is None:
+            return 1.0
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))))
+
+    return LambdaLR(optimizer, factor)
