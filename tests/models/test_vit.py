@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from narrows.errors import InvalidArgument, InvalidType
 from narrows.measure import count_macs, macs_per_sample
 from narrows.models import ATSViT, create_model, load_model
+from tests.layers.test_soft_moe import as_saved_before
 from tests.support import assert_close
 
 
@@ -40,6 +42,14 @@ def test_the_head_reads_the_greatest_of_every_channel_with_max_pooling(tmp_path)
 def test_another_pooling_is_refused():
     with pytest.raises(InvalidArgument, match=r"global_pool: expected one of .*'max'.*, got 'mean'"):
         create_model("vit_mini", global_pool="mean")
+
+
+def test_a_folder_of_an_older_release_opens(tmp_path):
+    model = create_model("soft_moe_vit_mini").eval()
+    model.save_pretrained(tmp_path)
+    save_file(as_saved_before(model.state_dict()), tmp_path / "model.safetensors")
+    images = torch.rand(2, 3, 32, 32)
+    assert_close(load_model(tmp_path)(images), model(images))
 
 
 SIZES = {"image_size": 32, "patch_size": 8, "num_classes": 5, "dim": 16, "depth": 3, "heads": 2, "mlp_dim": 24}
