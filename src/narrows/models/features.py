@@ -2,7 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -11,19 +11,6 @@ from torch import Tensor, nn
 from narrows.errors import InvalidArgument, InvalidType, MissingExtra
 from narrows.layers.initialisation import reset_submodules
 from narrows.validation import check_positive
-
-
-class Backbone(Protocol):
-    """A model with feature maps of several scales, as `SepViT` is one."""
-
-    feature_info: list[dict[str, Any]]
-
-    def forward_intermediates(self, images: Tensor, **options: Any) -> Any:
-        """Feature maps of the stages."""
-
-    def prune_intermediate_layers(self, indices: int | Sequence[int], *, prune_norm: bool) -> list[int]:
-        """Drop the stages and layers that these maps do not need."""
-        ...
 
 
 class FeatureInfo:
@@ -73,7 +60,7 @@ class FeaturePyramid(nn.Module):
             raise InvalidArgument(
                 "features_only", expected="a model with stages, such as sepvit_tiny", got=type(model).__name__
             )
-        backbone: Backbone = model  # pyright: ignore[reportAssignmentType]
+        backbone: Any = model
         info = backbone.feature_info
         self.out_indices = take_indices(len(info), out_indices)
         self.feature_info = FeatureInfo([info[index] for index in self.out_indices])
