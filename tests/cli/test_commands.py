@@ -159,7 +159,7 @@ def test_reduce_passes_its_options_on(asked, capsys):
         (
             "--data no/such/folder",
             1,
-            "data: expected 'digits', 'small_digits' or a folder of images, got 'no/such/folder', which is none",
+            "data: expected 'digits', 'small_digits' or a folder of images, got 'no/such/folder', which is no folder",
         ),
         ("--data TEXT", 1, "images: expected files ending in"),
         ("--checkpoint no.pth", 1, "checkpoint: expected a file with weights, got 'no.pth', which does not exist"),

@@ -1,4 +1,4 @@
-"""The offline job in small: what it reuses, and that its figures are what they say."""
+"""The reader of digit scenes in small: what it trains once, and that its figures are what they say."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""Why the offline job reduces a model of small digits: there it matters which tokens go on."""
+"""Why `narrows reduce` trains its own model on small digits: there it matters which tokens are kept."""
 
 import pytest
 import torch

@@ -74,7 +74,7 @@ def test_no_more_than_the_limit_evenly_spread(tmp_path: Path) -> None:
         (
             "nowhere",
             InvalidArgument,
-            "data: expected 'digits', 'small_digits' or a folder of images, got 'nowhere', which is none",
+            "data: expected 'digits', 'small_digits' or a folder of images, got 'nowhere', which is no folder",
         ),
         ("digits", InvalidArgument, "data: expected a folder of images, got 'digits', which are grey"),
         ("small_digits", InvalidArgument, "data: expected a folder of images, got 'small_digits', which are grey"),

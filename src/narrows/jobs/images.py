@@ -78,7 +78,7 @@ def load_images(data: str | Path, model: LoadedModel, *, limit: int) -> Images:
     root = Path(data)
     if not scenes and not root.is_dir():
         expected = f"{', '.join(map(repr, SCENES))} or a folder of images"
-        raise InvalidArgument("data", expected=expected, got=f"{str(data)!r}, which is none")
+        raise InvalidArgument("data", expected=expected, got=f"{str(data)!r}, which is no folder")
     if scenes or (model.prepare is None and _has_classes(root)):
         found = _held_out(data, model)
     elif _has_classes(root):

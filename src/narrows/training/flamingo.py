@@ -37,7 +37,7 @@ class FlamingoTraining(Task):
     appendix B.1.2).
 
     Logged are `train/loss`, `val/loss`, and whether the images are used: `val/loss_swapped`, the loss when every image
-    of a batch stands in the place of another, `val/image_gain`, by how much that is worse, and `gate/<layer>.<part>`,
+    of a batch is replaced by another, `val/image_gain`, by how much that is worse, and `gate/<layer>.<part>`,
     the tanh of each gate. The loss alone does not tell: it falls without any image.
 
     Args:
