@@ -678,8 +678,10 @@ def test_initial_slots_must_be_as_many_and_as_wide_as_asked_for(build: Build) ->
 @pytest.mark.compiled  # jaxtyping would speak first
 @both_layers
 def test_any_integer_is_a_number_of_slots(build: Build) -> None:
-    layer, tokens = build(8, num_slots=np.int64(4)), torch.randn(2, 9, 8)
-    assert layer(tokens).slots.shape == (2, 4, 8)
+    tokens = torch.randn(2, 9, 8)
+    of_numpy = build(np.int64(8), num_slots=np.int64(4), slot_dim=np.int16(6), num_iterations=np.int8(2))
+    assert torch.compile(of_numpy, fullgraph=True, backend="eager")(tokens).slots.shape == (2, 4, 6)
+    layer = build(8, num_slots=4)
     for number in (np.int32(3), np.uint8(3), torch.tensor(3)):
         assert layer(tokens, num_slots=number).slots.shape == (2, 3, 8)
     for number in (True, np.True_, 3.0, "3"):

@@ -67,7 +67,7 @@ def outputs_and_gradients(function: Any, inputs: Inputs) -> list[Tensor]:
 
 
 def of_real_slots(results: list[Tensor], slot_mask: Tensor | None) -> list[Tensor]:
-    """What the others read is nobody's business."""
+    """The results with 0 in place of what masked slots have read, which has no meaning."""
     if slot_mask is None:
         return results
     return [results[0] * slot_mask[:, None, :, None], *results[1:]]

@@ -101,12 +101,14 @@ class SlotAttention(nn.Module):
         super().__init__()
         slot_dim = dim if slot_dim is None else slot_dim
         check_positive(dim=dim, num_iterations=num_iterations, slot_dim=slot_dim, heads=heads)
+        dim, num_iterations, slot_dim, heads = int(dim), int(num_iterations), int(slot_dim), int(heads)
         if head_dim is None and slot_dim % heads:
             raise InvalidArgument(
                 "heads", expected=f"a divisor of slot_dim = {slot_dim}", got=heads, hint="Or give head_dim."
             )
         read_dim = slot_dim if head_dim is None else heads * head_dim
         check_positive(head_dim=read_dim // heads)
+        read_dim = int(read_dim)
         check_temperature(temperature)
         self.dim, self.num_iterations, self.heads, self.joint_heads = dim, num_iterations, heads, joint_heads
         self.head_dim, self.temperature, self.eps, self.impl = read_dim // heads, temperature, eps, impl
@@ -237,7 +239,7 @@ class SlotAttention(nn.Module):
         tokens, mask, grid = as_tokens(tokens, mask, dim=self.dim)
         iterations = self.num_iterations if num_iterations is None else num_iterations
         check_positive(num_iterations=iterations)
-        slots: Tensor = begin(self.initial_slots, tokens.shape[0], given, num_slots, generator, slot_mask)
+        slots: Tensor = starting_slots(self.initial_slots, tokens.shape[0], given, num_slots, generator, slot_mask)
         impl = self.implementation(tokens, slots, num_iterations=iterations)
         tokens = tokens.to(slots.dtype)
         if mask is not None:
@@ -379,7 +381,7 @@ class GaussianSlots(nn.Module):
     ) -> None:
         super().__init__()
         check_positive(num_slots=num_slots, slot_dim=slot_dim)
-        self.num_slots, self.slot_dim = num_slots, slot_dim
+        self.num_slots, self.slot_dim = int(num_slots), int(slot_dim)
         self.mean = nn.Parameter(torch.empty(slot_dim, device=device, dtype=dtype))
         self.log_scale = nn.Parameter(torch.empty(slot_dim, device=device, dtype=dtype))
         self.reset_parameters()
@@ -439,7 +441,7 @@ class LearnedSlots(nn.Module):
     ) -> None:
         super().__init__()
         check_positive(num_slots=num_slots, slot_dim=slot_dim)
-        self.num_slots, self.slot_dim = num_slots, slot_dim
+        self.num_slots, self.slot_dim = int(num_slots), int(slot_dim)
         self.slots = nn.Parameter(torch.empty(num_slots, slot_dim, device=device, dtype=dtype))
         self.reset_parameters()
 
@@ -496,7 +498,7 @@ def make_initial_slots(
     return initial_slots
 
 
-def begin(
+def starting_slots(
     initial_slots: nn.Module,
     batch: int,
     slots: Float[Tensor, "B K S"] | None,
@@ -504,12 +506,12 @@ def begin(
     generator: torch.Generator | None,
     slot_mask: Bool[Tensor, "B K"] | None,
 ) -> Float[Tensor, "B K S"]:
-    """The slots that a call begins with, those that are masked filled with 0."""
-    begun: Tensor = initial_slots(batch, slots, num_slots, generator)
-    if begun.shape[0] != batch:
-        raise InvalidArgument("slots", expected=f"as many samples as tokens, {batch}", got=begun.shape[0])
-    check_mask("slot_mask", slot_mask, begun.shape[:2], layout="[B, K]")
-    return begun if slot_mask is None else begun.masked_fill(~slot_mask[..., None], 0)
+    """The slots before the first iteration: given or drawn, with 0 in those that are masked."""
+    start: Tensor = initial_slots(batch, slots, num_slots, generator)
+    if start.shape[0] != batch:
+        raise InvalidArgument("slots", expected=f"as many samples as tokens, {batch}", got=start.shape[0])
+    check_mask("slot_mask", slot_mask, start.shape[:2], layout="[B, K]")
+    return start if slot_mask is None else start.masked_fill(~slot_mask[..., None], 0)
 
 
 def check_temperature(temperature: float) -> None:
@@ -539,6 +541,7 @@ class FeedForward(nn.Module):
         super().__init__()
         hidden_dim = max(128, dim) if hidden_dim is None else hidden_dim
         check_positive(mlp_dim=hidden_dim)
+        hidden_dim = int(hidden_dim)
         self.norm = nn.LayerNorm(dim, device=device, dtype=dtype)
         self.expand = nn.Linear(dim, hidden_dim, device=device, dtype=dtype)
         self.contract = nn.Linear(hidden_dim, dim, device=device, dtype=dtype)

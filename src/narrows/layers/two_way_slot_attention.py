@@ -13,7 +13,6 @@ from narrows.layers.slot_attention import (
     IMPLEMENTATIONS,
     AbsorbedProjections,
     FeedForward,
-    begin,
     check_temperature,
     fold_norm,
     make_initial_slots,
@@ -21,6 +20,7 @@ from narrows.layers.slot_attention import (
     recurrent_step,
     reset_initial_slots,
     reset_like_keras,
+    starting_slots,
 )
 from narrows.ops.slot_attention import read_slots, slot_attention, token_weights
 from narrows.precision import at_least_float32, autocast_off, compute_dtype
@@ -105,6 +105,7 @@ class TwoWaySlotAttention(nn.Module):
         super().__init__()
         slot_dim = dim if slot_dim is None else slot_dim
         check_positive(dim=dim, num_iterations=num_iterations, slot_dim=slot_dim)
+        dim, num_iterations, slot_dim = int(dim), int(num_iterations), int(slot_dim)
         check_choice("token_normalization", token_normalization, ("slots", "tokens"))
         check_temperature(temperature)
         self.dim, self.num_iterations, self.token_normalization = dim, num_iterations, token_normalization
@@ -219,7 +220,7 @@ class TwoWaySlotAttention(nn.Module):
         tokens, mask, grid = as_tokens(tokens, mask, dim=self.dim)
         iterations = self.num_iterations if num_iterations is None else num_iterations
         check_positive(num_iterations=iterations)
-        slots: Tensor = begin(self.initial_slots, tokens.shape[0], given, num_slots, generator, slot_mask)
+        slots: Tensor = starting_slots(self.initial_slots, tokens.shape[0], given, num_slots, generator, slot_mask)
         impl = self.implementation(tokens)
         tokens = tokens.to(slots.dtype)
         if mask is not None:
@@ -296,13 +297,13 @@ class TwoWaySlotAttention(nn.Module):
         )
         tokens = tokens.to(compute_dtype(tokens))
         for _ in range(iterations):
-            hat = normalized(tokens, side.norm_read)
+            normalized_tokens = normalized(tokens, side.norm_read)
             queries = side.to_q(side.norm_readers(slots))[:, None]
-            updates, attention = projections.read(hat, mask, slot_mask, queries, eps=self.eps)
+            updates, attention = projections.read(normalized_tokens, mask, slot_mask, queries, eps=self.eps)
             slots = side.update(slots, updates.squeeze(1))
             if self.tokens_read.norm_readers.eps != side.norm_read.eps:
-                hat = normalized(tokens, self.tokens_read.norm_readers)
-            tokens = update(tokens, hat, slots, mask, slot_mask)
+                normalized_tokens = normalized(tokens, self.tokens_read.norm_readers)
+            tokens = update(tokens, normalized_tokens, slots, mask, slot_mask)
         return slots, tokens, attention  # pyright: ignore[reportPossiblyUnboundVariable]
 
     def _scale(self, queries: Tensor) -> float:
@@ -387,18 +388,18 @@ class _AbsorbedTokenUpdate:
     def __call__(
         self,
         tokens: Float[Tensor, "B N D"],
-        hat: Float[Tensor, "B N D"],
+        normalized_tokens: Float[Tensor, "B N D"],
         slots: Float[Tensor, "B K S"],
         mask: Bool[Tensor, "B N"] | None,
         slot_mask: Bool[Tensor, "B K"] | None,
     ) -> Float[Tensor, "B N D"]:
-        """The tokens after they have read `slots`; `hat` are the tokens normalised."""
+        """The tokens after they have read `slots`; `normalized_tokens` are the tokens normalised."""
         side = self.side
         rows = side.norm_read(slots)
         keys, values = at_least_float32(side.to_k(rows)), at_least_float32(side.to_v(rows))
         with autocast_off(tokens):
             readers = keys @ self.query
-            logits = (readers[..., :-1].to(self.dtype) @ hat.mT).to(readers.dtype) + readers[..., -1:]
+            logits = (readers[..., :-1].to(self.dtype) @ normalized_tokens.mT).to(readers.dtype) + readers[..., -1:]
             weights = token_weights(logits, mask, slot_mask, normalization=self.normalization, eps=self.eps)
             gates = F.linear(values, self.gates).to(self.dtype)
             tokens = self.gru.step(weights.mT.to(self.dtype), gates, tokens)

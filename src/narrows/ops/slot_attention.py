@@ -139,7 +139,7 @@ def token_weights(
     attention = softmax_over_slots(logits[:, None], mask, slot_mask)
     if normalization == "tokens":
         attention, _ = mean_weights(attention, mask, eps)
-        if slot_mask is not None:  # of a slot that nobody reads every token would get the same part
+        if slot_mask is not None:  # a masked slot would get eps / (N * eps) = 1 / N of every token
             attention = attention.masked_fill(~slot_mask[:, None, :, None], 0)
     return attention.squeeze(1)
 
