@@ -21,6 +21,7 @@ def test_maps_divide_each_token_once_however_heads_share_it(joint_heads: bool) -
     assert routing.detach().joint_heads == joint_heads
 
 
+@pytest.mark.compiled  # jaxtyping would speak first
 def test_messages() -> None:
     weights = torch.ones(1, 1, 2, 6)
     with pytest.raises(InvalidArgument, match=r"weights: expected shape \[B, H, K, N\]"):
