@@ -1,0 +1,65 @@
+"""The house is as CONTRIBUTING says: short roads, and nothing that asks which machine it runs on."""
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+import pytest
+import torch
+
+import narrows
+from narrows import DynamicSlotsSoftMoE, MaskedCrossAttention, PerceiverResampler, SeparableAttention, SlotAttention
+
+SOURCE = Path(narrows.__file__).parent
+
+
+def files_passed(call: Callable[[], object]) -> set[str]:
+    """The files of narrows that a call runs through."""
+    found: set[str] = set()
+
+    def note(frame: FrameType, event: str, _: object) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(str(SOURCE)):
+            found.add(str(Path(frame.f_code.co_filename).relative_to(SOURCE)))
+
+    sys.setprofile(note)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return found
+
+
+@pytest.mark.parametrize("impl", ["reference", "absorbed"])
+def test_slot_attention_passes_at_most_four_files(impl: str) -> None:
+    layer, tokens = SlotAttention(32, num_slots=3, impl=impl), torch.randn(2, 20, 32)
+    passed = files_passed(lambda: layer(tokens, torch.ones(2, 20, dtype=torch.bool)))
+    assert len(passed) <= 4, sorted(passed)
+
+
+@pytest.mark.parametrize(
+    ("layer", "inputs"),
+    [
+        (PerceiverResampler(16, depth=2), (torch.randn(2, 9, 16),)),
+        (SeparableAttention(16, heads=2, window_size=3), (torch.randn(2, 6, 6, 16),)),
+        (DynamicSlotsSoftMoE(16, num_experts=3), (torch.randn(2, 9, 16),)),
+        (MaskedCrossAttention(16), (torch.randn(2, 5, 16), torch.randn(2, 3, 4, 16))),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_layer_passes_few_files(layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+    passed = files_passed(lambda: layer(*inputs))
+    assert len(passed) <= 8, sorted(passed)
+
+
+def test_nothing_asks_which_processor_it_runs_on() -> None:
+    asks = re.compile(r"cpuinfo|cpu_capability|torch\._C\b|torch\.ops\.mkl|backends\.mkl|platform\.processor")
+    # Benchmarks record where they ran, and `narrows info` shows it: nothing follows from either.
+    records = {Path("bench/machine.py"), Path("cli/info.py")}
+    asking = [
+        path.relative_to(SOURCE)
+        for path in SOURCE.rglob("*.py")
+        if path.relative_to(SOURCE) not in records and asks.search(path.read_text(encoding="utf-8"))
+    ]
+    assert not asking
