@@ -56,7 +56,7 @@ def test_a_layer_passes_few_files(layer: torch.nn.Module, inputs: tuple[torch.Te
 def test_nothing_asks_which_processor_it_runs_on() -> None:
     asks = re.compile(r"cpuinfo|cpu_capability|torch\._C\b|torch\.ops\.mkl|backends\.mkl|platform\.processor")
     # Benchmarks record where they ran, and `narrows info` shows it: nothing follows from either.
-    records = {Path("bench/machine.py"), Path("cli/info.py")}
+    records = {Path("bench/rows.py"), Path("cli/info.py")}
     asking = [
         path.relative_to(SOURCE)
         for path in SOURCE.rglob("*.py")

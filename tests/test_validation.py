@@ -1,38 +1,89 @@
-"""Checks of arguments that several rooms share."""
+"""Which modules are plain: their weights and nothing else."""
 
-import numpy as np
+from collections.abc import Callable
+
+import bitsandbytes
+import peft
 import pytest
 import torch
+from accelerate import cpu_offload
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-from narrows.errors import InvalidArgument, InvalidType
-from narrows.validation import as_tokens, check_positive
-
-
-@pytest.mark.parametrize("value", [1, np.int8(1), np.uint64(1), torch.tensor(1), torch.tensor([1])], ids=repr)
-def test_any_integer_type_is_a_positive_integer(value: object) -> None:
-    check_positive(heads=value)
+from narrows.validation import why_not_plain
 
 
-@pytest.mark.parametrize("value", [True, np.True_, torch.tensor(True), 1.0, np.float32(1), "1", None], ids=repr)
-def test_what_is_no_integer_is_refused(value: object) -> None:
-    with pytest.raises(InvalidType, match="heads: expected a positive integer, got"):
-        check_positive(heads=value)
+def with_lora(module: nn.Linear) -> nn.Module:
+    model = nn.Sequential(module)
+    return peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["0"]), model)[0]
 
 
-@pytest.mark.parametrize("value", [0, -1, np.int8(0)], ids=repr)
-def test_the_first_that_is_not_positive_is_named(value: object) -> None:
-    with pytest.raises(InvalidArgument, match=f"heads: expected a positive integer, got {value}"):
-        check_positive(dim=1, heads=value, depth=0)
+def with_lora_on_the_weight(module: nn.Linear) -> nn.Module:
+    config = peft.LoraConfig(r=2, target_parameters=["0.weight"])
+    return peft.inject_adapter_in_model(config, nn.Sequential(module))[0]
 
 
-def test_images_are_tokens_row_by_row() -> None:
-    images, mask = torch.randn(2, 3, 4, 5), torch.rand(2, 4, 5) > 0.5
-    tokens, token_mask, grid = as_tokens(images, mask, dim=3)
-    assert grid == (4, 5)
-    assert tokens.shape == (2, 20, 3)
-    assert torch.equal(tokens[:, 5 * 2 + 3], images[:, :, 2, 3])
-    assert token_mask is not None
-    assert torch.equal(token_mask[:, 5 * 2 + 3], mask[:, 2, 3])
-    same, none, no_grid = as_tokens(tokens, None, dim=3)
-    assert same is tokens
-    assert none is no_grid is None
+def quantised(module: nn.Linear) -> nn.Module:
+    model = nn.Sequential(module)
+    quantize_(model, Int8WeightOnlyConfig())
+    return model[0]
+
+
+def hooked(register: str) -> Callable[[nn.Linear], nn.Module]:
+    def hook(module: nn.Linear) -> nn.Module:
+        getattr(module, register)(lambda *_: None)
+        return module
+
+    return hook
+
+
+def with_another_forward(module: nn.Linear) -> nn.Module:
+    module.forward = lambda x: x  # type: ignore[method-assign]
+    return module
+
+
+class Subclass(nn.Linear):
+    """Might compute anything."""
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (with_lora, "is a peft.tuners.lora.layer.Linear"),
+        (with_lora_on_the_weight, "is a peft"),
+        (quantised, "weight is a Int8Tensor"),
+        (lambda module: bitsandbytes.nn.Linear8bitLt(4, 3), "is a bitsandbytes.nn.modules.Linear8bitLt"),
+        (lambda module: Subclass(4, 3), "Subclass"),
+        (parametrizations.weight_norm, "ParametrizedLinear"),
+        (parametrizations.spectral_norm, "ParametrizedLinear"),
+        (nn.utils.spectral_norm, "has hooks"),
+        (lambda module: prune.l1_unstructured(module, "weight", 0.5), "has hooks"),
+        (lambda module: cpu_offload(module, torch.device("cpu")), "forward was replaced"),
+        (hooked("register_forward_hook"), "has hooks"),
+        (hooked("register_forward_pre_hook"), "has hooks"),
+        (hooked("register_full_backward_hook"), "has hooks"),
+        (hooked("register_full_backward_pre_hook"), "has hooks"),
+        (with_another_forward, "forward was replaced"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_is_put_on_or_in_a_module_is_seen(change: Callable[[nn.Linear], nn.Module], reason: str) -> None:
+    changed = change(nn.Linear(4, 3))
+    found = why_not_plain([("to_k", changed)])
+    assert found is not None
+    assert found.startswith("to_k")
+    assert reason in found
+
+
+@pytest.mark.parametrize("module", [nn.Linear(4, 3), nn.LayerNorm(4), nn.GRUCell(4, 4), nn.RMSNorm(4)], ids=repr)
+def test_modules_of_torch_are_plain(module: nn.Module) -> None:
+    assert why_not_plain([("", module)]) is None
+    assert why_not_plain([("", module.double().requires_grad_(False).eval())]) is None
+
+
+def test_hooks_that_were_removed_are_forgotten() -> None:
+    module = nn.Linear(4, 3)
+    handle = module.register_forward_hook(lambda *_: None)
+    handle.remove()
+    assert why_not_plain([("", module)]) is None

@@ -1,13 +1,15 @@
-"""The rules of precision, in one place: which dtype is computed in, and what autocast may change.
+"""The rules of precision and differentiation, in one place: which dtype is computed in, which kernels may run.
 
 Products with many tokens run in `compute_dtype`. References, softmax statistics and whatever is summed over many tokens
-run in float32 or, where an input is float64, in float64. Autocast never lowers float64.
+run in float32 or, where an input is float64, in float64. Autocast never lowers float64. And where a derivative is asked
+for that a kernel does not have (`is_transformed`), plain operations take its place.
 """
 
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
@@ -32,3 +34,16 @@ def autocast_off(tensor: Tensor) -> AbstractContextManager[object]:
     """A context in which autocast does not touch operations on the device of `tensor`."""
     device = tensor.device.type
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
+def is_transformed(*tensors: Tensor) -> bool:
+    """Whether a transformation of `torch.func` or forward-mode differentiation is at work on any of `tensors`.
+
+    What has its own `autograd.Function`, or calls a kernel that has no such derivatives, takes plain operations then.
+    """
+    if torch.compiler.is_compiling():  # Compilers trace through transformations by themselves.
+        return False
+    return any(
+        torch.func.debug_unwrap(tensor, recurse=False) is not tensor or unpack_dual(tensor).tangent is not None
+        for tensor in tensors
+    )

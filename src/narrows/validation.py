@@ -1,12 +1,16 @@
-"""Checks of arguments that several rooms share. They trace under `torch.compile` and `torch.export`."""
+"""Checks of arguments and submodules that several rooms share. They trace under `torch.compile` and `torch.export`."""
 
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from narrows.errors import InvalidArgument, InvalidType
+
+# Modules of torch that are their weight and bias, if nothing was put on or in them.
+PLAIN = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.GRUCell)
 
 
 def check_tokens(name: str, tokens: Tensor, *, dim: int | None = None, layout: str = "[B, N, D]") -> None:
@@ -79,3 +83,30 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Raise unless `value` is one of `choices`."""
     if value not in choices:
         raise InvalidArgument(name, expected=f"one of {choices}", got=repr(value))
+
+
+def why_not_plain(
+    modules: Iterable[tuple[str, nn.Module]], *, kinds: tuple[type[nn.Module], ...] = PLAIN
+) -> str | None:
+    """The first reason why some of these modules must be called, or None where all are plain.
+
+    A module is plain where calling it does what its weight and bias say, and nothing else. A layer calls its
+    submodules, so that LoRA, hooks, quantised weights, pruning and offloading work as in any module; a fast form that
+    multiplies weights with one another beforehand calls none of them, and may run only where all of them are plain.
+
+    Args:
+        modules: names and modules, as `named_modules` gives them.
+        kinds: the classes that the fast form knows how to fold.
+    """
+    for name, module in modules:
+        kind = type(module)
+        if kind not in kinds:
+            return f"{name} is a {kind.__module__}.{kind.__qualname__}"
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+            return f"{name} has hooks"
+        if "forward" in module.__dict__:  # accelerate's offloading, among others
+            return f"{name}.forward was replaced"
+        for parameter_name, parameter in module._parameters.items():
+            if hasattr(parameter, "__tensor_flatten__"):  # a tensor that stands for others: quantised, sharded
+                return f"{name}.{parameter_name} is a {type(parameter).__name__}"
+    return None

@@ -8,15 +8,10 @@ from tests.cases import LayerCase, all_cases
 
 CASES = all_cases()
 
-# Layers that do not keep the newer promises yet, by the beginning of their names. Empty when this is done.
-PENDING: tuple[str, ...] = ()
-READY = [case for case in CASES if not case.name.startswith(PENDING)]
-
 every_layer = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-every_ready_layer = pytest.mark.parametrize("case", READY, ids=lambda case: case.name)
 every_implementation = pytest.mark.parametrize(
     ("case", "impl"),
-    [(case, impl) for case in READY for impl in case.impls],
+    [(case, impl) for case in CASES for impl in case.impls],
     ids=lambda value: value.name if isinstance(value, LayerCase) else value,
 )
 

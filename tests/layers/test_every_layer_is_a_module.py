@@ -21,12 +21,12 @@ except ImportError:  # not there yet
 
 
 from tests.cases import LayerCase
-from tests.layers.every_layer import READY, build, call, cast, every_ready_layer, inputs, total
+from tests.layers.every_layer import CASES, build, call, cast, every_layer, inputs, total
 from tests.support import assert_close, gradients
 
 with_linear_maps = pytest.mark.parametrize(
     "case",
-    [case for case in READY if any(isinstance(module, nn.Linear) for module in case.construct().modules())],
+    [case for case in CASES if any(isinstance(module, nn.Linear) for module in case.construct().modules())],
     ids=lambda case: case.name,
 )
 
@@ -48,7 +48,7 @@ def differs(outputs: dict[str, Tensor], others: dict[str, Tensor]) -> bool:
     return (total(outputs) - total(others)).abs().max().item() > 1e-6
 
 
-@every_ready_layer
+@every_layer
 def test_lora_changes_the_output_trains_and_merges(case: LayerCase) -> None:
     layer, arguments = double(case)
     plain = call(case, layer, arguments)
@@ -72,7 +72,7 @@ def test_lora_changes_the_output_trains_and_merges(case: LayerCase) -> None:
     assert_close(total(call(case, merged, arguments)), total(outputs), 1e-9)
 
 
-@every_ready_layer
+@every_layer
 def test_hooks_of_every_submodule_fire(case: LayerCase) -> None:
     layer, arguments = double(case)
     arguments = {n: v.requires_grad_() if v.is_floating_point() else v for n, v in arguments.items()}
@@ -92,7 +92,7 @@ def test_hooks_of_every_submodule_fire(case: LayerCase) -> None:
     assert_close(total(outputs), total(expected), 1e-9)
 
 
-@every_ready_layer
+@every_layer
 def test_a_hook_that_changes_a_submodule_changes_the_layer(case: LayerCase) -> None:
     layer, arguments = double(case)
     expected = call(case, layer, arguments)
@@ -144,7 +144,7 @@ def test_reparametrised_weights_train(case: LayerCase, tool: Callable[[Any], obj
         assert_close(total(outputs), total(call(case, plain, arguments)), 1e-9)
 
 
-@every_ready_layer
+@every_layer
 def test_a_changed_eps_changes_the_output_of_every_implementation(case: LayerCase) -> None:
     _, arguments = double(case)
     norms = [n for n, m in case.construct().named_modules() if isinstance(getattr(m, "eps", None), float) and n]
@@ -192,7 +192,7 @@ def test_int8_weights_of_bitsandbytes_are_used(case: LayerCase) -> None:
     assert error < 0.25, f"differs by {error:.2f} of its length: weights of 8 bits lose less"
 
 
-@every_ready_layer
+@every_layer
 def test_an_offloaded_layer_runs(case: LayerCase) -> None:
     layer, arguments = double(case)
     expected = call(case, layer, arguments)
@@ -201,7 +201,7 @@ def test_an_offloaded_layer_runs(case: LayerCase) -> None:
     assert_close(total(call(case, offloaded, arguments)), total(expected), 1e-9)
 
 
-@every_ready_layer
+@every_layer
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_parameters_can_be_made_in_low_precision(case: LayerCase, dtype: torch.dtype) -> None:
     explicit = case.construct(dtype=dtype)
@@ -221,7 +221,7 @@ def test_parameters_can_be_made_in_low_precision(case: LayerCase, dtype: torch.d
         assert torch.isfinite(total(outputs)).all()
 
 
-@every_ready_layer
+@every_layer
 def test_the_meta_device_gives_shapes(case: LayerCase) -> None:
     layer = case.construct(device="meta").eval()
     assert all(parameter.is_meta for parameter in layer.parameters())
@@ -233,7 +233,7 @@ def test_the_meta_device_gives_shapes(case: LayerCase) -> None:
     }
 
 
-@every_ready_layer
+@every_layer
 def test_resetting_gives_the_distribution_of_construction(case: LayerCase) -> None:
     """As FSDP makes large models: on the meta device, then `to_empty` and `reset_parameters`."""
     draws = 50
@@ -262,7 +262,7 @@ def test_resetting_gives_the_distribution_of_construction(case: LayerCase) -> No
         assert abs(ours.std().item() - deviation) <= error, name
 
 
-@every_ready_layer
+@every_layer
 def test_a_copy_is_independent_and_equal(case: LayerCase) -> None:
     layer, arguments = double(case)
     copy = deepcopy(layer)

@@ -9,7 +9,6 @@ from torch.nn import functional as F
 
 from narrows.errors import ImplementationUnavailable, InvalidArgument
 from narrows.layers.initialisation import detached_under_no_grad, draw_, reset_submodules
-from narrows.layers.plain import why_not_plain
 from narrows.ops.perceiver_resampler import (
     IMPLEMENTATIONS,
     perceiver_attention,
@@ -17,7 +16,7 @@ from narrows.ops.perceiver_resampler import (
     time_embeddings,
 )
 from narrows.routing import Routing
-from narrows.validation import check_choice, check_mask, check_positive, check_tokens
+from narrows.validation import check_choice, check_mask, check_positive, check_tokens, why_not_plain
 
 
 class SquaredReLU(nn.Module):

@@ -10,12 +10,10 @@ from torch.nn import functional as F
 
 from narrows.errors import ImplementationUnavailable, InvalidArgument
 from narrows.layers.initialisation import detached_under_no_grad, draw_, reset_submodules
-from narrows.layers.plain import why_not_plain
-from narrows.ops.attention import is_transformed
 from narrows.ops.slot_attention import SlotAttentionResult, slot_attention
-from narrows.precision import at_least_float32, autocast_off, compute_dtype
+from narrows.precision import at_least_float32, autocast_off, compute_dtype, is_transformed
 from narrows.routing import Routing
-from narrows.validation import as_tokens, check_choice, check_mask, check_positive, check_tokens
+from narrows.validation import as_tokens, check_choice, check_mask, check_positive, check_tokens, why_not_plain
 
 IMPLEMENTATIONS = ("reference", "mixed", "absorbed")
 

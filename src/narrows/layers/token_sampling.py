@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from narrows.errors import ImplementationUnavailable, InvalidArgument
-from narrows.layers.plain import why_not_plain
 from narrows.ops.token_sampling import (
     SampledTokens,
     TokenSample,
@@ -18,7 +17,7 @@ from narrows.ops.token_sampling import (
     sampled_attention,
 )
 from narrows.routing import Routing
-from narrows.validation import check_choice, check_mask, check_positive, check_tokens
+from narrows.validation import check_choice, check_mask, check_positive, check_tokens, why_not_plain
 
 __all__ = ["AdaptiveTokenSampler", "SampledAttention", "SampledTokens", "TokenSample", "one_hot_routing"]
 

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from narrows.errors import ImplementationUnavailable
-from narrows.layers.plain import why_not_plain
 from narrows.layers.slot_attention import (
     IMPLEMENTATIONS,
     AbsorbedProjections,
@@ -25,7 +24,7 @@ from narrows.layers.slot_attention import (
 from narrows.ops.slot_attention import read_slots, slot_attention, token_weights
 from narrows.precision import at_least_float32, autocast_off, compute_dtype
 from narrows.routing import Routing
-from narrows.validation import as_tokens, check_choice, check_positive
+from narrows.validation import as_tokens, check_choice, check_positive, why_not_plain
 
 
 class TwoWaySlotAttentionOutput(NamedTuple):

@@ -1,11 +1,11 @@
 """Fused attention that can also be differentiated forward, differentiated twice and vectorised by `torch.func`."""
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
+
+from narrows.precision import is_transformed
 
 
 def attention(
@@ -34,16 +34,3 @@ def attention(
         with sdpa_kernel(SDPBackend.MATH):
             return scaled_dot_product_attention(query, key, value, mask, dropout, scale=scale)
     return scaled_dot_product_attention(query, key, value, mask, dropout, scale=scale)
-
-
-def is_transformed(*tensors: Tensor) -> bool:
-    """Whether a transformation of `torch.func` or forward-mode differentiation is at work on any of `tensors`.
-
-    What has its own `autograd.Function`, or calls a kernel that has no such derivatives, takes plain operations then.
-    """
-    if torch.compiler.is_compiling():  # Compilers trace through transformations by themselves.
-        return False
-    return any(
-        torch.func.debug_unwrap(tensor, recurse=False) is not tensor or unpack_dual(tensor).tangent is not None
-        for tensor in tensors
-    )

@@ -10,9 +10,9 @@ from torch import Tensor, einsum
 from torch.nn.functional import dropout as drop
 
 from narrows.errors import ImplementationUnavailable, InvalidArgument, InvalidType
-from narrows.ops.attention import attention, is_transformed
+from narrows.ops.attention import attention
 from narrows.ops.dispatch import Implementation, resolve
-from narrows.precision import at_least_float32, autocast_off, compute_dtype
+from narrows.precision import at_least_float32, autocast_off, compute_dtype, is_transformed
 from narrows.validation import check_tokens
 
 

@@ -13,9 +13,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from narrows.errors import InvalidArgument
-from narrows.ops.attention import is_transformed
 from narrows.ops.dispatch import Implementation
-from narrows.precision import accumulation_dtype, autocast_off
+from narrows.precision import accumulation_dtype, autocast_off, is_transformed
 from narrows.validation import check_choice, check_mask, check_tokens
 
 

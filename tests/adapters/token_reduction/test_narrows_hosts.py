@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 import narrows
 from narrows.adapters.token_reduction import Signals, reduce_tokens
+from narrows.adapters.token_reduction.hosts.base import linear_part
 from narrows.adapters.token_reduction.methods import TopK
 from narrows.errors import InvalidType
 from narrows.ops.token_sampling import TokenSample
@@ -105,3 +106,13 @@ def test_images_of_another_size() -> None:
             results.append(run(model, arguments))
             assert reduction.routing[0].grid == (12, 12)
     assert_all_close(*results)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_part_of_a_linear_map(bias: bool) -> None:
+    module, rows = nn.Linear(4, 6, bias=bias), torch.randn(2, 5, 4)
+    assert_close(linear_part(module, rows, 2, 5), module(rows)[..., 2:5])
+    calls: list[None] = []
+    module.register_forward_hook(lambda *_: calls.append(None))
+    assert_close(linear_part(module, rows, 2, 5), module(rows)[..., 2:5])
+    assert len(calls) == 2

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
-from narrows.ops.attention import is_transformed
+from narrows.precision import is_transformed
 
 
 class VisibleMedia(NamedTuple):

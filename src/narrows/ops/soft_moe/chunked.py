@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from narrows.ops.attention import attention, is_transformed
-from narrows.precision import accumulation_dtype, autocast_off, compute_dtype
+from narrows.ops.attention import attention
+from narrows.precision import accumulation_dtype, autocast_off, compute_dtype, is_transformed
 
 
 class _Attention(torch.autograd.Function):

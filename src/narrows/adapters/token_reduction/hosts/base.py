@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from narrows.errors import InvalidType
+from narrows.validation import why_not_plain
 
 
 class BlockCall(NamedTuple):
@@ -190,3 +192,12 @@ def unsupported(argument: str, module: nn.Module, known: str) -> InvalidType:
         got=f"{type(module).__module__}.{type(module).__qualname__}, which is not supported",
         hint="To support it, write a HostBlock (narrows.adapters.token_reduction.hosts.base).",
     )
+
+
+def linear_part(
+    module: nn.Module, rows: Float[Tensor, "*batch D"], start: int, stop: int
+) -> Float[Tensor, "*batch out"]:
+    """`module(rows)[..., start:stop]`; of a plain `nn.Linear` nothing else is computed."""
+    if not isinstance(module, nn.Linear) or why_not_plain((("", module),), kinds=(nn.Linear,)) is not None:
+        return module(rows)[..., start:stop]
+    return F.linear(rows, module.weight[start:stop], None if module.bias is None else module.bias[start:stop])

@@ -7,9 +7,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from narrows.adapters.token_reduction.hosts.base import BlockCall, HostBlock, HostModel, QueryKeyValue, unsupported
+from narrows.adapters.token_reduction.hosts.base import (
+    BlockCall,
+    HostBlock,
+    HostModel,
+    QueryKeyValue,
+    linear_part,
+    unsupported,
+)
 from narrows.adapters.token_reduction.tokens import kept_mask_of, pool_kept
-from narrows.layers.plain import linear_part
 from narrows.models.base import ImageClassifier
 from narrows.models.blocks import Block, FeedForward, SelfAttention
 from narrows.models.vit import TransformerClassifier

@@ -13,9 +13,15 @@ from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
-from narrows.adapters.token_reduction.hosts.base import BlockCall, HostBlock, HostModel, QueryKeyValue, unsupported
+from narrows.adapters.token_reduction.hosts.base import (
+    BlockCall,
+    HostBlock,
+    HostModel,
+    QueryKeyValue,
+    linear_part,
+    unsupported,
+)
 from narrows.adapters.token_reduction.tokens import kept_mask_of, pool_kept
-from narrows.layers.plain import linear_part
 
 
 def recognise(module: nn.Module) -> HostModel | None:
