@@ -140,7 +140,7 @@ def race(
                 mode=mode,
                 quantity=quantity,
                 unit=unit,
-                verdict="" if target is None else "met" if ratio.median >= target else "missed",
+                verdict="" if target is None else "met" if ratio.p80 >= target else "missed",
                 target=target,
                 note=case.why_not_equal,
                 **_quantiles("narrows", ours),

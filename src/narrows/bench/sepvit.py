@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from narrows.bench.case import BenchCase, Contest
+from narrows.bench.case import NEVER_SLOWER, BenchCase, Contest
 from narrows.checkpoints import from_upstream
 from narrows.models import create_model
 
@@ -30,9 +30,7 @@ def upstream(dim: int, depth: Sequence[int], heads: Sequence[int], size: int, ba
         return Contest(from_upstream(rival), rival, lambda module: module(images), (images,))
 
     widths = "-".join(str(dim * 2**stage) for stage in range(len(depth)))
-    return BenchCase(
-        f"sepvit/{widths}/{size}px/batch{batch}", "vit_pytorch.sep_vit.SepViT", prepare, targets={"forward": 1.9}
-    )
+    return BenchCase(f"sepvit/{widths}/{size}px/batch{batch}", "vit_pytorch.sep_vit.SepViT", prepare, NEVER_SLOWER)
 
 
 def peer(
@@ -40,7 +38,6 @@ def peer(
     size: int = 224,
     batch: int = 4,
     *,
-    targets: Mapping[str, float] | None = None,
     device: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> BenchCase:
@@ -64,7 +61,6 @@ def peer(
         f"sepvit_tiny/{rival}/{size}px/batch{batch}",
         f"timm {rival}",
         prepare,
-        targets=targets or {},
         why_not_equal="two networks, neither trained",
         quantities=("forward", "forward+backward", "saved") if size == 224 else ("forward",),
         device=device,
@@ -74,8 +70,8 @@ def peer(
 CASES = (
     upstream(32, (1, 2, 6, 2), (1, 2, 4, 8), 224, 4),
     upstream(96, (1, 2, 6, 2), (3, 6, 12, 24), 224, 4),
-    peer(SWIN, targets={"forward": 1.3, "saved": 1.0}),
-    peer(TWINS, targets={"forward": 0.65}),
+    peer(SWIN),
+    peer(TWINS),
     peer(CONVNEXT),
     peer(VIT),
     peer(SWIN, 448, 1, device="cpu", options={"img_size": 448}),

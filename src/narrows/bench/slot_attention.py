@@ -1,17 +1,13 @@
 """SlotAttention and TwoWaySlotAttention against slot-attention."""
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor, nn
 
-from narrows.bench.case import BenchCase, Contest
+from narrows.bench.case import NEVER_SLOWER, BenchCase, Contest
 from narrows.checkpoints import from_upstream
 
 
-def against(
-    rival: str, shape: tuple[int, int, int], targets: Mapping[str, float], *, num_slots: int, **options: int
-) -> BenchCase:
+def against(rival: str, shape: tuple[int, int, int], *, num_slots: int, **options: int) -> BenchCase:
     """A class of slot-attention with its default biases and normalisation, on tokens of `shape`."""
 
     def prepare(device: torch.device) -> Contest:
@@ -32,16 +28,16 @@ def against(
 
     settings = "".join(f"/{name}{value}" for name, value in {"slots": num_slots, **options}.items())
     return BenchCase(
-        f"slot_attention/{rival}/{'x'.join(map(str, shape))}{settings}", f"slot_attention.{rival}", prepare, targets
+        f"slot_attention/{rival}/{'x'.join(map(str, shape))}{settings}",
+        f"slot_attention.{rival}",
+        prepare,
+        NEVER_SLOWER,
     )
 
 
-ONE_WAY = {"forward": 2.5, "forward+backward": 2.0}
-TWO_WAY = {"forward": 1.4, "forward+backward": 1.4}
-
 CASES = (
-    against("SlotAttention", (4, 1369, 256), ONE_WAY, num_slots=7),
-    against("SlotAttention", (4, 4096, 256), ONE_WAY, num_slots=8),
-    against("MultiHeadSlotAttention", (4, 1369, 256), {}, num_slots=7, heads=4),
-    against("SlotAttentionExperimental", (2, 4096, 256), TWO_WAY, num_slots=16),
+    against("SlotAttention", (4, 1369, 256), num_slots=7),
+    against("SlotAttention", (4, 4096, 256), num_slots=8),
+    against("MultiHeadSlotAttention", (4, 1369, 256), num_slots=7, heads=4),
+    against("SlotAttentionExperimental", (2, 4096, 256), num_slots=16),
 )

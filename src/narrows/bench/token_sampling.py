@@ -3,16 +3,14 @@
 import torch
 from torch import Tensor, nn
 
-from narrows.bench.case import BenchCase, Contest
+from narrows.bench.case import NEVER_SLOWER, BenchCase, Contest
 from narrows.checkpoints import from_upstream
 from narrows.layers.token_sampling import AdaptiveTokenSampler, SampledAttention
 
 OTHER_TOKENS = "quantiles keep other tokens than upstream's random draws, and more of them"
 
 
-def attention(
-    batch: int, num_tokens: int, dim: int, keep: int, target: float | None = None, *, sampling: str
-) -> BenchCase:
+def attention(batch: int, num_tokens: int, dim: int, keep: int, *, sampling: str) -> BenchCase:
     """Norm and attention of one block, heads of 64; the sum of what it returns for the tokens it keeps."""
 
     def prepare(device: torch.device) -> Contest:
@@ -41,7 +39,7 @@ def attention(
         f"token_sampling/{sampling}/{batch}x{num_tokens}x{dim}/keep{keep}",
         "vit_pytorch.ats_vit.Attention",
         prepare,
-        {} if target is None else {"forward": target},
+        NEVER_SLOWER,
         "" if sampling == "gumbel" else OTHER_TOKENS,
     )
 
@@ -68,13 +66,13 @@ def classifier(size: int, batch: int, max_tokens_per_depth: tuple[int, ...]) -> 
 
         return Contest(from_upstream(rival), rival, lambda module: module(images), (images,))
 
-    return BenchCase(f"token_sampling/vit/{size}px/batch{batch}", "vit_pytorch.ats_vit.ViT", prepare)
+    return BenchCase(f"token_sampling/vit/{size}px/batch{batch}", "vit_pytorch.ats_vit.ViT", prepare, NEVER_SLOWER)
 
 
 CASES = (
-    attention(8, 197, 384, 98, 1.8, sampling="gumbel"),
-    attention(4, 577, 384, 144, 3.0, sampling="gumbel"),
-    attention(2, 1025, 768, 256, 4.0, sampling="gumbel"),
+    attention(8, 197, 384, 98, sampling="gumbel"),
+    attention(4, 577, 384, 144, sampling="gumbel"),
+    attention(2, 1025, 768, 256, sampling="gumbel"),
     attention(8, 197, 384, 98, sampling="quantile"),
     attention(4, 577, 384, 144, sampling="quantile"),
     attention(2, 1025, 768, 256, sampling="quantile"),
