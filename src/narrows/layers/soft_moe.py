@@ -19,6 +19,7 @@ from narrows.ops.soft_moe import (
     segments_in_number,
     segments_of_length,
     soft_moe,
+    stacked_linear,
 )
 from narrows.precision import accumulation_dtype, compute_dtype
 from narrows.routing import Routing
@@ -60,11 +61,8 @@ class StackedLinear(nn.Module):
 
     def forward(self, rows: Float[Tensor, "B E P in_features"]) -> Float[Tensor, "B E P out_features"]:
         """Map the rows `[:, e]` by expert e."""
-        batch, _, rows_per_expert, _ = rows.shape
-        # Features before rows: so the gradients of the weights come out in the layout of the weights.
-        columns = rows.transpose(0, 1).flatten(1, 2).mT
-        mapped = torch.baddbmm(self.bias[..., None], self.weight, columns)
-        return mapped.mT.unflatten(1, (batch, rows_per_expert)).transpose(0, 1)
+        mapped = stacked_linear(rows.transpose(0, 1).flatten(1, 2), self.weight, self.bias)
+        return mapped.unflatten(1, (rows.shape[0], rows.shape[2])).transpose(0, 1)
 
     def extra_repr(self) -> str:
         """What `print(layer)` shows."""

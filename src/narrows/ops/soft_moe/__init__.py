@@ -1,6 +1,7 @@
 """Soft mixture of experts."""
 
 from narrows.ops.soft_moe.api import IMPLEMENTATIONS, soft_moe
+from narrows.ops.soft_moe.experts import stacked_linear
 from narrows.ops.soft_moe.reference import combine_weights, dispatch_weights
 from narrows.ops.soft_moe.segments import Segments, segments_in_number, segments_of_length
 
@@ -12,4 +13,5 @@ __all__ = [
     "segments_in_number",
     "segments_of_length",
     "soft_moe",
+    "stacked_linear",
 ]
