@@ -11,12 +11,15 @@ import torch
 
 import narrows
 from narrows import DynamicSlotsSoftMoE, MaskedCrossAttention, PerceiverResampler, SeparableAttention, SlotAttention
+from narrows.cli import main
+from tests.hub.small_models import save_images, save_ours
 
 SOURCE = Path(narrows.__file__).parent
 
 
 def files_passed(call: Callable[[], object]) -> set[str]:
     """The files of narrows that a call runs through."""
+    call()  # Imports come first.
     found: set[str] = set()
 
     def note(frame: FrameType, event: str, _: object) -> None:
@@ -51,6 +54,16 @@ def test_slot_attention_passes_at_most_four_files(impl: str) -> None:
 def test_a_layer_passes_few_files(layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
     passed = files_passed(lambda: layer(*inputs))
     assert len(passed) <= 8, sorted(passed)
+
+
+def test_a_reduction_passes_at_most_eight_files_of_the_command(tmp_path: Path) -> None:
+    """Of the rooms of commands and jobs; adapters, measures and pictures are what the job is about."""
+    model, images = save_ours(tmp_path / "model"), save_images(tmp_path / "images")
+    options = ["--method", "topk", "--budget", "0.5", "--device", "cpu", "--output", str(tmp_path / "runs")]
+    passed = files_passed(lambda: main(["reduce", "--model", model, "--data", images, *options]))
+    assert "jobs/reduce.py" in passed
+    own = {path for path in passed if path.partition("/")[0] in ("cli", "jobs", "demo", "training", "hub")}
+    assert len(own) <= 8, sorted(own)
 
 
 def test_nothing_asks_which_processor_it_runs_on() -> None:

@@ -10,10 +10,10 @@ import torch
 from tqdm import tqdm
 
 from narrows.data import ImageDataModule
-from narrows.hub.models import LoadedModel, open_model
+from narrows.hub.models import LoadedModel, accelerator_of, open_model
 from narrows.models import create_model
 from narrows.training.classification import Classification
-from narrows.training.run import accelerator_of, quiet_lightning, train
+from narrows.training.run import quiet_lightning, train
 
 # Small digits in large scenes, and maximum pooling after the last block: a dropped token of the digit costs accuracy. A
 # class token has read all tokens before the first block that is reduced, so that any few tokens would do.

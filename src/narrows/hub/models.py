@@ -281,3 +281,16 @@ def _load_weights(module: nn.Module, weights: Mapping[str, Tensor], checkpoint: 
             expected=f"the weights of a {type(module).__name__} of this size",
             got=f"others in {str(checkpoint)!r} ({complaint[:300]})",
         ) from error
+
+
+def accelerator_of(device: str) -> str:
+    """The accelerator that "auto", "cpu" or "cuda" names here: "cpu" or "cuda".
+
+    Raises:
+        InvalidArgument: another device, or CUDA where there is none.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise InvalidArgument("device", expected="'auto', 'cpu' or 'cuda'", got=repr(device))
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InvalidArgument("device", expected="'cpu' or 'auto' on a machine without CUDA", got="'cuda'")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device

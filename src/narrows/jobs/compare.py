@@ -17,12 +17,22 @@ from tqdm import tqdm
 
 from narrows.data import ImageData, ImageDataModule, RememberedImages, picture
 from narrows.errors import InvalidArgument
-from narrows.jobs.report import Result, add_picture, carriers_in_use, machine, mebibytes, per_second, percent
+from narrows.hub.models import accelerator_of
+from narrows.jobs.report import (
+    Result,
+    add_picture,
+    carriers_in_use,
+    machine,
+    mebibytes,
+    new_folder,
+    per_second,
+    percent,
+)
 from narrows.measure import Cost, Timing, compare_speed, measure, peak_memory
 from narrows.models import create_model, load_model
 from narrows.routing import Routing
 from narrows.training.classification import Classification
-from narrows.training.run import Run, accelerator_of, new_folder, quiet_lightning, train
+from narrows.training.run import Run, quiet_lightning, train
 from narrows.validation import check_positive
 from narrows.visualize import Cell, ParetoPoint, Report, gallery, overlay, pareto
 

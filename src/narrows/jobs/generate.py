@@ -8,8 +8,8 @@ from narrows.data.documents import IMAGE, Document
 from narrows.data.scene_documents import DigitPrompts
 from narrows.demo.reader import FOLDER, digits_reader, examine
 from narrows.errors import InvalidArgument
+from narrows.hub.models import accelerator_of
 from narrows.hub.readers import Reader, open_reader, read_pictures
-from narrows.training.run import accelerator_of
 from narrows.validation import check_positive
 from narrows.visualize import reading, save
 

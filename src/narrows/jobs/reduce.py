@@ -18,13 +18,12 @@ from narrows.adapters.token_reduction import TargetLatency, TargetMACs
 from narrows.adapters.token_reduction.targets import Budget
 from narrows.demo import vit
 from narrows.errors import InvalidArgument, MissingExtra
-from narrows.hub.models import LoadedModel, open_model
+from narrows.hub.models import LoadedModel, accelerator_of, open_model
 from narrows.jobs.images import Images, evenly_spaced, load_images
-from narrows.jobs.report import Result, add_picture, machine, mebibytes, per_second, percent
+from narrows.jobs.report import Result, add_picture, machine, mebibytes, new_folder, per_second, percent
 from narrows.jobs.trials import COUNTED, Candidate, Trial, run_trials
 from narrows.measure.cost import scaled
 from narrows.routing import Routing
-from narrows.training.run import accelerator_of, new_folder
 from narrows.validation import check_positive
 from narrows.visualize import Cell, ParetoPoint, Report, curves, gallery
 

@@ -1,4 +1,4 @@
-"""One training run: the device it runs on, the folder it writes to, the record it returns."""
+"""One training run, and the record of it."""
 
 import logging
 import signal
@@ -7,16 +7,13 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 
 from narrows.data import ImageDataModule
-from narrows.errors import InvalidArgument
 from narrows.models import ImageClassifier
 from narrows.training.callbacks import RunProgress
 from narrows.training.classification import Classification
@@ -117,35 +114,3 @@ def quiet_lightning() -> Iterator[None]:
             yield
         finally:
             logger.setLevel(level)
-
-
-def accelerator_of(device: str) -> str:
-    """The accelerator that "auto", "cpu" or "cuda" names here: "cpu" or "cuda".
-
-    Raises:
-        InvalidArgument: another device, or CUDA where there is none.
-    """
-    if device not in ("auto", "cpu", "cuda"):
-        raise InvalidArgument("device", expected="'auto', 'cpu' or 'cuda'", got=repr(device))
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InvalidArgument("device", expected="'cpu' or 'auto' on a machine without CUDA", got="'cuda'")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-
-
-def new_folder(output: Path) -> Path:
-    """A new folder in `output`, named by the time.
-
-    Raises:
-        InvalidArgument: `output` is a file.
-    """
-    if output.is_file():
-        raise InvalidArgument("output", expected="a folder", got=f"the file {str(output)!r}")
-    stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
-    for attempt in count():
-        folder = output / (f"{stamp}_{attempt}" if attempt else stamp)
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        return folder
-    raise AssertionError
