@@ -13,13 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-try:
-    from narrows.layers.soft_moe import StackedLinear
-except ImportError:  # not there yet
-
-    class StackedLinear(nn.Module): ...
-
-
+from narrows.layers.soft_moe import StackedLinear
 from tests.cases import LayerCase
 from tests.layers.every_layer import CASES, build, call, cast, every_layer, inputs, total
 from tests.support import assert_close, gradients

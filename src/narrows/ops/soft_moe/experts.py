@@ -6,8 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from narrows.ops.attention import is_transformed
-from narrows.precision import autocast_off, compute_dtype
+from narrows.precision import autocast_off, compute_dtype, is_transformed
 
 
 def stacked_linear(
