@@ -43,8 +43,7 @@ def test_constructors_take_at_most_a_dozen_arguments() -> None:
 
     layers = [getattr(narrows.layers, name) for name in narrows.layers.__all__]
     counts = {
-        # What a layer computes; not where, in which precision and by which of equal forms.
-        layer.__name__: len(set(inspect.signature(layer).parameters) - {"device", "dtype", "impl"})
+        layer.__name__: len(set(inspect.signature(layer).parameters) - {"device", "dtype"})
         for layer in layers
         if isinstance(layer, type) and issubclass(layer, nn.Module)
     }

@@ -58,7 +58,6 @@ class SlotAttention(nn.Module):
         joint_heads: one softmax over slots and heads together (SLATE, SPOT), rather than one per head (SAVi).
         qkv_bias: whether queries, keys, values and the map after the heads have a bias.
         mlp_dim: hidden width of the residual MLP; the larger of 128 and `slot_dim` if None.
-        temperature: divides the logits of the softmax.
         eps: added to the attention before it is averaged over tokens.
         initial_slots: how slots begin where a call gives none, `GaussianSlots` if None; `LearnedSlots` are
             deterministic. Any module with their call will do.
@@ -89,7 +88,6 @@ class SlotAttention(nn.Module):
         joint_heads: bool = False,
         qkv_bias: bool = False,
         mlp_dim: int | None = None,
-        temperature: float = 1.0,
         eps: float = 1e-8,
         initial_slots: nn.Module | None = None,
         impl: str = "auto",
@@ -107,9 +105,8 @@ class SlotAttention(nn.Module):
         read_dim = slot_dim if head_dim is None else heads * head_dim
         check_positive(head_dim=read_dim // heads)
         read_dim = int(read_dim)
-        check_temperature(temperature)
         self.dim, self.num_iterations, self.heads, self.joint_heads = dim, num_iterations, heads, joint_heads
-        self.head_dim, self.temperature, self.eps, self.impl = read_dim // heads, temperature, eps, impl
+        self.head_dim, self.eps, self.impl = read_dim // heads, eps, impl
         self.initial_slots = make_initial_slots(initial_slots, num_slots, slot_dim, device=device, dtype=dtype)
         self.norm_tokens = nn.LayerNorm(dim, device=device, dtype=dtype)
         self.norm_slots = nn.LayerNorm(slot_dim, device=device, dtype=dtype)
@@ -139,6 +136,7 @@ class SlotAttention(nn.Module):
         *,
         num_iterations: int | None = None,
         slot_mask: Bool[Tensor, "B K"] | None = None,
+        temperature: float = 1.0,
     ) -> SlotAttentionOutput:
         """Let the slots compete for `tokens`.
 
@@ -153,6 +151,7 @@ class SlotAttention(nn.Module):
             num_iterations: T of this call.
             slot_mask: `[B, K]`, True at real slots. The others take no part and come out as 0: a sample gets what it
                 gets with its real slots alone.
+            temperature: divides the logits of the softmax.
 
         Returns:
             The slots and their masks.
@@ -161,7 +160,9 @@ class SlotAttention(nn.Module):
             InvalidArgument, InvalidType: an argument of the wrong shape, dtype or value.
             ImplementationUnavailable: `impl="absorbed"` where a module that it folds is not plain.
         """
-        slots, attention, _ = self._attend(tokens, mask, slots, num_slots, generator, num_iterations, slot_mask)
+        slots, attention, _ = self._attend(
+            tokens, mask, slots, num_slots, generator, num_iterations, slot_mask, temperature
+        )
         if self.heads == 1:
             return SlotAttentionOutput(slots, attention.squeeze(1))
         return SlotAttentionOutput(slots, attention.sum(1) if self.joint_heads else attention.mean(1))
@@ -176,6 +177,7 @@ class SlotAttention(nn.Module):
         *,
         num_iterations: int | None = None,
         slot_mask: Bool[Tensor, "B K"] | None = None,
+        temperature: float = 1.0,
     ) -> Routing:
         """The last iteration's attention in every head, for the arguments of `forward`.
 
@@ -183,7 +185,9 @@ class SlotAttention(nn.Module):
         state; otherwise each draws its own noise. Sums to 1 over the slots in each head, or over slots and heads under
         one joint softmax. An image gives a routing on the image's grid.
         """
-        _, attention, grid = self._attend(tokens, mask, slots, num_slots, generator, num_iterations, slot_mask)
+        _, attention, grid = self._attend(
+            tokens, mask, slots, num_slots, generator, num_iterations, slot_mask, temperature
+        )
         return Routing(attention, carriers="slots", grid=grid, joint_heads=self.joint_heads)
 
     def implementation(
@@ -232,11 +236,13 @@ class SlotAttention(nn.Module):
         generator: torch.Generator | None,
         num_iterations: int | None,
         slot_mask: Tensor | None,
+        temperature: float,
     ) -> tuple[Tensor, Tensor, tuple[int, int] | None]:
         """Algorithm 1: the slots, the last attention `[B, H, K, N]` in every head, and the grid of an image."""
         tokens, mask, grid = as_tokens(tokens, mask, dim=self.dim)
         iterations = self.num_iterations if num_iterations is None else num_iterations
         check_positive(num_iterations=iterations)
+        check_temperature(temperature)
         slots: Tensor = starting_slots(self.initial_slots, tokens.shape[0], given, num_slots, generator, slot_mask)
         impl = self.implementation(tokens, slots, num_iterations=iterations)
         tokens = tokens.to(slots.dtype)
@@ -244,7 +250,7 @@ class SlotAttention(nn.Module):
             tokens = tokens.masked_fill(~mask[..., None], 0)
         elif tokens.shape[1] == 0:
             mask = tokens.new_zeros(tokens.shape[:2], dtype=torch.bool)
-        scale = self.head_dim**-0.5 / self.temperature
+        scale = self.head_dim**-0.5 / temperature
         options = {"joint_heads": self.joint_heads, "eps": self.eps}
         if impl == "absorbed":
             absorbed = AbsorbedProjections.of(self.norm_tokens, self.to_k, self.to_v, heads=self.heads, scale=scale)

@@ -68,7 +68,6 @@ class TwoWaySlotAttention(nn.Module):
         token_normalization: over what the weights sum to 1 with which tokens read slots. "slots": each token reads a
             mean of the slots. "tokens": as upstream's SlotAttentionExperimental, each slot is divided among all
             tokens, so that what a token reads vanishes as 1/N.
-        temperature: divides the logits of both softmaxes.
         eps: added to attention that is averaged over tokens.
         initial_slots: how slots begin where a call gives none, as in `SlotAttention`.
         impl: "reference" (attention in float32 or better), "mixed" (products in the layer's dtype, sums in float32 or
@@ -94,7 +93,6 @@ class TwoWaySlotAttention(nn.Module):
         qkv_bias: bool = False,
         mlp_dim: int | None = None,
         token_normalization: str = "slots",
-        temperature: float = 1.0,
         eps: float = 1e-8,
         initial_slots: nn.Module | None = None,
         impl: str = "auto",
@@ -106,9 +104,8 @@ class TwoWaySlotAttention(nn.Module):
         check_positive(dim=dim, num_iterations=num_iterations, slot_dim=slot_dim)
         dim, num_iterations, slot_dim = int(dim), int(num_iterations), int(slot_dim)
         check_choice("token_normalization", token_normalization, ("slots", "tokens"))
-        check_temperature(temperature)
         self.dim, self.num_iterations, self.token_normalization = dim, num_iterations, token_normalization
-        self.temperature, self.eps, self.impl = temperature, eps, impl
+        self.eps, self.impl = eps, impl
         self.initial_slots = make_initial_slots(initial_slots, num_slots, slot_dim, device=device, dtype=dtype)
         self.norm_tokens = nn.LayerNorm(dim, device=device, dtype=dtype)
         self.slots_read = _Reading(slot_dim, dim, qkv_bias, mlp_dim, device=device, dtype=dtype)
@@ -130,6 +127,7 @@ class TwoWaySlotAttention(nn.Module):
         *,
         num_iterations: int | None = None,
         slot_mask: Bool[Tensor, "B K"] | None = None,
+        temperature: float = 1.0,
     ) -> TwoWaySlotAttentionOutput:
         """Let slots and tokens read each other.
 
@@ -144,6 +142,7 @@ class TwoWaySlotAttention(nn.Module):
             num_iterations: T of this call.
             slot_mask: `[B, K]`, True at real slots. The others take no part and come out as 0: a sample gets what it
                 gets with its real slots alone. Tokens of a sample without any read zeros.
+            temperature: divides the logits of both softmaxes.
 
         Returns:
             The slots, the tokens, and the slots' masks.
@@ -152,7 +151,7 @@ class TwoWaySlotAttention(nn.Module):
             InvalidArgument, InvalidType: an argument of the wrong shape, dtype or value.
             ImplementationUnavailable: `impl="absorbed"` where a module that it folds is not plain.
         """
-        output, grid = self._exchange(tokens, mask, slots, num_slots, generator, num_iterations, slot_mask)
+        output, grid = self._exchange(tokens, mask, slots, num_slots, generator, num_iterations, slot_mask, temperature)
         return output if grid is None else output._replace(tokens=output.tokens.mT.unflatten(2, grid))
 
     def routing(
@@ -165,13 +164,14 @@ class TwoWaySlotAttention(nn.Module):
         *,
         num_iterations: int | None = None,
         slot_mask: Bool[Tensor, "B K"] | None = None,
+        temperature: float = 1.0,
     ) -> Routing:
         """The attention with which the slots read for the last time, for the arguments of `forward`.
 
         It is `forward`'s own only from the same initial slots: give both the same `slots`, or a `generator` in the same
         state; otherwise each draws its own noise. An image gives a routing on the image's grid.
         """
-        output, grid = self._exchange(tokens, mask, slots, num_slots, generator, num_iterations, slot_mask)
+        output, grid = self._exchange(tokens, mask, slots, num_slots, generator, num_iterations, slot_mask, temperature)
         return Routing(output.attention[:, None], carriers="slots", grid=grid)
 
     def implementation(self, tokens: Float[Tensor, "B N D"] | Float[Tensor, "B D H W"]) -> str:
@@ -213,12 +213,14 @@ class TwoWaySlotAttention(nn.Module):
         generator: torch.Generator | None,
         num_iterations: int | None,
         slot_mask: Tensor | None,
+        temperature: float,
     ) -> tuple[TwoWaySlotAttentionOutput, tuple[int, int] | None]:
         """Slots, tokens `[B, N, D]` and the slots' last attention; and the grid of an image."""
         tokens_dtype = tokens.dtype
         tokens, mask, grid = as_tokens(tokens, mask, dim=self.dim)
         iterations = self.num_iterations if num_iterations is None else num_iterations
         check_positive(num_iterations=iterations)
+        check_temperature(temperature)
         slots: Tensor = starting_slots(self.initial_slots, tokens.shape[0], given, num_slots, generator, slot_mask)
         impl = self.implementation(tokens)
         tokens = tokens.to(slots.dtype)
@@ -228,7 +230,7 @@ class TwoWaySlotAttention(nn.Module):
             mask = tokens.new_zeros(tokens.shape[:2], dtype=torch.bool)
         tokens = self.norm_tokens(tokens).to(slots.dtype)
         run = self._absorbed if impl == "absorbed" else self._projected
-        slots, tokens, attention = run(tokens, slots, mask, slot_mask, iterations, impl)
+        slots, tokens, attention = run(tokens, slots, mask, slot_mask, iterations, temperature, impl)
         if slot_mask is not None:
             slots = slots.masked_fill(~slot_mask[..., None], 0)
         if mask is not None:
@@ -243,12 +245,13 @@ class TwoWaySlotAttention(nn.Module):
         mask: Bool[Tensor, "B N"] | None,
         slot_mask: Bool[Tensor, "B K"] | None,
         iterations: int,
+        temperature: float,
         impl: str,
     ) -> tuple[Float[Tensor, "B K S"], Float[Tensor, "B N D"], Float[Tensor, "B 1 K N"]]:
         """Every module called, in turn."""
         for _ in range(iterations):
             queries, keys, values = (rows[:, None] for rows in self.slots_read.project(slots, tokens))
-            scale = self._scale(queries)
+            scale = scaling(queries, temperature)
             updates, attention = slot_attention(
                 queries, keys, values, mask, slot_mask, scale=scale, eps=self.eps, impl=impl
             )
@@ -261,7 +264,7 @@ class TwoWaySlotAttention(nn.Module):
                 values,
                 mask,
                 slot_mask,
-                scale=self._scale(queries),
+                scale=scaling(queries, temperature),
                 normalization=self.token_normalization,
                 eps=self.eps,
                 impl=impl,
@@ -276,6 +279,7 @@ class TwoWaySlotAttention(nn.Module):
         mask: Bool[Tensor, "B N"] | None,
         slot_mask: Bool[Tensor, "B K"] | None,
         iterations: int,
+        temperature: float,
         impl: str,
     ) -> tuple[Float[Tensor, "B K S"], Float[Tensor, "B N D"], Float[Tensor, "B 1 K N"]]:
         """The same numbers with less work for each token.
@@ -285,10 +289,10 @@ class TwoWaySlotAttention(nn.Module):
         - The second gates' input product absorbs the MLP's last map, where that is the smaller product.
         """
         side = self.slots_read
-        projections = AbsorbedProjections.of(side.norm_read, side.to_k, side.to_v, scale=self._scale(slots))
+        projections = AbsorbedProjections.of(side.norm_read, side.to_k, side.to_v, scale=scaling(slots, temperature))
         update = _AbsorbedTokenUpdate(
             self.tokens_read,
-            self._scale(tokens),
+            scaling(tokens, temperature),
             compute_dtype(tokens),
             folds_contract=self._folds_contract(),
             normalization=self.token_normalization,
@@ -305,14 +309,16 @@ class TwoWaySlotAttention(nn.Module):
             tokens = update(tokens, normalized_tokens, slots, mask, slot_mask)
         return slots, tokens, attention  # pyright: ignore[reportPossiblyUnboundVariable]
 
-    def _scale(self, queries: Tensor) -> float:
-        return queries.shape[-1] ** -0.5 / self.temperature
-
     def _folds_contract(self) -> bool:
         """Whether the MLP's last map (D x M) and the gates' (3D x D) cost more one after the other than as one."""
         contract = self.tokens_read.mlp.contract
         width, hidden = getattr(contract, "out_features", 0), getattr(contract, "in_features", 0)
         return 2 * hidden < 3 * width  # 3*D*M < D*M + 3*D*D
+
+
+def scaling(queries: Float[Tensor, "*batch E"], temperature: float) -> float:
+    """The factor of the logits of queries of width E."""
+    return queries.shape[-1] ** -0.5 / temperature
 
 
 class _Reading(nn.Module):
