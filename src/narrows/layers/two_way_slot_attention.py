@@ -229,8 +229,8 @@ class TwoWaySlotAttention(nn.Module):
         elif tokens.shape[1] == 0:
             mask = tokens.new_zeros(tokens.shape[:2], dtype=torch.bool)
         tokens = self.norm_tokens(tokens).to(slots.dtype)
-        run = self._absorbed if impl == "absorbed" else self._projected
-        slots, tokens, attention = run(tokens, slots, mask, slot_mask, iterations, temperature, impl)
+        state = tokens, slots, mask, slot_mask, iterations, temperature
+        slots, tokens, attention = self._absorbed(*state) if impl == "absorbed" else self._projected(*state, impl=impl)
         if slot_mask is not None:
             slots = slots.masked_fill(~slot_mask[..., None], 0)
         if mask is not None:
@@ -246,6 +246,7 @@ class TwoWaySlotAttention(nn.Module):
         slot_mask: Bool[Tensor, "B K"] | None,
         iterations: int,
         temperature: float,
+        *,
         impl: str,
     ) -> tuple[Float[Tensor, "B K S"], Float[Tensor, "B N D"], Float[Tensor, "B 1 K N"]]:
         """Every module called, in turn."""
@@ -280,7 +281,6 @@ class TwoWaySlotAttention(nn.Module):
         slot_mask: Bool[Tensor, "B K"] | None,
         iterations: int,
         temperature: float,
-        impl: str,
     ) -> tuple[Float[Tensor, "B K S"], Float[Tensor, "B N D"], Float[Tensor, "B 1 K N"]]:
         """The same numbers with less work for each token.
 
