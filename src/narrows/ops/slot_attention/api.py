@@ -1,0 +1,130 @@
+"""Slot attention on queries, keys and values: K slots compete for N tokens, each reads a mean of what it wins."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from narrows.errors import InvalidArgument
+from narrows.ops.dispatch import Implementation
+from narrows.ops.slot_attention import mixed, reference
+from narrows.ops.slot_attention.common import token_weights
+from narrows.precision import accumulation_dtype, autocast_off
+from narrows.validation import check_choice, check_mask, check_tokens
+
+IMPLEMENTATIONS: Mapping[str, Implementation] = MappingProxyType(
+    {
+        "reference": Implementation(reference.slot_attention, "lines 7 and 8 of Algorithm 1, in float32 or better"),
+        "mixed": Implementation(mixed.slot_attention, "products in the dtype of the keys, one grid kept for backward"),
+    }
+)
+
+
+class SlotAttentionResult(NamedTuple):
+    """What the slots have read, and with which weights.
+
+    Args:
+        updates: `[B, H, K, V]`, the weighted means of the values.
+        attention: `[B, H, K, N]`, the softmax over the slots, 0 at masked tokens and masked slots.
+    """
+
+    updates: Float[Tensor, "B H K V"]
+    attention: Float[Tensor, "B H K N"]
+
+
+def slot_attention(
+    queries: Float[Tensor, "B H K E"],
+    keys: Float[Tensor, "B G N E"],
+    values: Float[Tensor, "B G N V"],
+    mask: Bool[Tensor, "B N"] | None = None,
+    slot_mask: Bool[Tensor, "B K"] | None = None,
+    *,
+    bias: Float[Tensor, "B H K"] | None = None,
+    scale: float | None = None,
+    joint_heads: bool = False,
+    eps: float = 1e-8,
+    impl: str = "auto",
+) -> SlotAttentionResult:
+    r"""Let slots compete for tokens, and give each the weighted mean of what it won: lines 7 and 8 of Algorithm 1.
+
+    \[ A = \mathrm{softmax}_{slots}(s\, q k^T + b), \quad u_k = \sum_n \frac{A_{kn} + \epsilon}{\sum_m A_{km} +
+       \epsilon} v_n \]
+
+    Args:
+        queries: of the slots, `[B, H, K, E]` in H heads.
+        keys: of the tokens, `[B, H, N, E]`; `[B, 1, N, E]` where all heads share them.
+        values: of the tokens, `[B, H, N, V]` or `[B, 1, N, V]`.
+        mask: `[B, N]`, True at real tokens. Keys and values must be finite at the others, too.
+        slot_mask: `[B, K]`, True at real slots. The others take no part in the softmax and have attention 0.
+        bias: b, added to all logits of a slot.
+        scale: s; `E ** -0.5` if None.
+        joint_heads: one softmax over slots and heads together, rather than one per head.
+        eps: added to the attention before it is averaged over tokens, positive: a slot that won nothing reads the plain
+            mean.
+        impl: "reference" computes in float32 or better; "mixed", which "auto" takes, multiplies in the dtype of the
+            keys, computes the softmax and all sums in float32 or better, and keeps for backward one `[B, H, K, N]`.
+
+    Returns:
+        Both in float32, or in float64 where an argument is. A sample without any real token has read zeros.
+
+    Raises:
+        InvalidArgument, InvalidType: an argument of the wrong shape, dtype or value.
+
+    Locatello et al., Object-Centric Learning with Slot Attention, NeurIPS 2020, https://arxiv.org/abs/2006.15055.
+    """
+    check_tokens("queries", queries, layout="[B, H, K, E]")
+    check_tokens("keys", keys, dim=queries.shape[-1], layout="[B, H, N, E]")
+    batch, heads, num_slots, _ = queries.shape
+    if keys.shape[0] != batch or keys.shape[1] not in (1, heads) or values.shape[:3] != keys.shape[:3]:
+        raise InvalidArgument(
+            "keys and values",
+            expected=f"B = {batch}, and H = {heads} or 1, in both",
+            got=f"{tuple(keys.shape)} and {tuple(values.shape)}",
+        )
+    check_mask("mask", mask, (batch, keys.shape[2]))
+    check_mask("slot_mask", slot_mask, (batch, num_slots), layout="[B, K]")
+    if not eps > 0:
+        raise InvalidArgument("eps", expected="a positive number", got=eps)
+    check_choice("impl", impl, ("auto", *IMPLEMENTATIONS))
+    if scale != 1:
+        queries = queries * (queries.shape[-1] ** -0.5 if scale is None else scale)
+    run = IMPLEMENTATIONS["mixed" if impl == "auto" else impl].run
+    return SlotAttentionResult(*run(queries, bias, keys, values, mask, slot_mask, joint_heads, eps))
+
+
+def read_slots(
+    queries: Float[Tensor, "B N E"],
+    keys: Float[Tensor, "B K E"],
+    values: Float[Tensor, "B K V"],
+    mask: Bool[Tensor, "B N"] | None = None,
+    slot_mask: Bool[Tensor, "B K"] | None = None,
+    *,
+    scale: float | None = None,
+    normalization: str = "slots",
+    eps: float = 1e-8,
+    impl: str = "auto",
+) -> Float[Tensor, "B N V"]:
+    r"""What each token reads of the slots: \(\sum_k P_{kn} v_k\), the other direction of two-way slot attention.
+
+    Args:
+        queries: of the tokens, `[B, N, E]`.
+        keys: of the slots, `[B, K, E]`.
+        values: of the slots, `[B, K, V]`.
+        mask: `[B, N]`, True at real tokens.
+        slot_mask: `[B, K]`, True at real slots. A sample without any reads zeros.
+        scale: of the logits; `E ** -0.5` if None.
+        normalization: P is the softmax over the slots, so that each token reads a mean of them ("slots"), or that
+            divided by its sum over the tokens ("tokens").
+        eps: added to the softmax before it is divided by its sum over the tokens.
+        impl: "reference" computes in float32 or better; "mixed", which "auto" takes, multiplies in the dtype of the
+            queries.
+    """
+    with autocast_off(queries):
+        dtype = accumulation_dtype(queries, keys, values)
+        product_dtype = dtype if impl == "reference" else queries.dtype
+        keys = keys.to(dtype) * (keys.shape[-1] ** -0.5 if scale is None else scale)
+        logits = (keys.to(product_dtype) @ queries.to(product_dtype).mT).to(dtype)
+        weights = token_weights(logits, mask, slot_mask, normalization=normalization, eps=eps)
+        return weights.mT.to(product_dtype) @ values.to(product_dtype)
