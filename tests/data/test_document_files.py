@@ -91,7 +91,7 @@ def test_images_are_squares_of_the_size_and_channels_asked_for(tmp_path):
 
 def test_an_image_that_cannot_be_read_is_named_with_its_row(tmp_path):
     records = read_jsonl(write_folder(tmp_path, entry("fine"), entry("<image>", "broken")))
-    with pytest.raises(DataError, match=r"train.jsonl, line 2: images/broken.png cannot be read as an image: Unid"):
+    with pytest.raises(DataError, match=r"train.jsonl, line 2: images/broken.png cannot be read as an image: it is n"):
         StoredDocuments(records, image_size=8).documents([0, 1])
     shard = write_shard(tmp_path / "a.tar", {"7.txt": "a cat", "7.jpg": b"\xff\xd8 cut off"})
     with pytest.raises(DataError, match=r"a.tar, sample 7: 7.jpg cannot be read as an image"):

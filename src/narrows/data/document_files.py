@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from narrows.data.decoding import decode_image
 from narrows.data.documents import IMAGE, Document, InterleavedSet
-from narrows.data.folder import decode_image, image_transform
+from narrows.data.folder import image_transform
 from narrows.errors import DataError
 
 

@@ -5,18 +5,18 @@ import logging
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from io import BytesIO
 from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
+from narrows.data.decoding import decode_image, why_unreadable
 from narrows.data.images import HELD_OUT_NAMES, IGNORED, MEAN_AND_STD, Augmentation, ImageData, ImageSet
 from narrows.data.positions import keys
 from narrows.errors import DataError, InvalidArgument
@@ -113,7 +113,9 @@ def find_unreadable(paths: Sequence[Path], *, allowed_share: float = UNREADABLE_
     """
     with ThreadPoolExecutor() as pool, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        progress = tqdm(pool.map(_fault, paths), total=len(paths), desc="Checking images", leave=False, disable=None)
+        progress = tqdm(
+            pool.map(why_unreadable, paths), total=len(paths), desc="Checking images", leave=False, disable=None
+        )
         faults = {path: fault for path, fault in zip(paths, progress, strict=True) if fault is not None}
     if not faults:
         return set()
@@ -133,16 +135,6 @@ def _named_samples(root: Path) -> list[tuple[Path, str]]:
 def _hash(path: Path) -> float:
     """A number in [0, 1), a pure function of the path."""
     return int.from_bytes(hashlib.sha256(path.as_posix().encode()).digest()[:8], "big") / 2**64
-
-
-def _fault(path: Path) -> str | None:
-    try:
-        with Image.open(path) as image:
-            image.draft("L", (1, 1))
-            image.load()
-    except Exception as error:  # a broken file makes decoders raise anything
-        return f"{type(error).__name__}: {error}"
-    return None
 
 
 class FolderImages(ImageSet):
@@ -196,19 +188,6 @@ class FolderImages(ImageSet):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(int(keys(self.seed, epoch, index)[0] >> 1))
             return self._transform(image)
-
-
-def decode_image(file: Path | BytesIO, name: str) -> Image.Image:
-    """An image file as RGB, rotated as its EXIF orientation says; errors call it `name`.
-
-    Raises:
-        DataError: it cannot be read.
-    """
-    try:
-        with Image.open(file) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except Exception as error:  # a broken file makes decoders raise anything
-        raise DataError(f"{name} cannot be read as an image: {type(error).__name__}: {error}") from error
 
 
 def image_transform(

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from narrows.adapters.flamingo import Flamingo
 from narrows.checkpoints.files import read_weights
 from narrows.data.documents import END_OF_CHUNK, IMAGE, Document, InterleavedCollate, without_labels
-from narrows.data.folder import decode_image, image_transform
+from narrows.data.decoding import decode_image
+from narrows.data.folder import image_transform
 from narrows.errors import InvalidArgument, MissingExtra
 from narrows.hub.models import LoadedModel, open_model
 from narrows.models import ImageClassifier
