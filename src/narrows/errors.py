@@ -48,3 +48,16 @@ class MissingExtra(NarrowsError, ImportError):
 
 class DataError(NarrowsError):
     """Data that cannot be used: an empty folder, a single class, too many unreadable images."""
+
+
+class CannotWrite(NarrowsError, OSError):
+    """A file or a folder that the operating system does not let us write: no space, no permission, no such place.
+
+    Args:
+        path: what was to be written.
+        reason: what the operating system says.
+    """
+
+    def __init__(self, path: object, reason: str) -> None:
+        super().__init__(f"{path} cannot be written: {reason}. What was there before is unchanged.")
+        self.path = path

@@ -18,6 +18,7 @@ from torch import nn
 
 from narrows import __version__
 from narrows.errors import InvalidArgument
+from narrows.files import replacing
 from narrows.visualize import Cell, text_table
 
 
@@ -73,10 +74,11 @@ def record(rows: Iterable[Row], folder: str | Path) -> list[Path]:
     for path in by_file:
         _check_columns(path)
     for path, of_file in by_file.items():
-        fresh = not path.exists()
-        with path.open("a", newline="") as file:
+        before = path.read_text(encoding="utf-8") if path.exists() else ""
+        with replacing(path) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
+            file.write(before)
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            if fresh:
+            if not before:
                 writer.writeheader()
             writer.writerows({name: _cell(value) for name, value in asdict(row).items()} for row in of_file)
     return list(by_file)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from narrows.checkpoints.files import read_weights
 from narrows.data.images import MEAN_AND_STD
 from narrows.errors import InvalidArgument, MissingExtra, NarrowsError
+from narrows.files import replacing_folder
 from narrows.models import ImageClassifier, create_model, list_models, load_model
 
 if TYPE_CHECKING:
@@ -129,7 +130,8 @@ def save_model(model: nn.Module, folder: Path) -> None:
     elif hasattr(model, "pretrained_cfg"):
         from timm.models import save_for_hf
 
-        save_for_hf(model, str(folder))
+        with replacing_folder(folder) as unfinished:
+            save_for_hf(model, str(unfinished))
     else:
         raise InvalidArgument("model", expected="a model of narrows or of timm", got=type(model).__name__)
 

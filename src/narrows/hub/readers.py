@@ -18,6 +18,7 @@ from narrows.data.documents import END_OF_CHUNK, IMAGE, Document, InterleavedCol
 from narrows.data.decoding import decode_image
 from narrows.data.folder import image_transform
 from narrows.errors import InvalidArgument, MissingExtra
+from narrows.files import replacing_folder, write_text
 from narrows.hub.models import LoadedModel, open_model
 from narrows.models import ImageClassifier
 
@@ -247,7 +248,10 @@ class Reader:
 
     def save(self, folder: str | Path) -> None:
         """Write what was trained, the format of prompts, and a vision encoder of narrows; `open_reader` reads them."""
-        folder = Path(folder)
+        with replacing_folder(folder) as unfinished:
+            self._write(unfinished)
+
+    def _write(self, folder: Path) -> None:
         self.model.save_pretrained(folder)
         if self.format.new_tokens:
             rows = TokenRows(self.model.language_model, self.tokenizer, self.format.new_tokens)
@@ -257,8 +261,7 @@ class Reader:
             encoder.save_pretrained(folder / ENCODER_FOLDER)
             name = ""
         written = replace(self.format, vision_encoder=name)
-        # Written last: a folder that has it is complete.
-        (folder / FORMAT_FILE).write_text(json.dumps(asdict(written), indent=2) + "\n", encoding="utf-8")
+        write_text(folder / FORMAT_FILE, json.dumps(asdict(written), indent=2) + "\n")
 
 
 def open_reader(language_model: str | Path, checkpoint: str | Path) -> Reader:

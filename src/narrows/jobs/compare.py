@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from narrows.data import ImageData, ImageDataModule, RememberedImages, picture
 from narrows.errors import InvalidArgument
+from narrows.files import new_folder, replacing
 from narrows.hub.models import accelerator_of
 from narrows.jobs.report import (
     Result,
@@ -24,7 +25,6 @@ from narrows.jobs.report import (
     carriers_in_use,
     machine,
     mebibytes,
-    new_folder,
     per_second,
     percent,
 )
@@ -236,7 +236,7 @@ def _announcement(data: ImageData, models: Sequence[str], seeds: int, epochs: in
 
 def _write_runs(runs: Sequence[Run], path: Path) -> None:
     """Every run as a row of a CSV file."""
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with replacing(path) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, [field.name for field in fields(Run)])
         table.writeheader()
         table.writerows(asdict(run) for run in runs)

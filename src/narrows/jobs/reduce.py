@@ -18,9 +18,10 @@ from narrows.adapters.token_reduction import TargetLatency, TargetMACs
 from narrows.adapters.token_reduction.targets import Budget
 from narrows.demo import vit
 from narrows.errors import InvalidArgument, MissingExtra
+from narrows.files import new_folder, write_text
 from narrows.hub.models import LoadedModel, accelerator_of, open_model
 from narrows.jobs.images import Images, evenly_spaced, load_images
-from narrows.jobs.report import Result, add_picture, machine, mebibytes, new_folder, per_second, percent
+from narrows.jobs.report import Result, add_picture, machine, mebibytes, per_second, percent
 from narrows.jobs.trials import COUNTED, Candidate, Trial, run_trials
 from narrows.measure.cost import scaled
 from narrows.routing import Routing
@@ -240,9 +241,8 @@ def _reduced(model: LoadedModel, methods: Sequence[str], budgets: Sequence[str],
 def _write_config(trial: Trial, path: Path) -> None:
     """The reduction of a trial as JSON: `narrows.reduce_tokens(model, **json.load(file))` does the same again."""
     assert trial.reduction is not None, "the untouched model has nothing to write"
-    path.parent.mkdir(parents=True, exist_ok=True)
     entries = {"method": trial.method, "budget": list(trial.reduction.schedule)}
-    path.write_text(json.dumps(entries) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(entries) + "\n")
 
 
 def parse_budget(text: str, images: Tensor | None = None) -> Budget:

@@ -2,9 +2,7 @@
 
 import csv
 import platform
-import time
 from collections.abc import Mapping
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from narrows._version import __version__
-from narrows.errors import InvalidArgument
+from narrows.files import replacing
 from narrows.routing import Routing
 from narrows.visualize import Cell, Report, save, text_table
 
@@ -47,7 +45,7 @@ class Result:
 
     def write_csv(self, path: Path) -> None:
         """The table as CSV, numbers as they are rather than as they are read."""
-        with path.open("w", newline="", encoding="utf-8") as file:
+        with replacing(path) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
             table = csv.writer(file)
             table.writerow(self.columns)
             table.writerows([getattr(cell, "value", cell) for cell in row] for row in self.rows())
@@ -86,22 +84,3 @@ def machine() -> str:
     """What a speed was measured on, in words."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
     return f"{device}, {platform.machine()}, torch {torch.__version__}, narrows {__version__}"
-
-
-def new_folder(output: Path) -> Path:
-    """A new folder in `output`, named by the time.
-
-    Raises:
-        InvalidArgument: `output` is a file.
-    """
-    if output.is_file():
-        raise InvalidArgument("output", expected="a folder", got=f"the file {str(output)!r}")
-    stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
-    for attempt in count():
-        folder = output / (f"{stamp}_{attempt}" if attempt else stamp)
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        return folder
-    raise AssertionError

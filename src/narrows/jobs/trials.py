@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from narrows.adapters import Reduction
+from narrows.files import replacing_folder
 from narrows.hub.models import LoadedModel
 from narrows.jobs.images import Images
 from narrows.jobs.report import carriers_in_use
@@ -82,14 +83,19 @@ class Candidate:
     def export_onnx(self, images: Float[Tensor, "B C H W"], path: str | Path) -> None:
         """Write the model under its reduction as ONNX, for any number of images of this size."""
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with self.applied(), evaluating(self.model.module), warnings.catch_warnings():
+        # A folder, since weights may go into a second file, whose name is in the first.
+        with (
+            replacing_folder(path.parent) as unfinished,
+            self.applied(),
+            evaluating(self.model.module),
+            warnings.catch_warnings(),
+        ):
             warnings.simplefilter("ignore")
             logging.getLogger("torch.onnx").setLevel(logging.ERROR)
             torch.onnx.export(
                 self.model.module,
                 (images[:2],),
-                path,
+                unfinished / path.name,
                 dynamo=True,
                 dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
                 verbose=False,

@@ -1,6 +1,7 @@
 """Base classes: of everything that is saved to a folder, and of image classifiers."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -9,12 +10,33 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from narrows.errors import InvalidArgument
+from narrows.files import replacing_folder
 from narrows.layers.initialisation import reset_submodules
 from narrows.routing import Routing
+
+MODEL_CARD = "README.md"
+
+
+class SavedWhole:
+    """Makes `save_pretrained` of `huggingface_hub` write a folder whole or not at all."""
+
+    def save_pretrained(self, save_directory: str | Path, *, repo_id: str | None = None, **options: Any) -> str | None:
+        """Write weights, configuration and a model card; `options` are those of `huggingface_hub`.
+
+        Raises:
+            CannotWrite: the folder or the disk refuses; what was there is as it was.
+        """
+        folder = Path(save_directory)
+        with replacing_folder(folder) as unfinished:
+            url: str | None = super().save_pretrained(unfinished, repo_id=repo_id or folder.name, **options)  # pyright: ignore[reportAttributeAccessIssue]
+            if (folder / MODEL_CARD).exists():  # somebody may have written more into it
+                (unfinished / MODEL_CARD).unlink()
+        return url
 
 
 class SavedModel(
     nn.Module,
+    SavedWhole,
     PyTorchModelHubMixin,
     library_name="narrows",
     license="apache-2.0",

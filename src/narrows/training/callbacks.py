@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from narrows.adapters import reduce_tokens
 from narrows.data import IGNORED, ImageDataModule, Position, picture
+from narrows.files import replacing, write_text
 from narrows.hub.models import save_model
 from narrows.training.task import Task
 from narrows.visualize import save, segmentations
@@ -92,8 +93,7 @@ class PredictionTable(BasePredictionWriter):
         data = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         assert isinstance(data, ImageDataModule)
         self.path = folder / "predictions.csv"
-        folder.mkdir(parents=True, exist_ok=True)
-        with self.path.open("w", newline="", encoding="utf-8") as file:
+        with replacing(self.path) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
             table = csv.writer(file)
             table.writerow(("image", "class", "probability"))
             for index, label_of, likely in sorted(row for rows in everyone for row in rows):
@@ -141,7 +141,8 @@ class ClassMaps(BasePredictionWriter):
             stem = Path(data.to_predict.name(position.index)).stem
             written = Image.fromarray(classes.to(torch.uint8).cpu().numpy(), mode="P")
             written.putpalette(colours)
-            written.save(self.path / f"{position.index:05}_{stem}.png")
+            with replacing(self.path / f"{position.index:05}_{stem}.png") as unfinished:
+                written.save(unfinished)
             if len(self._shown) < SHOWN:
                 self._shown.append((picture(image).cpu(), classes.cpu(), true.cpu()))
 
@@ -194,8 +195,7 @@ class ReduceTokens(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write how the model was reduced."""
         if trainer.is_global_zero and trainer.log_dir is not None:
-            path = Path(trainer.log_dir) / "reduction.json"
-            path.write_text(json.dumps(self.arguments) + "\n", encoding="utf-8")
+            write_text(Path(trainer.log_dir) / "reduction.json", json.dumps(self.arguments) + "\n")
 
 
 class RunProgress(Callback):

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from narrows.errors import InvalidArgument, MissingExtra
+from narrows.files import replacing
 
 if TYPE_CHECKING:
     import matplotlib.figure
@@ -41,8 +42,8 @@ def save(figure: "matplotlib.figure.Figure", path: str | Path) -> Path:
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES:
         raise InvalidArgument("path", expected=f"a file name ending in one of {SUFFIXES}", got=repr(str(path)))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DPI)
+    with replacing(path) as unfinished:
+        figure.savefig(unfinished, dpi=DPI)
     return path
 
 

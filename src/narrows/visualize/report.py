@@ -10,6 +10,7 @@ from jinja2 import Environment, StrictUndefined
 
 from narrows._version import __version__
 from narrows.errors import InvalidArgument
+from narrows.files import write_text
 from narrows.visualize.canvas import render
 from narrows.visualize.tables import best_cells, read_columns
 
@@ -103,8 +104,7 @@ class Report:
         path = Path(path)
         if path.suffix.lower() not in (".html", ".htm"):
             raise InvalidArgument("path", expected="a file name ending in .html", got=repr(str(path)))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(self.html(), encoding="utf-8")
+        write_text(path, self.html())
         return path
 
     def html(self) -> str:

@@ -25,6 +25,7 @@ from narrows.adapters.flamingo.saving import (
 from narrows.errors import InvalidArgument, NarrowsError
 from narrows.layers.gated_cross_attention import GatedCrossAttentionBlock
 from narrows.layers.perceiver_resampler import PerceiverResampler
+from narrows.models.base import SavedWhole
 from narrows.ops.media_attention import Attend, LastMedium
 from narrows.routing import Routing
 from narrows.validation import check_choice
@@ -35,6 +36,7 @@ PLACEMENTS = ("before", "after")
 
 class Flamingo(
     nn.Module,
+    SavedWhole,
     ModelHubMixin,
     library_name="narrows",
     license="apache-2.0",
