@@ -202,6 +202,19 @@ def test_show_takes_small_digits_too(tmp_path):
     assert {path.name.partition("-")[0] for path in tmp_path.glob("*.png")} == {"scene 0"}
 
 
+def test_show_draws_pictures_of_one_name_in_two_folders(tmp_path):
+    for folder, suffix in (("a", ".png"), ("b", ".png")):
+        for name in ("x", "y"):
+            write_image(tmp_path / folder / f"{name}{suffix}")
+    output = tmp_path / "drawn"
+    assert main(["show", "resampler_vit_mini", str(tmp_path / "a"), str(tmp_path / "b"), "--output", str(output)]) == 0
+    assert {path.name.split("-latents")[0].rsplit("-", 1)[0] for path in output.iterdir()} >= {"a-x", "b-y"}
+    assert len(list(output.iterdir())) % 4 == 0
+    write_image(tmp_path / "a" / "X.jpg")
+    assert main(["show", "resampler_vit_mini", str(tmp_path / "a"), "--output", str(tmp_path / "more")]) == 0
+    assert sorted(path.name[:7] for path in (tmp_path / "more").iterdir()) == ["00000-X", "00001-x", "00002-y"]
+
+
 def test_show_takes_files_and_folders_and_registry_names(tmp_path):
     write_image(tmp_path / "in" / "a.png", size=(50, 40))
     single = write_image(tmp_path / "b.jpg", size=(40, 50))

@@ -6,12 +6,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.text import Text
 from PIL import Image
 from skimage.color import deltaE_ciede2000, rgb2lab
 
 from narrows import visualize
 from narrows.errors import InvalidArgument
-from narrows.visualize.canvas import CARRIERS, INK, carrier_colour, new_figure, render, to_hex, to_rgb
+from narrows.visualize.canvas import (
+    CARRIERS,
+    INK,
+    carrier_colour,
+    new_figure,
+    render,
+    set_heading,
+    set_title,
+    to_hex,
+    to_rgb,
+)
 
 MAGIC = {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF", ".jpg": b"\xff\xd8", ".webp": b"RIFF"}
 
@@ -93,3 +104,16 @@ def test_a_second_round_of_carriers_gets_lighter_shades() -> None:
     first, second = to_rgb(carrier_colour(2)), to_rgb(carrier_colour(2 + len(CARRIERS)))
     assert (second > first).all()
     assert len({carrier_colour(rank) for rank in range(2 * len(CARRIERS))}) == 2 * len(CARRIERS)
+
+
+@pytest.mark.parametrize("name", ["US$ and $", "$\\frac{", "a $b$ c"])
+def test_dollar_signs_in_names_are_no_formulas(name: str) -> None:
+    figure = new_figure(3.0, 3.0)
+    axes = figure.subplots()
+    set_title(figure, name)
+    set_heading(axes, name, name)
+    axes.set_xticks([0.5], [name])
+    axes.plot([0, 1], [0, 1], label=name)
+    axes.legend()
+    assert all(not text.get_parse_math() for text in figure.findobj(Text) if render(figure))
+    assert render(visualize.pareto([visualize.ParetoPoint(name, 1.0, 2.0)], x=name, y=name, title=name))

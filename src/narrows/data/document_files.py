@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from narrows.data.decoding import decode_image
+from narrows.data.decoding import EXTENSIONS, decode_image
 from narrows.data.documents import IMAGE, Document, InterleavedSet
 from narrows.data.folder import image_transform
 from narrows.errors import DataError
@@ -147,7 +146,7 @@ def _samples(shard: tarfile.TarFile, path: Path) -> Iterable[Record]:
             samples[f"{folder}/{key}".lstrip("/")][extension] = member
     for key, members in samples.items():
         row = f"{path}, sample {key}"
-        pictures = sorted((name for name in members if f".{name}".lower().endswith(IMG_EXTENSIONS)), key=_numeric_order)
+        pictures = sorted((name for name in members if f".{name}".lower().endswith(EXTENSIONS)), key=_numeric_order)
         if "json" in members:
             text, names = _parsed(_content(shard, members["json"]), row, default=pictures)
         elif "txt" in members:

@@ -1,5 +1,6 @@
 """One entry to every kind of interleaved documents, `load_interleaved`, and their Lightning data module."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,7 +9,7 @@ from typing import Any
 from zlib import crc32
 
 from narrows.data.documents import END_OF_CHUNK, IMAGE, InterleavedCollate, InterleavedSet
-from narrows.data.images import HELD_OUT_NAMES
+from narrows.data.listing import part_called
 from narrows.data.module import PositionedDataModule
 from narrows.data.scene_documents import DigitPrompts
 from narrows.errors import DataError, InvalidArgument, MissingExtra
@@ -63,7 +64,8 @@ def load_interleaved(
         return lines + read_shards(path for path in paths if path.suffix == ".tar")
 
     files = _files(Path(data))
-    held_out_files = [file for file in files if file.stem.startswith(HELD_OUT_NAMES)]
+    parts = {file: part_called(re.split(r"[\W\d_]", file.stem)[0]) for file in files}
+    held_out_files = [file for file in files if parts[file] in ("validation", "test")]
     train = read([file for file in files if file not in held_out_files])
     if held_out_files:
         held_out, rule = read(held_out_files), f"the files {', '.join(file.name for file in held_out_files)}"

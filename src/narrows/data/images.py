@@ -15,9 +15,6 @@ from narrows.errors import InvalidArgument
 IGNORED = -100
 """The label of images and pixels that are left out of losses and metrics."""
 
-HELD_OUT_NAMES = ("val", "valid", "validation", "test")
-"""Names of folders and files that are not trained on, validation before test."""
-
 MEAN_AND_STD = {1: ((0.35,), (0.24,)), 3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}
 """Mean and spread that normalise pixels in [0, 1], by channels: of digit scenes (1) and of ImageNet (3)."""
 
@@ -68,6 +65,7 @@ class ImageData:
         channels: channels of the images.
         held_out_rule: which images are held out, in words.
         skipped: unreadable images, which are left out.
+        left_out: what else in the folder was left out, in words.
     """
 
     name: str
@@ -79,6 +77,7 @@ class ImageData:
     channels: int
     held_out_rule: str
     skipped: tuple[Path, ...] = ()
+    left_out: str = ""
 
     @property
     def num_classes(self) -> int:

@@ -24,8 +24,9 @@ def load(
     Args:
         data: "digits" (scenes with handwritten digits, no download) or "small_digits" (the same with a digit a quarter
             as wide as the scene), or a folder `data/<class>/<image>`, or one with `train/<class>/<image>` and, if you
-            have them, `val` and `test` beside `train`. Without those a fifth of the images is held out, by a hash of
-            the path, so that a file stays in its split when others are added.
+            have them, `val` and `test` beside `train`, as they are usually called (`Training`, `test_set`, `val2017`).
+            Without those a fifth of the images is held out, by a hash of the path, so that a file stays in its split
+            when others are added.
         image_size: side of the square images; by default 32 for digits, 64 for small digits and folders.
         seed: of the training scenes or of the augmentation. Held-out images do not depend on it.
         unreadable_share: the share of a folder's images that may be unreadable (one may in any case); they are skipped.
@@ -33,7 +34,8 @@ def load(
 
     Raises:
         InvalidArgument: `data` is a file or does not exist, `image_size` is too small, or digits with `augmentation`.
-        DataError: no class folders, no images, a single class, too few or too many unreadable images.
+        DataError: no class folders, no images, a single class, too few or too many unreadable images, or folders that
+            could be classes or parts.
     """
     if str(data) in SCENES:
         if augmentation is not None:

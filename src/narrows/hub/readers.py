@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from narrows.adapters.flamingo import Flamingo
 from narrows.checkpoints.files import read_weights
-from narrows.data.documents import END_OF_CHUNK, IMAGE, Document, InterleavedCollate, without_labels
 from narrows.data.decoding import decode_image
+from narrows.data.documents import END_OF_CHUNK, IMAGE, Document, InterleavedCollate, without_labels
 from narrows.data.folder import image_transform
 from narrows.errors import InvalidArgument, MissingExtra
 from narrows.files import replacing_folder, write_text

@@ -8,8 +8,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from narrows.data import IGNORED, ImageSet, load
-from narrows.data.folder import FolderImages, find_images, find_unreadable, list_classes
-from narrows.data.images import HELD_OUT_NAMES
+from narrows.data.folder import FolderImages, find_unreadable
+from narrows.data.listing import PARTS, find_images, list_folder, printable, say_once, walk
 from narrows.data.scenes import SCENES
 from narrows.errors import DataError, InvalidArgument
 from narrows.hub.models import LoadedModel
@@ -109,25 +109,28 @@ def _held_out(data: str | Path, model: LoadedModel) -> Images:
 
 def _has_classes(root: Path) -> bool:
     """Whether images stand in more than one folder inside `root`, and none in `root` itself."""
-    folders = {file.relative_to(root).parts[0] for file in find_images([root])}
-    return len(folders) > 1 and all((root / folder).is_dir() for folder in folders)
+    files = walk(root).files
+    return all(len(names) > 1 for names in files) and len({names[0] for names in files}) > 1
 
 
 def _labelled(root: Path, model: LoadedModel) -> Images:
-    part = next((root / name for name in HELD_OUT_NAMES if (root / name).is_dir()), root)
-    classes, samples = list_classes(part)
+    listed = list_folder(root)
+    part = min(listed.held_out, key=list(PARTS).index, default="training")
+    samples, classes = listed.held_out.get(part, listed.training), listed.classes
     labels = _labels(classes, model)
     skipped = find_unreadable([path for path, _ in samples])
     kept = [(path, IGNORED if labels is None else labels[label]) for path, label in samples if path not in skipped]
-    rule = f"every image in {part.name}/"
+    rule = f"every image in {listed.names[part] or root.name}/"
     if labels is None:
         rule += f", whose {len(classes)} classes cannot be told to be among the model's {model.num_classes}"
+    if listed.left_out:
+        say_once(f"{printable(str(root))}: left out {listed.left_out}")
     return Images(
         _files(kept, root, model),
         (),
         rule,
         labelled=labels is not None,
-        classes=model.classes or tuple(classes),
+        classes=model.classes or classes,
     )
 
 

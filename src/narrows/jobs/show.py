@@ -1,5 +1,6 @@
 """`narrows show`: where the tokens of images go in a model, as pictures."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -45,6 +46,7 @@ def show(
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     indices = range(min(limit, len(found)))
+    stems = _distinct_stems([found.name(index) for index in indices])
     for index in tqdm(indices, desc="Drawing", disable=None):
         batch, _ = found.batch([index])
         routings = network.routing(batch.to(device)) if isinstance(network, ImageClassifier) else ()
@@ -53,5 +55,14 @@ def show(
             raise InvalidArgument("model", expected="a model with a token bottleneck to show", got=repr(model))
         for routing in on_grid:
             figure = overlay(picture(batch)[0], routing, max_carriers=max_carriers)
-            save(figure, folder / f"{Path(found.name(index)).stem}-{routing.name}.png")
+            save(figure, folder / f"{stems[index]}-{routing.name}.png")
     print(f"Pictures of {len(indices)} images are in {folder}")
+
+
+def _distinct_stems(names: Sequence[str]) -> list[str]:
+    """Names of pictures: of the files, with their folders or at last a number where several files share a name."""
+    short = [Path(name).stem for name in names]
+    with_folder = ["-".join(Path(name).with_suffix("").parts[-2:]) for name in names]
+    numbered = [f"{index:05}-{stem}" for index, stem in enumerate(short)]
+    # Some file systems do not tell upper from lower case.
+    return next(stems for stems in (short, with_folder, numbered) if len({s.lower() for s in stems}) == len(stems))

@@ -21,14 +21,25 @@ DPI = 160
 
 
 def new_figure(width: float, height: float) -> "matplotlib.figure.Figure":
-    """An empty figure of `width` by `height` inches with automatic layout that needs no display."""
+    """An empty figure of `width` by `height` inches with automatic layout that needs no display.
+
+    Text is drawn as it is: a name with two dollar signs is no formula.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
         from matplotlib.layout_engine import ConstrainedLayoutEngine
+        from matplotlib.text import Text
     except ImportError as error:
         raise MissingExtra("matplotlib", extra="viz", purpose="draw pictures") from error
-    figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(h_pad=0.06, w_pad=0.06), facecolor=PAPER)
+
+    class PlainText(Figure):
+        def draw(self, renderer: Any) -> None:
+            for text in self.findobj(Text):
+                text.set_parse_math(False)  # pyright: ignore[reportAttributeAccessIssue]
+            super().draw(renderer)
+
+    figure = PlainText(figsize=(width, height), layout=ConstrainedLayoutEngine(h_pad=0.06, w_pad=0.06), facecolor=PAPER)
     FigureCanvasAgg(figure)
     return figure
 

@@ -208,6 +208,7 @@ def _name_points(
             ha="center",
             va="center",
             fontsize=9,
+            parse_math=False,  # measured below, before the figure is drawn
             color=INK if point in front else MUTED,
             arrowprops={"arrowstyle": "-", "color": LINE, "linewidth": 0.8, "shrinkA": 0, "shrinkB": 4},
         )
