@@ -1,0 +1,209 @@
+"""What a GPU is asked for: exact counts, so that one launch more is seen in review, and nothing that makes it wait."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flamingo_pytorch
+import pytest
+import slot_attention
+import soft_moe_pytorch
+import timm
+import torch
+from flamingo_pytorch.flamingo_pytorch import MaskedCrossAttention
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from vit_pytorch import ats_vit, sep_vit
+
+from narrows import create_model, from_upstream, list_models, reduce_tokens
+from tests.cases import LayerCase
+from tests.launches import Call, launches
+from tests.layers.every_layer import every_implementation
+from tests.layers.every_layer import inputs as inputs_of
+
+Make = Callable[[], nn.Module]
+
+
+class Row(NamedTuple):
+    """A usual call in bfloat16 and the launches of its forward pass.
+
+    Args:
+        rival: makes what people have today.
+        call: runs either.
+        launches: of ours.
+        rival_launches: of theirs; None where it waits for the GPU, and cannot be counted.
+        ours: makes ours; by default it is theirs, translated.
+        dtype: of parameters; `call` makes its inputs in it.
+    """
+
+    rival: Make
+    call: Call
+    launches: int
+    rival_launches: int | None
+    ours: Make | None = None
+    dtype: torch.dtype = torch.bfloat16
+
+
+def on(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Call:
+    """Calls a module on one tensor of that shape."""
+    return lambda module, device: module(torch.empty(shape, device=device, dtype=dtype))
+
+
+def reads_its_last_medium(module: nn.Module, device: torch.device) -> Tensor:
+    text = torch.empty(4, 2048, 2048, device=device, dtype=torch.bfloat16)
+    media = torch.empty(4, 32, 64, 2048, device=device, dtype=torch.bfloat16)
+    locations = (torch.arange(2048, device=device) % 64 == 0).expand(4, -1)
+    return module(text, media, media_locations=locations)
+
+
+def ats_classifier() -> nn.Module:
+    return ats_vit.ViT(
+        image_size=224,
+        patch_size=16,
+        num_classes=10,
+        dim=384,
+        depth=6,
+        max_tokens_per_depth=(196, 196, 98, 98, 49, 49),
+        heads=6,
+        mlp_dim=1536,
+    )
+
+
+def timm_model(name: str) -> nn.Module:
+    return timm.create_model(name).eval()
+
+
+def deit() -> nn.Module:
+    return timm_model("deit_small_patch16_224")
+
+
+def reduced(method: str) -> nn.Module:
+    model = deit()
+    reduce_tokens(model, method=method, budget={3: 0.7, 6: 0.49, 9: 0.34}, execution="static")
+    return model
+
+
+TABLE = {
+    "SlotAttention, 7 slots": Row(lambda: slot_attention.SlotAttention(7, 256), on(64, 1369, 256), 100, 61),
+    "SlotAttention, 16 slots": Row(lambda: slot_attention.SlotAttention(16, 256), on(64, 4096, 256), 100, 61),
+    "SlotAttention, float32": Row(
+        lambda: slot_attention.SlotAttention(7, 256),
+        on(64, 1369, 256, dtype=torch.float32),
+        76,
+        61,
+        dtype=torch.float32,
+    ),
+    "TwoWaySlotAttention": Row(lambda: slot_attention.SlotAttentionExperimental(16, 256), on(16, 4096, 256), 271, 143),
+    "PerceiverResampler": Row(
+        lambda: flamingo_pytorch.PerceiverResampler(dim=1024, depth=6), on(16, 4, 256, 1024), 99, 134
+    ),
+    "MaskedCrossAttention": Row(lambda: MaskedCrossAttention(dim=2048), reads_its_last_medium, 68, 26),
+    "DynamicSlotsSoftMoE": Row(
+        lambda: soft_moe_pytorch.DynamicSlotsSoftMoE(384, num_experts=28), on(64, 196, 384), 22, 160
+    ),
+    "SoftMoE": Row(lambda: soft_moe_pytorch.SoftMoE(768, num_experts=128, num_slots=2), on(64, 256, 768), 12, 657),
+    "ATSViT": Row(ats_classifier, on(128, 3, 224, 224), 204, None),
+    "UpstreamSepViT": Row(
+        lambda: sep_vit.SepViT(num_classes=1000, dim=96, depth=(1, 2, 6, 2), heads=(3, 6, 12, 24)),
+        on(64, 3, 224, 224),
+        288,
+        470,
+    ),
+    "sepvit_tiny": Row(
+        lambda: timm_model("swin_tiny_patch4_window7_224"),
+        on(128, 3, 224, 224),
+        248,
+        304,
+        lambda: create_model("sepvit_tiny", device="meta").eval(),
+    ),
+    "topk": Row(deit, on(256, 3, 224, 224), 368, 137, lambda: reduced("topk")),
+    "evit": Row(deit, on(256, 3, 224, 224), 433, 137, lambda: reduced("evit")),
+    "tome": Row(deit, on(256, 3, 224, 224), 490, 137, lambda: reduced("tome")),
+    "ats": Row(deit, on(256, 3, 224, 224), 558, 137, lambda: reduced("ats")),
+}
+
+
+@pytest.mark.parametrize("row", TABLE.values(), ids=TABLE.keys())
+def test_a_usual_call_launches_as_much_as_the_table_says(row: Row, monkeypatch: pytest.MonkeyPatch) -> None:
+    def count(make: Make) -> int | None:
+        try:
+            found = launches(make, row.call, dtype=row.dtype)
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            return None
+        return None if found.copies or found.waits else found.total
+
+    def rival() -> nn.Module:
+        with torch.device("meta"):
+            return row.rival().eval()
+
+    ours = row.ours or (lambda: from_upstream(rival()))
+    # Fake parameters cannot be moved to where they are, as upstream's experts are in each call.
+    monkeypatch.setattr(nn.Module, "to", lambda module, *_: module)
+    assert (count(ours), count(rival)) == (row.launches, row.rival_launches)
+
+
+@every_implementation
+def test_no_layer_waits_for_the_gpu_or_copies_from_the_host(case: LayerCase, impl: str) -> None:
+    given = inputs_of(case)
+    masks = {
+        name: torch.ones(given[masked].shape[: case.pad_axis + 1], dtype=torch.bool)
+        for name, masked in case.padded.items()
+    }
+    calls = [(given, False), ({**given, **masks}, False), ({**given, **masks}, True)]
+    for arguments, backward in calls if masks else calls[1:]:
+        found = launches(lambda: case.construct(impl=impl), on_fakes(case, arguments), backward=backward)
+        assert (found.copies, found.waits) == ([], [])
+
+
+def on_fakes(case: LayerCase, arguments: dict[str, Tensor]) -> Call:
+    def call(layer: nn.Module, device: torch.device) -> dict[str, Tensor]:
+        fakes = {}
+        for name, value in arguments.items():
+            kind = torch.bfloat16 if value.is_floating_point() else value.dtype
+            fakes[name] = torch.empty(value.shape, dtype=kind, device=device, requires_grad=kind == torch.bfloat16)
+        return case.outputs(layer(**fakes))
+
+    return call
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_no_model_waits_for_the_gpu_or_copies_from_the_host(name: str) -> None:
+    side, small = (32, True) if name.endswith("_mini") else (224, name == "sepvit_upstream_lite")
+    for backward in (False, True)[: 1 + small]:  # of each kind of model one
+        found = launches(lambda: create_model(name, device="meta"), on(2, 3, side, side), backward=backward)
+        assert (found.copies, found.waits) == ([], [])
+
+
+def call_with(found: Callable[[Tensor], Any]) -> Call:
+    return lambda module, device: found(torch.empty(4, 8, device=device))
+
+
+class TestWhatIsSeen:
+    """The counting itself."""
+
+    def test_views_and_fresh_storage_are_free(self) -> None:
+        found = launches(nn.Identity, call_with(lambda x: torch.empty_like(x.reshape(2, 16).T)))
+        assert found.total == 0
+
+    def test_a_linear_map_is_one_launch_and_three_with_its_backward(self) -> None:
+        call = on(4, 8)
+        assert launches(lambda: nn.Linear(8, 8), call).operations == {"addmm": 1}
+        assert launches(lambda: nn.Linear(8, 8, bias=False), call, backward=True).total == 2
+
+    def test_fused_attention_is_one_launch_each_way(self) -> None:
+        def attend(x: Tensor) -> Tensor:
+            x = x.view(1, 2, 2, 8).requires_grad_()
+            return nn.functional.scaled_dot_product_attention(x, x, x)
+
+        assert launches(nn.Identity, call_with(attend)).total == 1
+
+    def test_copies_from_the_host_are_listed_and_numbers_are_not(self) -> None:
+        copy = launches(nn.Identity, call_with(lambda x: x + torch.tensor([1.0] * 8, device=x.device)))
+        assert copy.copies == ["_to_copy"]
+        assert launches(nn.Identity, call_with(lambda x: x * torch.tensor(2.0))).copies == []
+
+    def test_what_reads_a_value_back_is_found(self) -> None:
+        assert launches(nn.Identity, call_with(lambda x: x.cpu())).waits == ["_to_copy"]
+        with pytest.raises(DataDependentOutputException):
+            launches(nn.Identity, call_with(lambda x: x.sum().item()))
+        with pytest.raises(DynamicOutputShapeException):
+            launches(nn.Identity, call_with(lambda x: x[x > 0]))
