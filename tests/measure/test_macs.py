@@ -2,11 +2,13 @@
 
 import warnings
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._higher_order_ops import while_loop
 
 from narrows.measure import CarriesPadding, count_macs, macs_per_sample
 from narrows.measure.macs import _FORMULAS
@@ -75,6 +77,7 @@ def test_convolutions(groups: int, stride: int) -> None:
     assert count_macs(lambda: convolution(torch.randn(BATCH, 4, 6, 6))) == expected
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
 def test_attention_on_cpu(mode: type, masked: bool) -> None:
@@ -108,7 +111,71 @@ def test_products_that_torch_itself_counts_as_nothing() -> None:
     assert count_macs(lambda: torch.addbmm(zeros, batch, batch.mT)) == ROWS * DIM * TOKENS
     assert count_macs(lambda: torch.baddbmm(zeros, batch, batch.mT)) == ROWS * DIM * TOKENS
     assert count_macs(lambda: torch.einsum("bnd,bmd->bnm", batch, batch)) == ROWS * DIM * TOKENS
+    assert count_macs(lambda: torch.zeros(3, 3).addmm_(matrix, matrix.T)) == 3 * DIM * 3
+    assert count_macs(lambda: torch.zeros(2, 5, 5).baddbmm_(batch, batch.mT)) == ROWS * DIM * TOKENS
+    assert count_macs(lambda: torch.zeros(5, 5).addbmm_(batch, batch.mT)) == ROWS * DIM * TOKENS
+    assert count_macs(lambda: torch.zeros(3).addmv_(matrix, vector)) == 3 * DIM
     assert count_macs(lambda: torch._addmm_activation(torch.zeros(3), batch[0], matrix.T)) == TOKENS * DIM * 3
+
+
+def test_products_in_groups_in_integers_and_with_packed_weights() -> None:
+    rows, weights = torch.randn(8, 16, dtype=torch.bfloat16), torch.randn(3, 16, 32, dtype=torch.bfloat16)
+    ends = torch.tensor([2, 5, 8], dtype=torch.int32)
+    batches, columns = torch.randn(3, 8, 16, dtype=torch.bfloat16), weights[0].contiguous()
+    assert count_macs(lambda: F.grouped_mm(rows, weights, offs=ends)) == 8 * 16 * 32
+    assert count_macs(lambda: F.grouped_mm(batches, weights)) == 3 * 8 * 16 * 32
+    assert count_macs(lambda: F.grouped_mm(rows.mT.contiguous(), rows, offs=ends)) == 16 * 8 * 16
+    assert _FORMULAS[torch.ops.aten._grouped_mm](batches.shape, columns.shape) == 2 * 8 * 16 * 32
+    whole = torch.ones(32, 32, dtype=torch.int8)
+    assert count_macs(lambda: torch._int_mm(whole, whole[:, :16])) == 32 * 32 * 16
+    packed, scales = torch.ones(32, 16, dtype=torch.int8), torch.ones(32, dtype=torch.bfloat16)
+    assert count_macs(lambda: torch.ops.aten._weight_int8pack_mm(rows, packed, scales)) == 8 * 16 * 32
+
+
+def test_bilinear_maps_and_convolutions_of_steps_count_forward_and_backward() -> None:
+    bilinear = nn.Bilinear(4, 5, 6)
+    assert count_macs(lambda: bilinear(torch.randn(3, 4), torch.randn(3, 5))) == 3 * 4 * 5 * 6
+    steps, weight = torch.randn(10, 2, 4, requires_grad=True), torch.randn(3, 4, 5, requires_grad=True)
+    once = 8 * 2 * 3 * 4 * 5
+    assert count_macs(lambda: torch.conv_tbc(steps, weight, torch.randn(5), 0)) == once
+    assert count_macs(lambda: torch.conv_tbc(steps, weight, torch.randn(5), 0).sum().backward()) == 3 * once
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+def test_conditions_exported_programs_and_flex_attention_count_what_runs() -> None:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    x = torch.randn(4, 4)
+    assert count_macs(lambda: torch.cond(x.sum() > 9, lambda x: x @ x, lambda x: x @ x, (x,))) == 64
+    program = torch.export.export(nn.Linear(4, 5), (x,)).module()
+    assert count_macs(lambda: program(x)) == 80
+    query = torch.randn(1, 2, 16, 8)
+    assert count_macs(lambda: flex_attention(query, query, query)) == 2 * 2 * 16 * 16 * 8
+
+
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        (lambda: torch.linalg.inv(torch.eye(4)), "aten.linalg_inv_ex"),
+        (lambda: torch.fft.rfft(torch.ones(8)), "aten._fft_r2c"),
+        (lambda: torch.cdist(torch.randn(40, 8), torch.randn(50, 8)), "aten._euclidean_dist"),
+        (
+            lambda: while_loop(lambda i, x: i < 3, lambda i, x: (i + 1, x @ x), (torch.tensor(0), torch.eye(3))),
+            "while_loop",
+        ),
+    ],
+)
+def test_operations_of_torch_that_may_hold_products_are_named(function: Any, name: str) -> None:
+    with pytest.warns(UserWarning, match=rf"{name} has no formula and counted as 0 MACs"):
+        count_macs(function)
+
+
+@pytest.mark.filterwarnings("error")
+def test_operations_without_products_are_not_named() -> None:
+    image = torch.randn(1, 3, 8, 8)
+    count_macs(lambda: F.interpolate(image, scale_factor=2, mode="bilinear"))
+    count_macs(lambda: torch.linalg.vector_norm(image).sum() + torch.linspace(0, 1, 5).roll(1).cumsum(0)[0])
+    count_macs(lambda: nn.LSTMCell(3, 4)(torch.randn(2, 3)))
 
 
 def test_elementwise_work_counts_nothing() -> None:

@@ -118,6 +118,40 @@ class TestPeak:
             assert peak_memory(lambda: torch.nn.functional.cross_entropy(logits, target)) == 4 * (100 * 10 + 2)
 
 
+def test_storages_that_grow_count_as_they_grow() -> None:
+    assert peak_memory(lambda: torch.empty(0).resize_(SIZE)) == BYTES
+    x = torch.randn(SIZE)
+    assert peak_memory(lambda: torch.add(x, 1, out=torch.empty(0))) == BYTES
+
+    def grows_and_shrinks() -> Tensor:
+        torch.empty(0).resize_(4 * SIZE)
+        return x + 1
+
+    assert peak_memory(grows_and_shrinks) == 4 * BYTES
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_sparse_results_conditions_and_flex_attention_are_tracked() -> None:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    x = torch.randn(16, 16)
+    indices, values = 16 * 2 * 8, 16 * 4
+    assert peak_memory(lambda: torch.eye(16).to_sparse()) >= 16 * 16 * 4 + indices + values
+    assert peak_memory(lambda: torch.eye(16).to_sparse_csr()) >= 16 * 16 * 4 + values
+    assert peak_memory(lambda: torch.cond(x.sum() > 999, lambda x: x @ x, lambda x: x + x, (x,))) >= x.nbytes
+    query = torch.randn(1, 2, 16, 8)
+    assert peak_memory(lambda: flex_attention(query, query, query)) >= query.nbytes
+
+
+@pytest.mark.compiled
+def test_a_compiled_module_is_tracked_as_its_eager_self() -> None:
+    torch._dynamo.reset()
+    double = torch.compile(lambda x: x + x, backend="eager", fullgraph=True)
+    x = torch.randn(SIZE)
+    double(x)
+    assert peak_memory(lambda: double(x)) == BYTES
+
+
 def test_training_adds_what_backward_keeps() -> None:
     x = torch.randn(SIZE, requires_grad=True)
 

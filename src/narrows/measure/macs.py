@@ -1,5 +1,6 @@
 """Multiply-accumulates: of a function, and of one sample without padding."""
 
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -35,7 +36,8 @@ def count_macs(function: Callable[[], object]) -> int:
     Backward passes count if `function` runs them. Compiled modules are counted as they run eagerly.
 
     Warns:
-        UserWarning: an operation outside of PyTorch has no formula and counted as 0. Give it one with
+        UserWarning: an operation that may hold products has no formula and counted as 0: one that is not PyTorch's, one
+            of PyTorch's whose name says so, or a loop whose steps are not seen. Give it a formula with
             `torch.utils.flop_counter.register_flop_formula`.
     """
     from torch.utils.flop_counter import FlopCounterMode
@@ -80,8 +82,14 @@ class _NoModules:
         pass
 
 
+_PRODUCTS = re.compile(r"(?<!co)mm|matmul|conv|linear|attention|lstm|gru|rnn|dot|_dist|linalg|cholesky|solve|fft")
+_FREE = re.compile(r"upsample|_thnn_fused|linalg_(vector|matrix)_norm|linalg_check|linalg_cross|fftshift|aten.convert")
+_SEEN_INSIDE = ("cond", "flex_attention", "flex_attention_backward")
+"""Higher-order operations that `torch.utils.flop_counter` counts."""
+
+
 class _Uncounted(TorchDispatchMode):
-    """Collects the names of operations outside of PyTorch that have no formula."""
+    """Collects the names of operations that may hold products and have no formula."""
 
     supports_higher_order_operators = True
 
@@ -92,9 +100,22 @@ class _Uncounted(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         packet = getattr(func, "_overloadpacket", func)
-        if func.namespace not in ("aten", "prim", "prims", "higher_order") and packet not in self.formulas:
+        if torch.is_inference_mode_enabled() and func.namespace != "higher_order" and packet not in self.formulas:
+            with self:  # in inference mode composite operations are not decomposed
+                result = func.decompose(*args, **(kwargs or {}))
+            if result is not NotImplemented:
+                return result
+        if packet not in self.formulas and not getattr(func, "is_view", False) and _may_multiply(func, str(packet)):
             self.names.add(str(packet))
         return func(*args, **(kwargs or {}))
+
+
+def _may_multiply(func: Any, name: str) -> bool:
+    if func.namespace == "higher_order":
+        return func.name() not in _SEEN_INSIDE
+    if func.namespace in ("prim", "prims"):
+        return False
+    return func.namespace != "aten" or (_PRODUCTS.search(name) is not None and _FREE.search(name) is None)
 
 
 @contextmanager
@@ -119,6 +140,37 @@ def _added_matrix_vector(_added: Shape, matrix: Shape, *_: Any, **__: Any) -> in
 
 def _added_product(_added: Shape, left: Shape, right: Shape, *_: Any, **__: Any) -> int:
     return 2 * prod(left) * right[-1]
+
+
+def _product(left: Shape, right: Shape, *_: Any, **__: Any) -> int:
+    """Of matrices, of batches of them, or of rows in groups that each have a matrix; rows beyond the groups count."""
+    groups = left[0] if len(left) == 3 and len(right) == 2 else 1
+    return 2 * prod(left) * right[-1] // groups
+
+
+def _product_of_rows(left: Shape, _right: Shape, *_: Any, out_shape: Any, **__: Any) -> int:
+    """With packed weights, whose shape says little."""
+    return 2 * prod(left) * out_shape[-1]
+
+
+def _trilinear(*shapes_and_axes: Any, **__: Any) -> int:
+    """Σ over `sumdim` of a product of three tensors that are unsqueezed along the axes that follow them."""
+    shapes, expanded = shapes_and_axes[:3], shapes_and_axes[3:6]
+    sizes: list[list[int]] = []
+    for shape, axes in zip(shapes, expanded, strict=True):
+        size = list(shape)
+        for axis in sorted(axes):
+            size.insert(axis, 1)
+        sizes.append(size)
+    return 2 * prod(map(max, *sizes))
+
+
+def _convolution_of_steps(_steps: Shape, weight: Shape, *_: Any, out_shape: Any, **__: Any) -> int:
+    return 2 * prod(out_shape) * weight[0] * weight[1]
+
+
+def _convolution_of_steps_backward(gradient: Shape, _steps: Shape, weight: Shape, *_: Any, **__: Any) -> int:
+    return 4 * prod(gradient) * weight[0] * weight[1]
 
 
 def _attention(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
@@ -146,7 +198,20 @@ _FORMULAS: dict[Any, Callable[..., int]] = {
     aten.dot: _matrix_vector,
     aten.vdot: _matrix_vector,
     aten.addmv: _added_matrix_vector,
+    aten.addmv_: _added_matrix_vector,
     aten.addbmm: _added_product,
+    aten.addbmm_: _added_product,
+    aten.addmm_: _added_product,
+    aten.baddbmm_: _added_product,
+    aten._sparse_addmm: _added_product,
+    aten._grouped_mm: _product,
+    aten._int_mm: _product,
+    aten._weight_int8pack_mm: _product_of_rows,
+    aten._weight_int4pack_mm: _product_of_rows,
+    aten._weight_int4pack_mm_for_cpu: _product_of_rows,
+    aten._trilinear: _trilinear,
+    aten.conv_tbc: _convolution_of_steps,
+    aten.conv_tbc_backward: _convolution_of_steps_backward,
     aten._addmm_activation: _added_product,
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
