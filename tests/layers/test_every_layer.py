@@ -283,6 +283,36 @@ def test_a_sample_without_any_token_is_finite(case: LayerCase, mask_name: str, d
         assert tensor.grad is None or torch.isfinite(tensor.grad).all(), name
 
 
+@every_masked_layer
+def test_what_stands_at_masked_places_changes_nothing(case: LayerCase, mask_name: str) -> None:
+    arguments = inputs(case)
+    padded, shape = case.padded[mask_name], token_shape(case, arguments, mask_name)
+    mask = torch.rand(shape) < 0.6
+    mask[..., 0], mask[..., -1] = True, False
+
+    def results(impl: str, garbage: float) -> dict[str, Tensor]:
+        layer = build(case, impl=impl)
+        filled = arguments[padded].where(expand(mask, arguments[padded]), garbage)
+        given = {**arguments, padded: filled, mask_name: mask}
+        leaves = {n: v.detach().requires_grad_() for n, v in given.items() if v.is_floating_point()}
+        outputs = call(case, layer, {**given, **leaves})
+        found = torch.autograd.grad(
+            total(outputs).square().sum(), [*leaves.values(), *layer.parameters()], allow_unused=True
+        )
+        names = [*leaves, *dict(layer.named_parameters())]
+        return {**outputs, **{f"gradient of {n}": g for n, g in zip(names, found, strict=True) if g is not None}}
+
+    for impl in case.impls:
+        expected = results(impl, 0.0)
+        for garbage in (float("nan"), float("inf"), 1e30):
+            for name, value in results(impl, garbage).items():
+                assert torch.equal(value, expected[name]), f"{impl}: {name} with {garbage} at masked places"
+
+
+def expand(mask: Tensor, tokens: Tensor) -> Tensor:
+    return mask.reshape(mask.shape + (1,) * (tokens.ndim - mask.ndim)).expand_as(tokens)
+
+
 @every_layer
 def test_saved_weights_come_back_bit_by_bit(case: LayerCase) -> None:
     layer, other = build(case), case.build()

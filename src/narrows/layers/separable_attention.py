@@ -102,7 +102,8 @@ class SeparableAttention(nn.Module):
         Args:
             feature_map: `[B, H, W, D]`; or `[B, N, D]`, its tokens in the order of `order`. A network whose blocks
                 pass them on in that order moves nothing where windows divide the map.
-            mask: True at real tokens; None where all are. No token attends to the others, and outputs there are 0.
+            mask: True at real tokens; None where all are. No token attends to the others, NaN included, and outputs
+                there are 0.
             order: the order of `[B, N, D]`; its window sizes must contain `window_size`.
         """
         tokens, token_mask, order = self._in_order(feature_map, mask, order)
@@ -153,6 +154,9 @@ class SeparableAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None, WindowOrder]:
         check_tokens("feature_map", feature_map, dim=self.dim, layout="[B, H, W, D]" if order is None else "[B, N, D]")
         check_mask("mask", mask, feature_map.shape[:-1], layout="[B, H, W]" if order is None else "[B, N]")
+        if mask is not None:
+            # Before the norm: gradients of parameters would take in 0 * NaN otherwise.
+            feature_map = feature_map.masked_fill(~mask.unsqueeze(-1), 0)
         if order is not None:
             return feature_map, mask, order
         order = WindowOrder(feature_map.shape[1], feature_map.shape[2], (self.window_size,))
