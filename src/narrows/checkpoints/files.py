@@ -1,47 +1,45 @@
 """Weights of other people's checkpoints: read from files, renamed, and put into modules, all of them or none."""
 
-import pickle
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from narrows.errors import InvalidArgument
+from narrows.weights import Ignored, load_strictly, read_file, tensors_in
 
-WRAPPERS = ("state_dict", "model", "model_state_dict")
+WRAPPERS = ("state_dict", "model", "model_state_dict", "module")
 """Keys under which training scripts save the weights, beside optimizer and epoch."""
+
+# Of sets of weights that fit equally well: averages are taken where they are asked for only, a student before them.
+_ASKED_FOR = (r"student", r"ema|averag|momentum|target|swa|shadow|encoder_k\b")
+# Parts that only training uses. Other parts that a model lacks, such as register tokens, change what it computes.
+_TRAINING_ONLY = re.compile(
+    r"(decoder|projector|projection_head|predictor|prototypes|queue|(dino|ibot|contrastive)_head)(_\w+)?(\.|$)"
+    r"|mask_token$|n_averaged$|(.*\.)?position_ids$"
+)
+_POSITIONS = re.compile(r"(.*[._])?pos(ition)?(al)?(s|_?embed(ding)?s?)(\.weight)?$")
 
 
 def read_weights(checkpoint: str | Path) -> dict[str, Tensor]:
     """The tensors in a safetensors file, or in one that `torch.load` reads with `weights_only=True`.
 
-    Weights that a training script saved under "state_dict", "model" or "model_state_dict" are found there.
+    Weights that a training script saved under "state_dict", "model", "model_state_dict" or "module" are found there.
 
     Raises:
-        InvalidArgument: no such file, or one that holds anything but weights.
+        InvalidArgument: no such file, a damaged one, or one that holds anything but weights.
     """
-    path = Path(checkpoint)
-    if not path.is_file():
-        got = f"{str(path)!r}, which {'is a folder' if path.is_dir() else 'does not exist'}"
-        raise InvalidArgument("checkpoint", expected="a file with weights", got=got)
-    try:
-        found = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise InvalidArgument(
-            "checkpoint",
-            expected="safetensors, or what torch.load reads with weights_only=True",
-            got=f"{str(path)!r}: {str(error).splitlines()[0]}",
-        ) from error
-    return weights_in(found, str(path))
+    return weights_in(read_file(checkpoint), str(checkpoint))
 
 
 def weights_in(checkpoint: Any, where: str = "what was given", *, argument: str = "checkpoint") -> dict[str, Tensor]:
-    """The tensors in what a training script saved: under "state_dict", "model" or "model_state_dict", or at the top.
+    """The tensors in what a training script saved: under one of `WRAPPERS`, or at the top.
 
     Raises:
         InvalidArgument: anything but tensors by name.
@@ -53,10 +51,28 @@ def weights_in(checkpoint: Any, where: str = "what was given", *, argument: str 
         got = "nothing" if checkpoint == {} else f"a {type(checkpoint).__name__}"
         raise InvalidArgument(argument, expected="tensors by name", got=f"{got} in {where}")
     for name, value in checkpoint.items():
-        if not isinstance(value, Tensor):
-            got = f"{name!r} of type {type(value).__name__} in {where}"
-            raise InvalidArgument(argument, expected="tensors by name", got=got)
+        if not isinstance(value, Tensor) or not isinstance(name, str):
+            kind = (
+                f"class {value.name}, which weights_only=True leaves out" if isinstance(value, Ignored) else type(value)
+            )
+            got = f"{name!r} of {kind if isinstance(kind, str) else f'type {kind.__name__}'} in {where}"
+            raise InvalidArgument(argument, expected="tensors by name", got=got, hint="Save module.state_dict().")
     return dict(checkpoint)
+
+
+def count_numbered(names: Iterable[str], pattern: str, *, argument: str = "checkpoint") -> int:
+    """How many numbers, from 0 on without a gap, the first group of `pattern` finds in these names.
+
+    Raises:
+        InvalidArgument: numbers that do not count from 0.
+    """
+    found = {match[1] for name in names if (match := re.search(pattern, name))}
+    if found != {str(number) for number in range(len(found))}:
+        got = ", ".join(sorted(number[:20] for number in found)[-3:])
+        raise InvalidArgument(
+            argument, expected=f"names with {pattern} numbered from 0 to {len(found) - 1}", got=f"numbers up to {got}"
+        )
+    return len(found)
 
 
 class Renamed(dict[str, Tensor]):
@@ -99,17 +115,99 @@ def fill(module: nn.Module, weights: Renamed) -> None:
     Raises:
         InvalidArgument: names every weight that is missing, left over or of another shape; nothing was put anywhere.
     """
-    expected = module.state_dict()
-    wrong = [f"no {name}" for name in expected if name not in weights]
-    for name, value in weights.items():
-        theirs = weights.names.get(name, name)
-        if name not in expected:
-            wrong.append(f"also {theirs}")
-        elif value.shape != expected[name].shape:
-            wrong.append(f"{theirs} of shape {tuple(value.shape)} in place of {tuple(expected[name].shape)}")
-    if wrong:
-        kind = type(module).__name__
+    load_strictly(module, weights, argument=weights.argument, names=weights.names, assign=True)
+
+
+def find_weights(
+    expected: Collection[str], checkpoint: Mapping[Any, Any], *, key: str | None = None, where: str = "the checkpoint"
+) -> tuple[Renamed, list[str]]:
+    """The weights of a model in whatever a training script saved, under the names of the model, and what to say of it.
+
+    Keys of nested dictionaries and prefixes of names are one and the same here: the weights stand where the most names
+    of the model are found, be it "state_dict.model._orig_mod", "teacher.backbone" or "module.base_encoder". Of several
+    such places an average (EMA, momentum) is taken only where `key` asks for it, and a student only beside no teacher.
+
+    Args:
+        expected: names of the model's parameters and buffers.
+        checkpoint: what `read_file` gives.
+        key: a part of the path that they stand under: "model_ema", "teacher", "module.momentum_encoder".
+        where: the file, for messages.
+
+    Raises:
+        InvalidArgument: no tensors, none of the model's, an unknown key, or several places to choose from.
+    """
+    tensors, places = tensors_in(checkpoint), Counter[str]()
+    for path in tensors:
+        ends = [0, *(match.end() for match in re.finditer(r"\.", path))]
+        places.update(path[:end] for end in ends if path[end:] in expected)
+    if not tensors:
+        objects = sorted({value.name for value in checkpoint.values() if isinstance(value, Ignored)})
+        got = f"{'objects of ' + ', '.join(objects[:3]) if objects else 'none'} in {where}"
+        raise InvalidArgument("checkpoint", expected="tensors by name", got=got, hint="Save model.state_dict().")
+    likely = {place: count for place, count in places.items() if 2 * count > max(places.values())}
+    if key is not None:
+        named = {place: count for place, count in likely.items() if f".{key}." in f".{place}"}
+        if not named:
+            known = ", ".join(repr(place.rstrip(".")) for place in likely) or "nothing that fits the model"
+            raise InvalidArgument("checkpoint_key", expected=f"where weights are in {where}: {known}", got=repr(key))
+        likely = named
+    if not likely:
+        first = ", ".join(list(tensors)[:3])
         raise InvalidArgument(
-            weights.argument, expected=f"the parameters of a {kind}, all of them and no others", got=", ".join(wrong)
+            "checkpoint", expected=f"weights named {', '.join(list(expected)[:3])}, ...", got=f"{first}, ... in {where}"
         )
-    module.load_state_dict({name: value.clone() for name, value in weights.items()}, assign=True)
+    ranked = sorted(likely, key=lambda place: (_rank(place), -likely[place], len(place)))
+    place = ranked[0]
+    level = [other for other in ranked[1:] if (_rank(other), likely[other]) == (_rank(place), likely[place])]
+    others = ", ".join(repr(other.rstrip(".")) for other in ranked[1:])
+    if level:
+        raise InvalidArgument(
+            "checkpoint_key", expected=f"one of {place.rstrip('.')!r}, {others}: all fit the model", got=repr(key)
+        )
+    notes = [f"Weights are those under {place.rstrip('.')!r}"] if place.rstrip(".") not in ("", *WRAPPERS) else []
+    if others:
+        notes = [f"Weights are those under {place.rstrip('.')!r}; checkpoint_key may name {others} too"]
+    return Renamed(tensors).under(place), notes
+
+
+def _rank(place: str) -> int:
+    return max((number for number, words in enumerate(_ASKED_FOR, start=1) if re.search(words, place)), default=0)
+
+
+def fit_weights(weights: Renamed, expected: Mapping[str, Tensor], grid: tuple[int, int] | None) -> list[str]:
+    """Change weights of the same network into those of a model of another image size; says what was changed.
+
+    Position embeddings that were learned on another grid are interpolated, and parts that only training uses (a
+    decoder, a projector, a mask token) are left out.
+
+    Args:
+        weights: of the checkpoint, changed here.
+        expected: the model's own state dict.
+        grid: `(height, width)` of the model's patches; None where it has none.
+    """
+    notes = []
+    for name, own in expected.items():
+        value = weights.get(name)
+        if grid is None or value is None or value.shape == own.shape or not _POSITIONS.match(name):
+            continue
+        prefix = own.shape[-2] - grid[0] * grid[1] if own.ndim > 1 else -1
+        side = isqrt(max(0, value.shape[-2] - prefix)) if value.ndim == own.ndim else 0
+        if 0 <= prefix <= 16 and side and side**2 == value.shape[-2] - prefix and value.shape[-1] == own.shape[-1]:
+            weights[name] = _resampled(value, prefix, side, grid)
+            notes.append(f"Positions of a grid of {side} x {side} are interpolated to {grid[0]} x {grid[1]}")
+    left = [name for name in weights if name not in expected and _TRAINING_ONLY.match(name)]
+    for name in left:
+        del weights[name]
+    if left:
+        parts = sorted({name.partition(".")[0] for name in left})
+        notes.append(f"Left out, since only training uses it: {', '.join(parts[:4])}")
+    return notes
+
+
+def _resampled(positions: Tensor, prefix: int, side: int, grid: tuple[int, int]) -> Tensor:
+    """Position embeddings `[..., prefix + side * side, D]` on another grid, those of prefix tokens as they are."""
+    before, patches = positions[..., :prefix, :], positions[..., prefix:, :]
+    image = patches.float().reshape(1, side, side, -1).permute(0, 3, 1, 2)
+    image = F.interpolate(image, grid, mode="bicubic", antialias=True, align_corners=False)
+    patches = image.permute(0, 2, 3, 1).reshape(*positions.shape[:-2], -1, positions.shape[-1]).to(positions.dtype)
+    return torch.cat((before, patches), dim=-2)

@@ -7,11 +7,14 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from narrows.checkpoints.files import Renamed, fill, read_weights, weights_in
+from narrows.checkpoints.files import Renamed, count_numbered, fill, read_weights, weights_in
 from narrows.errors import InvalidArgument
 from narrows.layers.gated_cross_attention import LAST_MEDIUM, GatedCrossAttentionBlock
 from narrows.layers.perceiver_resampler import PerceiverResampler
 from narrows.ops.media_attention import Attend
+
+_DIGITS = 5
+"""How many digits the number of a decoder layer may have."""
 
 # Otter's layer is one module with the feed-forward in it, OpenFlamingo's a pair of modules.
 _RESAMPLER_NAMES = (
@@ -93,7 +96,10 @@ def read_open_flamingo(
     given = weights_in(checkpoint) if isinstance(checkpoint, Mapping) else read_weights(checkpoint)
     state = Renamed(given, _MODEL_NAMES)
     resampler = state.under("narrows.resampler.")
-    layers = {int(found[1]) for name in state if (found := re.match(r"narrows\.blocks\.(\d+)\.", name))}
+    numbers = {found[1] for name in state if (found := re.match(r"narrows\.blocks\.(\d+)\.", name))}
+    if far := [number for number in numbers if len(number) > _DIGITS]:
+        raise InvalidArgument("checkpoint", expected="numbers of decoder layers", got=f"a layer {far[0][:20]}...")
+    layers = {int(number) for number in numbers}
     if not resampler or not layers:
         raise InvalidArgument(
             "checkpoint",
@@ -132,7 +138,7 @@ def resampler_of(state: Mapping[str, Tensor], *, head_dim: int = 64) -> Perceive
     ours["time_embeddings"] = time if media is None else media.squeeze(1)
     resampler = PerceiverResampler(
         dim,
-        depth=1 + max(int(found[1]) for name in ours if (found := re.match(r"layers\.(\d+)\.", name))),
+        depth=count_numbered(ours, r"^layers\.(\d+)\.", argument=ours.argument),
         num_latents=num_latents,
         heads=_heads(to_q, head_dim),
         head_dim=head_dim,

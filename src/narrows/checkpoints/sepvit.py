@@ -1,6 +1,5 @@
 """Checkpoints of SepViT with the parameter names of the paper's own release."""
 
-import re
 from collections.abc import Mapping
 from math import isqrt
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from narrows.checkpoints.files import Renamed, fill, read_weights, weights_in
+from narrows.checkpoints.files import Renamed, count_numbered, fill, read_weights, weights_in
 from narrows.errors import InvalidArgument
 from narrows.models.sepvit import SepViT
 from narrows.validation import check_choice
@@ -54,7 +53,9 @@ def read_sepvit(state: str | Path | Mapping[str, Any], *, window_tokens: str = "
     widths: list[int] = []
     while (embedding := weights.get(f"stages.{len(widths)}.embedding.weight")) is not None and embedding.ndim == 4:
         widths.append(len(embedding))
-    depths = [_count(weights, rf"^stages\.{index}\.blocks\.(\d+)") for index in range(len(widths))]
+    depths = [
+        count_numbered(weights, rf"^stages\.{index}\.blocks\.(\d+)\.", argument="state") for index in range(len(widths))
+    ]
     if not widths or 0 in depths:
         raise InvalidArgument(
             "state",
@@ -86,10 +87,6 @@ def read_sepvit(state: str | Path | Mapping[str, Any], *, window_tokens: str = "
             weights.setdefault(name, value)  # the dense networks end with their feature maps
     fill(model, weights)
     return model
-
-
-def _count(weights: Mapping[str, Tensor], numbered: str) -> int:
-    return 1 + max((int(found[1]) for name in weights if (found := re.search(numbered, name))), default=-1)
 
 
 def _windows(weights: Mapping[str, Tensor], depths: list[int]) -> list[list[int]]:

@@ -1,20 +1,27 @@
 """Base classes: of everything that is saved to a folder, and of image classifiers."""
 
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub import PyTorchModelHubMixin, constants, hf_hub_download
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from narrows.errors import InvalidArgument
+from narrows.errors import InvalidArgument, NarrowsError
 from narrows.files import replacing_folder
 from narrows.layers.initialisation import reset_submodules
 from narrows.routing import Routing
+from narrows.weights import check_fits, config_text, load_strictly, misfits, read_config, read_file, write_safetensors
 
 MODEL_CARD = "README.md"
+UNSAVED = "not_saved"
+"""Key of a configuration that names the constructor's arguments that are not in it."""
+_PLACE = ("device", "dtype")
+_NAMED = 3
+_LARGEST_SIZE = 2**14
 
 
 class SavedWhole:
@@ -29,9 +36,23 @@ class SavedWhole:
         folder = Path(save_directory)
         with replacing_folder(folder) as unfinished:
             url: str | None = super().save_pretrained(unfinished, repo_id=repo_id or folder.name, **options)  # pyright: ignore[reportAttributeAccessIssue]
+            config = unfinished / constants.CONFIG_NAME
+            config.write_text(config_text(read_config(config)), encoding="utf-8")
             if (folder / MODEL_CARD).exists():  # somebody may have written more into it
                 (unfinished / MODEL_CARD).unlink()
         return url
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Any:
+        """What `save_pretrained` wrote; `options` are those of `huggingface_hub` and of the constructor.
+
+        Raises:
+            InvalidArgument: a configuration that is damaged or was changed.
+        """
+        config = Path(pretrained_model_name_or_path) / constants.CONFIG_NAME
+        if config.exists():
+            read_config(config)
+        return super().from_pretrained(pretrained_model_name_or_path, **options)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class SavedModel(
@@ -44,17 +65,127 @@ class SavedModel(
 ):
     """Base class of models that are saved with their constructor's arguments and can draw their parameters anew.
 
-    Saving and loading come from `huggingface_hub`: `save_pretrained(folder)` writes safetensors and the constructor's
-    arguments as `config.json`, `from_pretrained(folder)` reads both. Device and dtype are not among them: where and in
-    what precision a model was built is no part of what it is.
+    `save_pretrained(folder)` writes safetensors and the constructor's arguments as `config.json`, each with a checksum;
+    `from_pretrained(folder)` reads both, and takes a repository of the Hugging Face hub too. Device and dtype are not
+    among the arguments: where and in what precision a model was built is no part of what it is. Nor are those that are
+    no JSON, such as a module: they have to be given to `from_pretrained` again.
     """
+
+    _unsaved: list[str]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Notes which arguments cannot be saved: `huggingface_hub` would write their defaults in their place."""
+        made = super().__new__(cls, *args, **kwargs)
+        given = {**dict(zip(list(cls._hub_mixin_init_parameters)[1:], args, strict=False)), **kwargs}
+        made._unsaved = [name for name in given if name not in _PLACE and not cls._is_jsonable(given[name])]
+        return made
 
     def __init__(self) -> None:
         super().__init__()
         arguments = cast(dict[str, Any], self._hub_mixin_config or {})
-        what = {name: value for name, value in arguments.items() if name not in ("device", "dtype")}
+        what = {name: value for name, value in arguments.items() if name not in (*_PLACE, *self._unsaved)}
         # Without the name of its class a folder could not be opened by `load_model`.
         self._hub_mixin_config = {**what, "architecture": type(self).__name__}
+        if self._unsaved:
+            self._hub_mixin_config[UNSAVED] = self._unsaved
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        config = cast(dict[str, Any], self._hub_mixin_config)
+        if not self._unsaved:
+            self._check_as_built({name: value for name, value in config.items() if name != "architecture"})
+        write_safetensors(self.state_dict(), save_directory / constants.SAFETENSORS_SINGLE_FILE)
+
+    def _check_as_built(self, arguments: Mapping[str, Any]) -> None:
+        """Raise unless the constructor makes the same parts: others would be lost, or their weights not fit."""
+        built = cast(Any, type(self))(**arguments, device="meta")
+        wrong = misfits(built.state_dict(), self.state_dict(), {})
+        own = dict(self.named_modules())
+        for name, part in built.named_modules():
+            is_leaf = not any(part.children())
+            if is_leaf and name in own and (type(own[name]), repr(own[name])) != (type(part), repr(part)):
+                wrong.append(f"{name} is now {own[name]!r}, not {part!r}")
+        if wrong:
+            raise InvalidArgument(
+                "model",
+                expected=f"the parts that {type(self).__name__} makes of its arguments, which are what is saved",
+                got=f"others: {', '.join(wrong[:_NAMED])}",
+                hint="Undo the change, or build the model with arguments that make it; "
+                "torch.save(model.state_dict()) saves any weights.",
+            )
+
+    @classmethod
+    def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        map_location: str | torch.device = "cpu",
+        force_download: bool = False,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        revision: str | None = None,
+        **arguments: Any,
+    ) -> Any:
+        """The model that `save_pretrained` wrote, in evaluation mode: its weights, all of them and no others.
+
+        Args:
+            pretrained_model_name_or_path: a folder, or a repository of the Hugging Face hub.
+            map_location: where the parameters are put.
+            force_download, token, cache_dir, local_files_only, revision: as `huggingface_hub` takes them.
+            arguments: of the constructor, over those that were saved.
+
+        Raises:
+            InvalidArgument: a file that is missing, damaged or was changed, unknown arguments, weights of another
+                model; the message names what does not fit.
+            NarrowsError: a repository that cannot be downloaded.
+        """
+        place = Path(pretrained_model_name_or_path)
+        names = (constants.CONFIG_NAME, constants.SAFETENSORS_SINGLE_FILE)
+        if place.is_dir():
+            config_file, weights_file = (place / name for name in names)
+        else:
+            download = {
+                "force_download": force_download,
+                "token": token,
+                "cache_dir": cache_dir,
+                "local_files_only": local_files_only,
+                "revision": revision,
+            }
+            try:
+                config_file, weights_file = (Path(hf_hub_download(str(place), name, **download)) for name in names)
+            except Exception as error:  # the hub, the network and the disk fail in ways of their own
+                reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+                raise NarrowsError(
+                    f"{place} is no folder, and could not be downloaded from the hub ({reason}). Check the path."
+                ) from error
+        parameters = [name for name in cls._hub_mixin_init_parameters if name != "self"]
+        config = read_config(config_file, {*parameters, "architecture", UNSAVED})
+        if config.pop("architecture", cls.__name__) != cls.__name__:
+            raise InvalidArgument("architecture", expected=repr(cls.__name__), got=f"another one in {config_file}")
+        for name in config.pop(UNSAVED, ()):
+            if name not in arguments:
+                expected = f"what the saved {cls.__name__} was built with, which cannot be saved"
+                raise InvalidArgument(name, expected=expected, got=None, hint=f"from_pretrained(..., {name}=...)")
+        weights = cast(dict[str, Tensor], read_file(weights_file, argument="weights"))
+        _check_sizes(config, weights)
+        model = cls._built({**config, **arguments}, weights, str(config_file))
+        load_strictly(model, weights, argument="weights", where=str(weights_file))
+        return model.to(map_location).eval()
+
+    @classmethod
+    def _built(cls, arguments: Mapping[str, Any], weights: Mapping[str, Tensor], where: str) -> Any:
+        """A model of these arguments, once one without memory has shown that the weights are its."""
+        try:
+            if not any(isinstance(value, nn.Module) for value in arguments.values()):
+                check_fits(cls(**{**arguments, "device": "meta"}), weights, argument="weights", where=where)
+            return cls(**arguments)
+        except NarrowsError:
+            raise
+        except Exception as error:  # a constructor trusts the types of its arguments
+            reason = str(error).partition("\n")[0]
+            raise InvalidArgument(
+                "config.json", expected=f"arguments of a {cls.__name__}", got=f"others in {where!r} ({reason})"
+            ) from error
 
     def reset_parameters(self) -> None:
         """Draw every parameter anew, from the distribution that the constructor draws it from.
@@ -133,3 +264,22 @@ def check_images(images: Tensor, channels: int) -> None:
         raise InvalidArgument(
             "images", expected=f"shape [B, C, H, W] with C = {channels}", got=f"shape {tuple(images.shape)}"
         )
+
+
+def _check_sizes(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
+    """Raise, before anything is built, on numbers that no model with these weights can have."""
+
+    def numbers(value: Any) -> Iterator[int]:
+        if isinstance(value, int):
+            yield abs(value)
+        elif isinstance(value, list | dict):
+            for each in value.values() if isinstance(value, dict) else value:
+                yield from numbers(each)
+
+    widest = max((side for value in weights.values() for side in value.shape), default=0)
+    for name, value in config.items():
+        # Every block has a parameter of its own, at least.
+        limit = len(weights) if "depth" in name else max(widest, _LARGEST_SIZE)
+        if (greatest := max(numbers(value), default=0)) > limit:
+            expected = f"a number up to {limit:,}, as there are weights for it"
+            raise InvalidArgument(f"config.json: {name}", expected=expected, got=f"{greatest:,}")

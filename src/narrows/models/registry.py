@@ -2,10 +2,7 @@
 
 import difflib
 import fnmatch
-import json
 from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
-from io import StringIO
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -13,6 +10,7 @@ from narrows.errors import InvalidArgument
 from narrows.models import sepvit, upstream_sepvit, vit
 from narrows.models.base import ImageClassifier
 from narrows.models.features import FeaturePyramid
+from narrows.weights import read_config
 
 PRESETS: Mapping[type[ImageClassifier], Mapping[str, Mapping[str, Any]]] = {
     **vit.PRESETS,
@@ -82,7 +80,7 @@ def load_model(folder: str | Path) -> ImageClassifier:
     """The model that `save_pretrained` wrote into `folder`, in evaluation mode.
 
     Raises:
-        InvalidArgument: `folder` holds no model saved by narrows.
+        InvalidArgument: `folder` holds no model saved by narrows, or one that was damaged since.
     """
     config_file = Path(folder) / "config.json"
     if not config_file.is_file():
@@ -90,11 +88,10 @@ def load_model(folder: str | Path) -> ImageClassifier:
             "folder", expected="a folder written by save_pretrained, with config.json", got=repr(str(folder))
         )
     architectures = {architecture.__name__: architecture for architecture in PRESETS}
-    name = json.loads(config_file.read_text(encoding="utf-8")).get("architecture")
+    name = read_config(config_file).get("architecture")
     if name not in architectures:
         raise InvalidArgument("config.json", expected=f"'architecture' among {sorted(architectures)}", got=repr(name))
-    with redirect_stdout(StringIO()):  # huggingface_hub prints that it is loading, once for every model
-        return architectures[name].from_pretrained(str(folder)).eval()
+    return architectures[name].from_pretrained(folder)
 
 
 def _construct(architecture: type[ImageClassifier], name: str, arguments: Mapping[str, Any]) -> ImageClassifier:

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import constants, hf_hub_download
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from narrows.errors import InvalidArgument
 from narrows.ops.media_attention import AllPrevious, Attend, ConsecutiveGroup, LastMedia, LastMedium
+from narrows.weights import misfits, read_file, write_safetensors
 
 POLICIES = {policy.__name__: policy for policy in (LastMedium, LastMedia, ConsecutiveGroup, AllPrevious)}
 ADDED = ("resampler.", "blocks.")
@@ -48,30 +48,26 @@ def save_added(model: nn.Module, folder: Path) -> None:
     """Write what was added; if it is sharded, every process has to call this."""
     added = {name: value for name, value in model.state_dict().items() if name.startswith(ADDED)}
     whole = {n: value.full_tensor().cpu() if isinstance(value, DTensor) else value for n, value in added.items()}
-    state = {name: value.contiguous() for name, value in whole.items()}
-    save_file(state, folder / constants.SAFETENSORS_SINGLE_FILE)
+    write_safetensors(whole, folder / constants.SAFETENSORS_SINGLE_FILE)
 
 
 def load_added(model: nn.Module, folder: str, **download: Any) -> None:
     """Read what was added, from a folder or a repository of the Hub.
 
     Raises:
-        InvalidArgument: no weights there, or weights of other parts than `model` has.
+        InvalidArgument: no weights there, a damaged file, or weights of other parts than `model` has.
     """
     file = Path(folder) / constants.SAFETENSORS_SINGLE_FILE
     if not Path(folder).is_dir():
         file = Path(hf_hub_download(folder, constants.SAFETENSORS_SINGLE_FILE, **download))
     elif not file.is_file():
         raise InvalidArgument("path", expected=f"a folder with {file.name}", got=folder)
-    state = load_file(file)
-    expected = {name: value.shape for name, value in model.state_dict().items() if name.startswith(ADDED)}
-    wrong = {
-        name for name in expected.keys() | state.keys() if name not in state or expected.get(name) != state[name].shape
-    }
-    if wrong:
+    state = read_file(file, argument="path")
+    own = {name: value for name, value in model.state_dict().items() if name.startswith(ADDED)}
+    if wrong := misfits(own, state, {}):
         raise InvalidArgument(
             "path",
             expected="the weights of this resampler and these blocks",
-            got=f"{file} with other {sorted(wrong)[:4]}",
+            got=f"{file} with others: {', '.join(wrong)}",
         )
     model.load_state_dict(state, strict=False)
