@@ -3,9 +3,9 @@
 from dataclasses import dataclass, replace
 
 from jaxtyping import Float
-from torch import Tensor
+from torch import SymInt, Tensor
 
-from narrows.errors import InvalidArgument
+from narrows.errors import InvalidArgument, InvalidType
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,18 @@ class Routing:
     joint_heads: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.weights, Tensor) or not self.weights.is_floating_point():
+            got = getattr(self.weights, "dtype", type(self.weights).__name__)
+            raise InvalidType("weights", expected="a floating-point tensor [B, H, K, N]", got=got)
         if self.weights.ndim != 4:
             raise InvalidArgument("weights", expected="shape [B, H, K, N]", got=tuple(self.weights.shape))
+        for name, kind in (("carriers", str), ("name", str), ("joint_heads", bool)):
+            if not isinstance(value := getattr(self, name), kind):
+                raise InvalidType(name, expected=f"a {kind.__name__}", got=repr(value))
+        if not _is_count(self.prefix) or self.prefix < 0:
+            raise InvalidArgument("prefix", expected="a number of tokens, 0 or more", got=repr(self.prefix))
+        if not (self.grid is None or _is_grid(self.grid)):
+            raise InvalidArgument("grid", expected="(height, width), two positive integers", got=repr(self.grid))
         if self.grid is not None and self.prefix + self.grid[0] * self.grid[1] != self.weights.shape[-1]:
             raise InvalidArgument(
                 "grid",
@@ -63,3 +73,11 @@ class Routing:
     def detach(self) -> "Routing":
         """The same routing in float32 on the CPU, cut from the graph: what pictures and reports want."""
         return replace(self, weights=self.weights.detach().float().cpu())
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int | SymInt) and not isinstance(value, bool)
+
+
+def _is_grid(value: object) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and all(_is_count(side) and side > 0 for side in value)

@@ -11,7 +11,7 @@ from narrows.layers.initialisation import reset_submodules
 from narrows.layers.perceiver_resampler import feed_forward
 from narrows.ops.media_attention import Attend, LastMedium, VisibleMedia, media_attention, media_attention_weights
 from narrows.routing import Routing
-from narrows.validation import check_mask, check_positive, check_tokens
+from narrows.validation import check_mask, check_positive, check_tokens, checked
 
 LAST_MEDIUM = LastMedium()
 
@@ -68,6 +68,7 @@ class MaskedCrossAttention(nn.Module):
     Paper: Alayrac et al. 2022, Flamingo: a Visual Language Model for Few-Shot Learning, arXiv 2204.14198.
     """
 
+    @checked
     def __init__(
         self,
         dim: int,
@@ -216,6 +217,7 @@ class GatedCrossAttentionBlock(nn.Module):
     Paper: Alayrac et al. 2022, Flamingo: a Visual Language Model for Few-Shot Learning, arXiv 2204.14198.
     """
 
+    @checked
     def __init__(
         self,
         dim: int,

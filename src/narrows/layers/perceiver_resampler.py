@@ -16,7 +16,7 @@ from narrows.ops.perceiver_resampler import (
     time_embeddings,
 )
 from narrows.routing import Routing
-from narrows.validation import check_choice, check_mask, check_positive, check_tokens, why_not_plain
+from narrows.validation import check_choice, check_mask, check_positive, check_tokens, checked, why_not_plain
 
 
 class SquaredReLU(nn.Module):
@@ -222,6 +222,7 @@ class PerceiverResampler(nn.Module):
     Paper: Alayrac et al. 2022, Flamingo: a Visual Language Model for Few-Shot Learning, arXiv 2204.14198.
     """
 
+    @checked
     def __init__(
         self,
         dim: int,

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from narrows.errors import InvalidArgument
 from narrows.ops.separable_attention import (
+    IMPLEMENTATIONS,
     WindowOrder,
     depthwise_attention,
     from_windows,
@@ -17,7 +18,7 @@ from narrows.ops.separable_attention import (
     window_token_attention,
 )
 from narrows.routing import Routing
-from narrows.validation import check_mask, check_positive, check_tokens
+from narrows.validation import check_choice, check_mask, check_positive, check_share, check_tokens, checked
 
 NORM_EPS = 1e-6
 
@@ -60,6 +61,7 @@ class SeparableAttention(nn.Module):
     torch.Size([1, 14, 25, 64])
     """
 
+    @checked
     def __init__(
         self,
         dim: int,
@@ -74,8 +76,10 @@ class SeparableAttention(nn.Module):
     ) -> None:
         super().__init__()
         check_positive(dim=dim, heads=heads, window_size=window_size)
+        check_choice("impl", impl, ("auto", *IMPLEMENTATIONS))
         if dim % heads:
             raise InvalidArgument("heads", expected=f"a divisor of dim = {dim}", got=heads)
+        check_positive(**{f"window_grid[{axis}]": count for axis, count in enumerate(window_grid)})
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.dim, self.heads, self.window_size, self.impl = dim, heads, window_size, impl
         self.norm = nn.LayerNorm(dim, eps=NORM_EPS, **factory)
@@ -204,6 +208,7 @@ class UpstreamSeparableAttention(nn.Module):
     torch.Size([1, 14, 28, 64])
     """
 
+    @checked
     def __init__(
         self,
         dim: int,
@@ -219,8 +224,8 @@ class UpstreamSeparableAttention(nn.Module):
     ) -> None:
         super().__init__()
         check_positive(dim=dim, heads=heads, window_size=window_size, head_dim=head_dim)
-        if not 0 <= dropout < 1:
-            raise InvalidArgument("dropout", expected="a share in [0, 1)", got=dropout)
+        check_share(dropout=dropout)
+        check_choice("impl", impl, ("auto", *IMPLEMENTATIONS))
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         inner = heads * head_dim
         self.dim, self.heads, self.window_size = dim, heads, window_size

@@ -13,7 +13,7 @@ from narrows.layers.initialisation import detached_under_no_grad, draw_, reset_s
 from narrows.ops.slot_attention import SlotAttentionResult, slot_attention
 from narrows.precision import at_least_float32, autocast_off, compute_dtype, is_transformed
 from narrows.routing import Routing
-from narrows.validation import as_tokens, check_choice, check_mask, check_positive, check_tokens, why_not_plain
+from narrows.validation import as_tokens, check_choice, check_mask, check_positive, check_tokens, checked, why_not_plain
 
 IMPLEMENTATIONS = ("reference", "mixed", "absorbed")
 
@@ -76,6 +76,7 @@ class SlotAttention(nn.Module):
     https://arxiv.org/abs/2006.15055
     """
 
+    @checked
     def __init__(
         self,
         dim: int,

@@ -23,7 +23,7 @@ from narrows.ops.soft_moe import (
 )
 from narrows.precision import accumulation_dtype, compute_dtype
 from narrows.routing import Routing
-from narrows.validation import as_tokens, check_choice, check_positive
+from narrows.validation import as_tokens, check_choice, check_positive, checked
 
 STACKED = ("gelu", "geglu")
 
@@ -385,6 +385,7 @@ class SoftMoE(_SoftMixture):
     Puigcerver et al., "From Sparse to Soft Mixtures of Experts", 2023: https://arxiv.org/abs/2308.00951
     """
 
+    @checked
     def __init__(
         self,
         dim: int,
@@ -472,6 +473,7 @@ class DynamicSlotsSoftMoE(_SoftMixture):
     https://arxiv.org/abs/2308.00951
     """
 
+    @checked
     def __init__(
         self,
         dim: int,

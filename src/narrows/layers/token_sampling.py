@@ -9,6 +9,8 @@ from torch.nn import functional as F
 
 from narrows.errors import ImplementationUnavailable, InvalidArgument
 from narrows.ops.token_sampling import (
+    GUMBEL_IMPLEMENTATIONS,
+    QUANTILE_IMPLEMENTATIONS,
     SampledTokens,
     TokenSample,
     gather_tokens,
@@ -17,7 +19,15 @@ from narrows.ops.token_sampling import (
     sampled_attention,
 )
 from narrows.routing import Routing
-from narrows.validation import check_choice, check_mask, check_positive, check_tokens, why_not_plain
+from narrows.validation import (
+    check_choice,
+    check_generator,
+    check_mask,
+    check_positive,
+    check_tokens,
+    checked,
+    why_not_plain,
+)
 
 __all__ = ["AdaptiveTokenSampler", "SampledAttention", "SampledTokens", "TokenSample", "one_hot_routing"]
 
@@ -44,12 +54,15 @@ class AdaptiveTokenSampler(nn.Module):
     tensor([[1, 2, 4]])
     """
 
+    @checked
     def __init__(
         self, num_tokens: int, *, sampling: str = "quantile", sample_always: bool = False, impl: str = "auto"
     ) -> None:
         super().__init__()
         check_positive(num_tokens=num_tokens)
         check_choice("sampling", sampling, ("quantile", "gumbel"))
+        choices = QUANTILE_IMPLEMENTATIONS if sampling == "quantile" else GUMBEL_IMPLEMENTATIONS
+        check_choice("impl", impl, ("auto", *choices))
         self.num_tokens, self.sampling, self.sample_always, self.impl = num_tokens, sampling, sample_always, impl
 
     def forward(
@@ -71,6 +84,7 @@ class AdaptiveTokenSampler(nn.Module):
         Returns:
             `ids [B, K]` in raster order and `mask [B, K]`.
         """
+        check_generator(generator)
         capacity = self.num_tokens if num_tokens is None else num_tokens
         options = {"sample_always": self.sample_always, "impl": self.impl}
         if self.sampling == "gumbel":
@@ -104,6 +118,7 @@ class SampledAttention(nn.Module):
         dtype: of the parameters.
     """
 
+    @checked
     def __init__(
         self,
         dim: int,

@@ -24,7 +24,7 @@ from narrows.layers.slot_attention import (
 from narrows.ops.slot_attention import read_slots, slot_attention, token_weights
 from narrows.precision import at_least_float32, autocast_off, compute_dtype
 from narrows.routing import Routing
-from narrows.validation import as_tokens, check_choice, check_positive, why_not_plain
+from narrows.validation import as_tokens, check_choice, check_positive, checked, why_not_plain
 
 
 class TwoWaySlotAttentionOutput(NamedTuple):
@@ -83,6 +83,7 @@ class TwoWaySlotAttention(nn.Module):
     (torch.Size([2, 5, 64]), torch.Size([2, 100, 64]), torch.Size([2, 5, 100]))
     """
 
+    @checked
     def __init__(
         self,
         dim: int,

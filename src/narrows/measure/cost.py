@@ -12,6 +12,7 @@ from narrows.errors import InvalidArgument, InvalidType
 from narrows.measure.macs import macs_per_sample
 from narrows.measure.memory import peak_memory
 from narrows.measure.speed import Spread, Timing, compare_speed
+from narrows.validation import check_positive, checked
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Cost:
         )
 
 
+@checked
 def measure(
     model: nn.Module,
     inputs: Tensor | tuple[Any, ...] | Mapping[str, Any],
@@ -79,6 +81,9 @@ def measure(
         InvalidType: `inputs` holds no tensor.
         InvalidArgument: the batch is empty, or the model is on another device.
     """
+    check_positive(repeats=repeats)
+    if warmup < 0:
+        raise InvalidArgument("warmup", expected="0 or more", got=warmup)
     keywords = dict(inputs) if isinstance(inputs, Mapping) else {}
     positional = () if isinstance(inputs, Mapping) else inputs if isinstance(inputs, tuple) else (inputs,)
     first = _first_tensor((*positional, *keywords.values()))

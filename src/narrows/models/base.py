@@ -10,10 +10,11 @@ from huggingface_hub import PyTorchModelHubMixin, constants, hf_hub_download
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from narrows.errors import InvalidArgument, NarrowsError
+from narrows.errors import InvalidArgument, InvalidType, NarrowsError
 from narrows.files import replacing_folder
 from narrows.layers.initialisation import reset_submodules
 from narrows.routing import Routing
+from narrows.validation import check_tensor
 from narrows.weights import check_fits, config_text, load_strictly, misfits, read_config, read_file, write_safetensors
 
 MODEL_CARD = "README.md"
@@ -259,7 +260,12 @@ class ImageClassifier(SavedModel, pipeline_tag="image-classification"):
 
 
 def check_images(images: Tensor, channels: int) -> None:
-    """Raise unless `images` is `[B, channels, H, W]`."""
+    """Raise unless `images` are numbers `[B, channels, H, W]`."""
+    check_tensor("images", images, expected=f"a tensor [B, {channels}, H, W]")
+    if not images.is_floating_point():
+        raise InvalidType(
+            "images", expected="a floating-point tensor", got=f"dtype {images.dtype}", hint="Normalise them first."
+        )
     if images.ndim != 4 or images.shape[1] != channels:
         raise InvalidArgument(
             "images", expected=f"shape [B, C, H, W] with C = {channels}", got=f"shape {tuple(images.shape)}"

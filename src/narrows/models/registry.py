@@ -10,6 +10,7 @@ from narrows.errors import InvalidArgument
 from narrows.models import sepvit, upstream_sepvit, vit
 from narrows.models.base import ImageClassifier
 from narrows.models.features import FeaturePyramid
+from narrows.validation import checked
 from narrows.weights import read_config
 
 PRESETS: Mapping[type[ImageClassifier], Mapping[str, Mapping[str, Any]]] = {
@@ -21,6 +22,7 @@ PRESETS: Mapping[type[ImageClassifier], Mapping[str, Mapping[str, Any]]] = {
 TIMM_SPELLING = {"in_chans": "channels", "img_size": "image_size"}
 
 
+@checked
 def list_models(pattern: str = "*") -> list[str]:
     """Names that `create_model` takes, those that match a shell-style pattern.
 
@@ -40,6 +42,7 @@ def create_model(  # pyright: ignore[reportOverlappingOverload]
 def create_model(name: str, **kwargs: Any) -> ImageClassifier: ...
 
 
+@checked
 def create_model(
     name: str, *, features_only: bool = False, out_indices: int | Sequence[int] | None = None, **kwargs: Any
 ) -> ImageClassifier | FeaturePyramid:
@@ -62,6 +65,11 @@ def create_model(
     Raises:
         InvalidArgument: no such name, no such argument of that model, or features of a model without stages.
     """
+    if out_indices is not None and not features_only:
+        raise InvalidArgument("out_indices", expected="None without features_only=True", got=out_indices)
+    for theirs, ours in TIMM_SPELLING.items():
+        if theirs in kwargs and ours in kwargs:
+            raise InvalidArgument(theirs, expected=f"to be left out beside {ours}", got=kwargs[theirs])
     arguments = {TIMM_SPELLING.get(argument, argument): value for argument, value in kwargs.items()}
     for architecture, presets in PRESETS.items():
         if name in presets:

@@ -18,7 +18,7 @@ from narrows.models.blocks import FeedForward
 from narrows.models.features import take_indices
 from narrows.models.stages import StageShape, stage_shapes
 from narrows.ops.separable_attention import WindowOrder
-from narrows.validation import check_choice, check_mask, check_positive
+from narrows.validation import check_choice, check_mask, check_positive, checked
 
 POOLS = ("avg", "max", "")
 
@@ -193,6 +193,7 @@ class SepViT(ImageClassifier):
             which one does not divide the next.
     """
 
+    @checked
     def __init__(
         self,
         *,

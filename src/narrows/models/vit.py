@@ -20,7 +20,7 @@ from narrows.models.base import ImageClassifier
 from narrows.models.blocks import Block, FeedForward, SelfAttention, TokenEmbedding, initialise_linear
 from narrows.ops.token_sampling import gather_tokens, restore
 from narrows.routing import Routing
-from narrows.validation import check_choice, check_positive
+from narrows.validation import check_choice, check_positive, check_share, checked
 
 POOLS = ("avg", "max", "token")
 
@@ -68,6 +68,7 @@ class TransformerClassifier(ImageClassifier):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         # Arguments that a constructor passes on in `**vit` are shown, checked and saved like those it names.
+        cls.__init__ = checked(cls.__init__)
         own = inspect.signature(cls.__init__).parameters
         if "vit" in own:
             passed_on = inspect.signature(TransformerClassifier.__init__).parameters
@@ -76,6 +77,7 @@ class TransformerClassifier(ImageClassifier):
             cls.__init__.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
         super().__init_subclass__(**kwargs)
 
+    @checked
     def __init__(
         self,
         blocks: Iterable[Callable[..., nn.Module]],
@@ -161,6 +163,7 @@ class ViT(TransformerClassifier):
         self, *, depth: int, dropout: float = 0.0, global_pool: str = "avg", **vit: Unpack[ViTArguments]
     ) -> None:
         check_positive(depth=depth)
+        check_share(dropout=dropout)
         super().__init__([partial(plain_block, dropout=dropout)] * depth, global_pool=global_pool, **vit)
 
 
@@ -344,6 +347,7 @@ class ATSViT(TransformerClassifier):
         **vit: Unpack[ViTArguments],
     ) -> None:
         check_positive(depth=depth, image_size=vit["image_size"], patch_size=vit["patch_size"])
+        check_share(dropout=dropout)
         if len(keep) != depth:
             raise InvalidArgument("keep", expected=f"one entry for each of the {depth} blocks", got=f"{len(keep)}")
 

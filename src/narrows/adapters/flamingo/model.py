@@ -28,7 +28,7 @@ from narrows.layers.perceiver_resampler import PerceiverResampler
 from narrows.models.base import SavedWhole
 from narrows.ops.media_attention import Attend, LastMedium
 from narrows.routing import Routing
-from narrows.validation import check_choice
+from narrows.validation import check_choice, checked
 
 LAST_MEDIUM = LastMedium()
 PLACEMENTS = ("before", "after")
@@ -77,6 +77,7 @@ class Flamingo(
     Paper: Alayrac et al. 2022, Flamingo: a Visual Language Model for Few-Shot Learning, arXiv 2204.14198.
     """
 
+    @checked
     def __init__(
         self,
         language_model: nn.Module,

@@ -1,7 +1,9 @@
 """Adaptive token sampling (Fayyaz et al. 2022, arXiv 2111.15667)."""
 
 from narrows.ops.token_sampling.api import (
+    GUMBEL_IMPLEMENTATIONS,
     IMPLEMENTATIONS,
+    QUANTILE_IMPLEMENTATIONS,
     gumbel_sample,
     inverse_transform_sample,
     restore,
@@ -17,7 +19,9 @@ from narrows.ops.token_sampling.common import (
 )
 
 __all__ = [
+    "GUMBEL_IMPLEMENTATIONS",
     "IMPLEMENTATIONS",
+    "QUANTILE_IMPLEMENTATIONS",
     "Queries",
     "SampledTokens",
     "Sampler",
