@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from narrows.errors import NarrowsError
-from narrows.ops.slot_attention import IMPLEMENTATIONS, read_slots, slot_attention
+from narrows.ops.slot_attention import read_slots, slot_attention
+from tests.kernels import CHIPS, compile_for
 from tests.support import assert_close, assert_within_budget_on_average, gradients
 
-every_implementation = pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+every_implementation = pytest.mark.parametrize("impl", ["reference", "mixed"])  # kernels: interpreted_slot_attention.py
 Inputs = dict[str, Tensor]
 
 
@@ -152,7 +153,7 @@ def test_mixed_equals_reference(
     masks |= {"slot_mask": torch.rand(B, K) > 0.5} if absent else {}
     both = (
         outputs_and_gradients(partial(slot_attention, **masks, joint_heads=joint_heads, impl=impl), inputs)
-        for impl in IMPLEMENTATIONS
+        for impl in ("reference", "mixed")
     )
     for value, expected in zip(*both, strict=True):
         assert_close(value, expected, 1e-10)
@@ -271,10 +272,47 @@ def test_what_tokens_read_of_slots(impl: str, normalization: str, masked: bool) 
         ({"mask": torch.ones(2, 8, dtype=torch.bool)}, r"mask: expected shape \[B, N\] = \(2, 9\), got shape \(2, 8\)"),
         ({"slot_mask": torch.ones(2, 9, dtype=torch.bool)}, r"slot_mask: expected shape \[B, K\] = \(2, 4\), got"),
         ({"eps": 0.0}, "eps: expected a positive number, got 0.0"),
-        ({"impl": "fast"}, r"impl: expected one of \('auto', 'reference', 'mixed'\), got 'fast'"),
+        ({"impl": "fast"}, r"impl: expected one of \('auto', 'reference', 'mixed', 'triton'\), got 'fast'"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_messages(change: dict[str, Any], message: str) -> None:
     with pytest.raises(NarrowsError, match=message):
         slot_attention(**{**draw(), **change})
+
+
+# Dtype of tokens, slots of all heads, softmaxes: of what `Tiling.of` may choose, what needs most registers.
+TILINGS = [("bf16", 16, 1), ("bf16", 64, 4), ("fp16", 64, 4), ("fp32", 64, 4)]
+
+
+@pytest.mark.compiled  # Shape checks would wrap what Triton reads the source of.
+@pytest.mark.parametrize(("dtype", "rows", "softmaxes"), TILINGS, ids=str)
+def test_kernels_fit_into_registers(dtype: str, rows: int, softmaxes: int) -> None:
+    triton = pytest.importorskip("narrows.ops.slot_attention.triton")
+    of_torch = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
+    tiling = triton.Tiling.of(softmaxes, rows // softmaxes, 1024, of_torch, False)
+    assert (tiling.rows, tiling.softmaxes) == (rows, softmaxes)
+    constants = tiling.constants()
+    options = {"num_warps": constants.pop("num_warps"), "num_stages": constants.pop("num_stages")}
+    tokens = {"x", "readers", "grads", "grad_x"}
+    pointers = {"sums", "totals", "attention", "bias", "centres", "grad_attention", "grad_readers", "grad_bias"}
+    for kernel in (triton._read, triton._read_backward_rows, triton._read_backward_tokens):
+        types = dict.fromkeys(kernel.arg_names, "i32") | {"mask": "*i1", "slot_mask": "*i1"}
+        types |= {name: f"*{dtype}" if name in tokens else "*fp32" for name in {*tokens, *pointers} & {*types}}
+        types = {
+            name: "fp32" if name == "eps" else kind
+            for name, kind in types.items()
+            if not name.isupper() or len(name) == 1
+        }
+        for whole in (False, True) if kernel is triton._read and rows == 16 and dtype != "fp32" else (False,):
+            more = {"WHOLE": whole, "BLOCK_K": 256 if whole else tiling.inner} if kernel is triton._read else {}
+            for chip in CHIPS:
+                usage = compile_for(
+                    chip,
+                    kernel,
+                    types,
+                    constants | more,
+                    multiples_of_16=("D", "stride_b", "stride_n", "chunk"),
+                    **options,
+                )
+                assert usage.spilled == 0, (kernel.__name__, chip, usage)

@@ -1,23 +1,53 @@
 """Slot attention on queries, keys and values: K slots compete for N tokens, each reads a mean of what it wins."""
 
+import importlib.util
+import os
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from narrows.errors import InvalidArgument
+from narrows.errors import ImplementationUnavailable, InvalidArgument
 from narrows.ops.dispatch import Implementation
 from narrows.ops.slot_attention import mixed, reference
 from narrows.ops.slot_attention.common import token_weights
-from narrows.precision import accumulation_dtype, autocast_off
+from narrows.precision import accumulation_dtype, autocast_off, is_transformed
 from narrows.validation import check_choice, check_mask, check_tokens
+
+
+def _why_no_kernels() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        return "there is no CUDA device, and TRITON_INTERPRET=1 is not set"
+    return None
+
+
+def _run_kernels(
+    queries: Float[Tensor, "B H K D"],
+    bias: Float[Tensor, "B H K"] | None,
+    keys: Float[Tensor, "B 1 N D"],
+    _values: Float[Tensor, "B 1 N D"],
+    mask: Bool[Tensor, "B N"] | None,
+    slot_mask: Bool[Tensor, "B K"] | None,
+    joint_heads: bool,
+    eps: float,
+) -> tuple[Float[Tensor, "B H K D"], Float[Tensor, "B H K N"]]:
+    from narrows.ops.slot_attention import triton
+
+    return triton.read(keys[:, 0], queries, bias, mask, slot_mask, joint_heads=joint_heads, eps=eps)  # pyright: ignore[reportReturnType]
+
 
 IMPLEMENTATIONS: Mapping[str, Implementation] = MappingProxyType(
     {
         "reference": Implementation(reference.slot_attention, "lines 7 and 8 of Algorithm 1, in float32 or better"),
         "mixed": Implementation(mixed.slot_attention, "products in the dtype of the keys, one grid kept for backward"),
+        "triton": Implementation(
+            _run_kernels, "kernels for CUDA: one pass over the tokens, no grid kept for backward", _why_no_kernels
+        ),
     }
 )
 
@@ -63,14 +93,17 @@ def slot_attention(
         joint_heads: one softmax over slots and heads together, rather than one per head.
         eps: added to the attention before it is averaged over tokens, positive: a slot that won nothing reads the plain
             mean.
-        impl: "reference" computes in float32 or better; "mixed", which "auto" takes, multiplies in the dtype of the
-            keys, computes the softmax and all sums in float32 or better, and keeps for backward one `[B, H, K, N]`.
+        impl: "reference" computes in float32 or better; "mixed" multiplies in the dtype of the keys, computes the
+            softmax and all sums in float32 or better, and keeps for backward one `[B, H, K, N]`; "triton" does so in
+            kernels that keep nothing of that size, for values that are the keys and for one derivative. "auto" takes
+            "triton" for what it can read on a CUDA device, and "mixed" otherwise and under `torch.export`.
 
     Returns:
         Both in float32, or in float64 where an argument is. A sample without any real token has read zeros.
 
     Raises:
         InvalidArgument, InvalidType: an argument of the wrong shape, dtype or value.
+        ImplementationUnavailable: `impl="triton"` where the kernels cannot run.
 
     Locatello et al., Object-Centric Learning with Slot Attention, NeurIPS 2020, https://arxiv.org/abs/2006.15055.
     """
@@ -90,8 +123,31 @@ def slot_attention(
     check_choice("impl", impl, ("auto", *IMPLEMENTATIONS))
     if scale != 1:
         queries = queries * (queries.shape[-1] ** -0.5 if scale is None else scale)
-    run = IMPLEMENTATIONS["mixed" if impl == "auto" else impl].run
-    return SlotAttentionResult(*run(queries, bias, keys, values, mask, slot_mask, joint_heads, eps))
+    if impl == "auto":
+        on_gpu = keys.is_cuda and not torch.compiler.is_exporting()
+        impl = "triton" if on_gpu and why_not_triton(queries, keys, values) is None else "mixed"
+    elif impl == "triton" and (reason := _why_no_kernels() or why_not_triton(queries, keys, values)) is not None:
+        raise ImplementationUnavailable(
+            f"slot_attention: impl='triton' cannot run here: {reason}. Use impl='auto', or see `narrows info`."
+        )
+    return SlotAttentionResult(
+        *IMPLEMENTATIONS[impl].run(queries, bias, keys, values, mask, slot_mask, joint_heads, eps)
+    )
+
+
+def why_not_triton(
+    queries: Float[Tensor, "B H K E"], keys: Float[Tensor, "B G N E"], values: Float[Tensor, "B G N V"]
+) -> str | None:
+    """The reason why the kernels cannot take these tensors, or None where they can. The machine is not asked."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if values is not keys or keys.shape[1] != 1:
+        return "it reads values that are the keys, and the same for all heads"
+    if is_transformed(queries, keys):
+        return "it has one derivative, and no rule for torch.func or forward-mode differentiation"
+    from narrows.ops.slot_attention import triton
+
+    return triton.why_not(keys, queries.shape[1], queries.shape[2])
 
 
 def read_slots(
