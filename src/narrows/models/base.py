@@ -1,5 +1,6 @@
 """Base classes: of everything that is saved to a folder, and of image classifiers."""
 
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -231,11 +232,13 @@ class ImageClassifier(SavedModel, pipeline_tag="image-classification"):
         """
         recorded: list[Routing] = []
         names = {module: name for name, module in self.named_modules()}
-        asking = False
+        asking, thread = False, threading.get_ident()
 
-        def ask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # Without keywords it is called where another thread takes its hook away meanwhile.
+        def ask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
             nonlocal asking
-            if asking:  # a routing() that calls submodules must not record those again
+            # A routing() that calls submodules must not record those again; other threads run the model too.
+            if asking or kwargs is None or threading.get_ident() != thread:
                 return
             asking = True
             answer: Routing = module.routing(*args, **kwargs)  # pyright: ignore[reportCallIssue]
