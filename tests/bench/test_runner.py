@@ -4,9 +4,11 @@ import ctypes
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,9 +17,10 @@ from torch import Tensor, nn
 import narrows.bench
 from narrows.bench import runner
 from narrows.bench.case import BenchCase, Contest
-from narrows.bench.rows import Row, describe, rival_version
+from narrows.bench.rows import Row, describe, rival_version, table
 from narrows.bench.runner import MissingRival, find_cases, race, run
 from narrows.errors import InvalidArgument, NarrowsError
+from narrows.measure import compare_speed
 
 CPU = torch.device("cpu")
 
@@ -189,6 +192,152 @@ def test_gradients_do_not_pile_up_on_the_modules() -> None:
     ours = Scale()
     rows_of(case(ours, Scale()))
     assert ours.factor.grad is None
+
+
+class Rough(Scale):
+    """Rounds what a low precision would keep, not so its gradient."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y if y.dtype == torch.float32 else y + ((4 * y).round() / 4 - y).detach()
+
+
+def test_in_low_precision_both_are_cast_and_compared_with_float32() -> None:
+    ours, rival = Scale(), Scale()
+    row = rows_of(case(ours, rival), dtype=torch.bfloat16)["forward"]
+    assert row.dtype == "bfloat16"
+    assert row.ratio_p50 is not None
+    assert (ours.factor.dtype, rival.factor.dtype) == (torch.bfloat16, torch.bfloat16)
+    worse = rows_of(case(Rough(), Scale()), dtype=torch.bfloat16)["agreement"]
+    assert worse.verdict == "disagrees"
+    assert re.search(r"output in torch.bfloat16 is off float32 by .*, twice the rival's", worse.note)
+    assert "agreement" not in rows_of(case(Scale(), Rough()), dtype=torch.bfloat16)
+
+
+def test_outputs_that_differ_by_design_have_to_be_finite_in_low_precision() -> None:
+    settings = {"tolerance": None, "why_not_equal": "other tokens"}
+    assert "agreement" not in rows_of(case(Rough(), Scale(), **settings), dtype=torch.bfloat16)
+    row = rows_of(case(NotANumber(), Scale(), **settings), dtype=torch.bfloat16)["agreement"]
+    assert row.note == "output is not finite"
+
+
+def test_noise_is_the_same_in_every_precision() -> None:
+    assert "agreement" not in rows_of(case(Noisy(), Noisy()), dtype=torch.bfloat16)
+
+
+class TestOnAGpu:
+    """With stand-ins for what asks the GPU."""
+
+    @pytest.fixture(autouse=True)
+    def _gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.captured: list[object] = []
+
+        def captured(call: Callable[[], object], device: torch.device) -> Callable[[], object]:
+            call()
+            self.captured.append(call)
+            return call
+
+        monkeypatch.setattr(runner.gpu, "captured", captured)
+
+    def test_graphs_are_timed_in_place_of_the_calls_and_save_nothing(self) -> None:
+        rows = list(race(case(Scale(), Scale()), CPU, modes=("eager", "graph"), repeats=1))
+        assert [(row.mode, row.quantity) for row in rows][3:] == [("graph", "forward"), ("graph", "forward+backward")]
+        assert len(self.captured) == 4
+
+    def test_what_cannot_be_captured_is_a_row_and_the_next_mode_runs(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuses(call: Callable[[], object], device: torch.device) -> Callable[[], object]:
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+        monkeypatch.setattr(runner.gpu, "captured", refuses)
+        monkeypatch.setattr(nn.Module, "compile", lambda module: None)
+        rows = list(race(case(Scale(), Scale()), CPU, modes=("graph", "compiled"), repeats=1))
+        assert (rows[0].mode, rows[0].verdict) == ("graph", "failed")
+        assert rows[0].note == (
+            "RuntimeError: narrows cannot be captured as a CUDA graph: "
+            "RuntimeError: operation not permitted when stream is capturing"
+        )
+        assert [row.mode for row in rows[1:]] == ["compiled"] * 3
+
+    def test_launches_and_peaks_are_columns(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        # The device says "cuda" where the runner looks, and tensors stay here.
+        cuda = torch.device("cuda")
+        monkeypatch.setattr(runner.gpu, "kernels_of", lambda call, device: 61)
+        monkeypatch.setattr(runner, "peak_memory", lambda call, device: 2**20)
+        monkeypatch.setattr(runner, "describe", lambda device: {**describe(CPU), "device": "cuda"})
+        monkeypatch.setattr(runner, "compare_speed", lambda calls, **_: compare_speed(calls, repeats=1))
+        fair = case(Scale(), Scale())
+        here = replace(fair, prepare=lambda device: fair.prepare(CPU))
+        rows = list(race(here, cuda, modes=("eager", "graph")))
+        assert [(row.narrows_launches, row.rival_peak) for row in rows] == [
+            (61, 2**20), (61, 2**20), (None, None), (61, None), (61, None),
+        ]  # fmt: skip
+        head, _, first, *_ = table(rows).splitlines()
+        assert head.split()[-2:] == ["launches", "peak"]
+        assert re.search(r"61 / 61 +1 / 1 MiB$", first)
+
+    def test_bfloat16_in_all_modes_is_what_runs_by_default(self, room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        asked = []
+        monkeypatch.setattr(runner, "race", lambda case, device, **options: asked.append(options) or [])
+        run("fake/a", device="cuda")
+        run("fake/a", device="cuda", dtype="float32", modes=["compiled", "eager"])
+        run("fake/a")
+        assert [(options["dtype"], options["modes"]) for options in asked] == [
+            (torch.bfloat16, ["eager", "graph", "compiled"]),
+            (torch.float32, ["eager", "compiled"]),
+            (torch.float32, ["eager"]),
+        ]
+
+
+@pytest.mark.usefixtures("room")
+class TestQuick:
+    @pytest.fixture(autouse=True)
+    def _usual(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(runner, "USUAL", ("other/a", "fake/a"))
+
+    def test_usual_cases_in_their_order_and_compiled_last(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        asked = []
+        monkeypatch.setattr(
+            runner, "race", lambda case, device, **options: asked.append((case.name, options["modes"])) or []
+        )
+        run(quick=True, device="cuda")
+        uncompiled, compiled = ["eager", "graph"], ["compiled"]
+        names = ("other/a", "fake/a")
+        assert asked == [*((name, uncompiled) for name in names), *((name, compiled) for name in names)]
+
+    def test_time_is_kept_and_what_was_not_reached_is_said(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        def slow(case: BenchCase, device: torch.device, **_: object) -> Iterator[Row]:
+            while True:
+                time.sleep(0.01)
+                yield from ()
+
+        monkeypatch.setattr(runner, "race", slow)
+        monkeypatch.setattr(runner, "QUICK_SECONDS", 0.5)
+        monkeypatch.setattr(runner, "LEAST_SECONDS", 0.3)
+        start = time.monotonic()
+        assert run(quick=True) == []
+        assert time.monotonic() - start < 5
+        assert "Not measured within the time: other/a (eager; begun); fake/a (eager)" in capsys.readouterr().err
+
+    def test_every_usual_case_exists_on_a_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.undo()
+        names = [case.name for case in find_cases(device="cuda")]
+        assert set(runner.USUAL) <= set(names)
+        assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"modes": ["graph"]}, "modes: expected some of eager, compiled on cpu, got graph"),
+        ({"dtype": "int8"}, "dtype: expected one of bfloat16, float16, float32, got 'int8'"),
+    ],
+    ids=["mode", "dtype"],
+)
+def test_modes_and_dtypes_that_there_are_not(options: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(InvalidArgument, match=complaint):
+        run(**options)
 
 
 @pytest.mark.compiled

@@ -105,8 +105,10 @@ def _row() -> Row:
 
 def test_bench_races_and_prints(asked, capsys):
     seen = asked(runner, "run", [_row()])
-    assert main(["bench", "slots*", "--repeats", "3", "--record", "results"]) == 0
-    assert seen == {"pattern": "slots*", "device": "cpu", "compile": None, "repeats": 3, "record": "results"}
+    options = ["--repeats", "3", "--record", "results", "--quick", "--modes", "eager,graph"]
+    assert main(["bench", "slots*", *options]) == 0
+    expected = {**_defaults(runner.run), "pattern": "slots*", "repeats": 3, "record": "results"}
+    assert seen == {**expected, "quick": True, "modes": ["eager", "graph"]}
     assert "slots/small  eager  forward" in capsys.readouterr().out
 
 

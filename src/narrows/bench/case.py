@@ -19,6 +19,11 @@ class Contest(NamedTuple):
             entry, at which they still count as the same; None where outputs are not comparable (and `why_not_equal`
             of the case must say why).
         inputs: tensors whose gradients are taken in the backward pass; parameters' gradients are taken as well.
+        others: floating-point tensors that the call reads besides; they follow the inputs into another dtype.
+        continuous: whether rounding moves the output a little. A choice of tokens may fall otherwise in low precision,
+            which then is not compared with float32.
+
+    Modules and tensors are made in float32.
     """
 
     narrows: nn.Module
@@ -26,6 +31,8 @@ class Contest(NamedTuple):
     call: Callable[[nn.Module], Tensor]
     inputs: tuple[Tensor, ...]
     tolerance: float | None = 1e-4
+    others: tuple[Tensor, ...] = ()
+    continuous: bool = True
 
 
 # What a layer promises against the package it replaces, on every machine.

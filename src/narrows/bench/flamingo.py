@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from narrows.bench.case import NEVER_SLOWER, BenchCase, Contest
 from narrows.checkpoints import from_upstream
-from narrows.layers.gated_cross_attention import GatedCrossAttentionBlock
+from narrows.layers.gated_cross_attention import GatedCrossAttentionBlock, MediaKeysValues
 
 DIM, TEXT, LATENTS = 1024, 2048, 64
 
@@ -24,7 +24,14 @@ SEGMENTS = {"equal": equal_segments, "ragged": ragged_segments, "previous": equa
 
 
 def text_reads(
-    num_media: int, segments: str, *, saved: float | None = None, rival: str = "MaskedCrossAttention"
+    num_media: int,
+    segments: str,
+    *,
+    batch: int = 1,
+    dim: int = DIM,
+    saved: float | None = None,
+    rival: str = "MaskedCrossAttention",
+    device: str | None = None,
 ) -> BenchCase:
     """Text of 2048 tokens and 64 latents for each medium; its last medium, or with "previous" all before it."""
 
@@ -32,13 +39,13 @@ def text_reads(
         from flamingo_pytorch import flamingo_pytorch
 
         torch.manual_seed(0)
-        module = getattr(flamingo_pytorch, rival)(dim=DIM, only_attend_immediate_media=segments != "previous")
+        module = getattr(flamingo_pytorch, rival)(dim=dim, only_attend_immediate_media=segments != "previous")
         for name, parameter in module.named_parameters():
             if name.endswith("gate"):
                 nn.init.constant_(parameter, 0.5)
-        text = torch.randn(1, TEXT, DIM, device=device)
-        media = torch.randn(1, num_media, LATENTS, DIM, device=device)
-        locations = torch.zeros(1, TEXT, dtype=torch.bool).index_fill(1, SEGMENTS[segments](num_media), True)
+        text = torch.randn(batch, TEXT, dim, device=device)
+        media = torch.randn(batch, num_media, LATENTS, dim, device=device)
+        locations = torch.zeros(batch, TEXT, dtype=torch.bool).index_fill(1, SEGMENTS[segments](num_media), True)
         locations = locations.to(device)
         module.to(device)
         return Contest(
@@ -47,14 +54,15 @@ def text_reads(
 
     name = "gated_block" if rival == "GatedCrossAttentionBlock" else "masked_cross_attention"
     return BenchCase(
-        f"{name}/{TEXT}x{DIM}/{num_media}-media/{segments}",
+        f"{name}/{'' if batch == 1 else f'{batch}x'}{TEXT}x{dim}/{num_media}-media/{segments}",
         f"flamingo_pytorch.{rival}",
         prepare,
         {**NEVER_SLOWER, "saved": saved} if saved else NEVER_SLOWER,
+        device=device,
     )
 
 
-def resampler(num_media: int, num_tokens: int) -> BenchCase:
+def resampler(num_media: int, num_tokens: int, *, batch: int = 1, device: str | None = None) -> BenchCase:
     """Six layers on several media."""
 
     def prepare(device: torch.device) -> Contest:
@@ -62,11 +70,11 @@ def resampler(num_media: int, num_tokens: int) -> BenchCase:
 
         torch.manual_seed(0)
         rival = PerceiverResampler(dim=DIM, depth=6, num_media_embeds=num_media).to(device)
-        media = torch.randn(1, num_media, num_tokens, DIM, device=device)
+        media = torch.randn(batch, num_media, num_tokens, DIM, device=device)
         return Contest(from_upstream(rival), rival, lambda module: module(media), (media,))
 
-    name = f"perceiver_resampler/{num_media}x{num_tokens}x{DIM}"
-    return BenchCase(name, "flamingo_pytorch.PerceiverResampler", prepare, NEVER_SLOWER)
+    name = f"perceiver_resampler/{'' if batch == 1 else f'{batch}x'}{num_media}x{num_tokens}x{DIM}"
+    return BenchCase(name, "flamingo_pytorch.PerceiverResampler", prepare, NEVER_SLOWER, device=device)
 
 
 class _Decoding(nn.Module):
@@ -74,12 +82,14 @@ class _Decoding(nn.Module):
 
     def __init__(self, block: GatedCrossAttentionBlock, media: Tensor, *, last_alone: bool) -> None:
         super().__init__()
+        self.block = block
         with torch.no_grad():
-            self.block, self.kept = block, block.keys_values(media[:, -1:] if last_alone else media)
+            kept = block.keys_values(media[:, -1:] if last_alone else media)
+        self.key, self.value = nn.Buffer(kept.key), nn.Buffer(kept.value)
 
     def forward(self, text: Tensor, media: Tensor) -> Tensor:
         """The token after the block; `media` is what upstream needs again at each of them."""
-        return self.block(text, self.kept)
+        return self.block(text, MediaKeysValues(self.key, self.value, None))
 
 
 def decode_step(num_media: int, reads: str) -> BenchCase:
@@ -97,7 +107,7 @@ def decode_step(num_media: int, reads: str) -> BenchCase:
         assert isinstance(block, GatedCrossAttentionBlock)
         ours = _Decoding(block, media, last_alone=reads == "last").to(device)
         tolerance = None if reads == "last" else 1e-4
-        return Contest(ours, rival, lambda module: module(text, media), (text,), tolerance)
+        return Contest(ours, rival, lambda module: module(text, media), (text,), tolerance, others=(media,))
 
     alone = "Upstream's token has no time of its own and reads all media at the same cost; ours reads the last one."
     return BenchCase(
@@ -121,4 +131,7 @@ CASES = (
     decode_step(4, "last"),
     text_reads(32, "ragged", rival="GatedCrossAttentionBlock"),
     resampler(8, 256),
+    text_reads(32, "equal", batch=4, dim=2048, device="cuda"),
+    text_reads(32, "ragged", batch=4, dim=2048, device="cuda"),
+    resampler(4, 256, batch=16, device="cuda"),
 )

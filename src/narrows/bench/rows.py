@@ -54,6 +54,10 @@ class Row:
     ratio_p80: float | None = None
     target: float | None = None
     note: str = ""
+    narrows_launches: int | None = None
+    rival_launches: int | None = None
+    narrows_peak: int | None = None
+    rival_peak: int | None = None
 
 
 COLUMNS = tuple(field.name for field in fields(Row))
@@ -85,10 +89,24 @@ def record(rows: Iterable[Row], folder: str | Path) -> list[Path]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Rows as text: medians of both, their ratio with its 20th and 80th percentile, the target and the verdict."""
+    """Rows as text: medians of both, their ratio with its 20th and 80th percentile, the target and the verdict.
+
+    Rows of a GPU also say how many kernels are launched and the peak of memory, each "rival / narrows".
+    """
     head = ("case", "mode", "quantity", "rival", "narrows", "ratio", "target", "verdict")
+    on_gpu = ("launches", "peak") if any(row.device == "cuda" for row in rows) else ()
     notes = dict.fromkeys(f"{row.case} ({row.mode}): {row.note}" for row in rows if row.note)
-    return "\n".join((text_table(head, [_cells(row) for row in rows]), *notes))
+    cells = [(*_cells(row), *_on_gpu(row)[: len(on_gpu)]) for row in rows]
+    return "\n".join((text_table((*head, *on_gpu), cells), *notes))
+
+
+def _on_gpu(row: Row) -> tuple[str, str]:
+    launches = peak = ""
+    if row.rival_launches is not None and row.narrows_launches is not None:
+        launches = f"{row.rival_launches} / {row.narrows_launches}"
+    if row.rival_peak is not None and row.narrows_peak is not None:
+        peak = f"{row.rival_peak / 2**20:.0f} / {row.narrows_peak / 2**20:.0f} MiB"
+    return launches, peak
 
 
 def _cells(row: Row) -> tuple[object, ...]:

@@ -2,26 +2,50 @@
 
 import importlib
 import pkgutil
+import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from functools import partial
 from math import inf
 from pathlib import Path
+from threading import current_thread, main_thread
+from time import monotonic
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import narrows.bench
+from narrows.bench import gpu
+from narrows.bench.agreement import SEED, disagreement, precision_lost, result_of
 from narrows.bench.case import BenchCase, Contest
 from narrows.bench.rows import Row, describe, rival_version
 from narrows.bench.rows import record as record_rows
 from narrows.errors import InvalidArgument, NarrowsError
-from narrows.measure import Spread, compare_speed, saved_for_backward
+from narrows.measure import Spread, compare_speed, peak_memory, saved_for_backward
 
-SEED = 0
+MODES = ("eager", "graph", "compiled")
+DTYPES = ("bfloat16", "float16", "float32")
+# Six minutes, less what comes before a quick run and what in it cannot be stopped at once; and too little to begin.
+QUICK_SECONDS, LEAST_SECONDS = 320.0, 5.0
+# What a quick run races, in this order.
+USUAL = (
+    "slot_attention/SlotAttention/64x1369x256/slots7",
+    "slot_attention/SlotAttention/64x4096x256/slots16",
+    "slot_attention/SlotAttentionExperimental/16x4096x256/slots16",
+    "perceiver_resampler/16x4x256x1024",
+    "masked_cross_attention/4x2048x2048/32-media/equal",
+    "soft_moe/dynamic/64x196x384/experts28",
+    "soft_moe/fixed/64x256x768/experts128x2",
+    "sepvit/96-192-384-768/224px/batch64",
+    "sepvit_tiny/swin_tiny_patch4_window7_224/224px/batch128",
+    "token_sampling/vit/224px/batch128",
+    *(f"token_reduction/deit_small/224px/batch256/{method}" for method in ("topk", "ats", "tome")),
+    "token_reduction/deit_small/224px/batch1/topk",
+    *(f"token_reduction/vit_large/384px/batch64/{method}" for method in ("topk", "ats", "tome")),
+)
 RIVALS = "slot-attention soft-moe-pytorch vit-pytorch flamingo-pytorch timm"
 
 
@@ -60,8 +84,10 @@ def run(
     pattern: str = "*",
     *,
     device: str = "cpu",
-    compile: bool | None = None,
+    dtype: str | None = None,
+    modes: Sequence[str] = (),
     repeats: int = 9,
+    quick: bool = False,
     record: str | Path | None = None,
 ) -> list[Row]:
     """Time narrows and its rivals side by side, interleaved, after checking that both compute the same.
@@ -71,35 +97,68 @@ def run(
     Args:
         pattern: shell wildcard over the names of cases, for instance "slot_attention/*".
         device: where both run.
-        compile: race both under torch.compile too; by default on CUDA only.
+        dtype: in what precision both run, checked against float32; bfloat16 on CUDA and float32 elsewhere if None.
+        modes: "eager", "graph" (captured as a CUDA graph) and "compiled"; all three on CUDA and eager elsewhere if
+            empty.
         repeats: samples of each time.
+        quick: end within six minutes: the usual sizes on a GPU, first eager and captured, then compiled as far as time
+            allows.
         record: folder in which the rows are kept as CSV.
 
     Raises:
-        InvalidArgument: no case matches, or a case with no tolerance gives no reason.
+        InvalidArgument: no case matches, a case with no tolerance gives no reason, or no such mode or dtype here.
         MissingRival: a package to race against is not installed.
     """
-    place = torch.device(device)
-    modes = ("eager", "compiled") if compile or (compile is None and place.type == "cuda") else ("eager",)
+    started, place = monotonic(), torch.device(device)
+    modes, kind = _modes(modes, place), _dtype(dtype, place)
+    cases = find_cases(pattern, device=place.type)
+    if quick:
+        usual = {name: index for index, name in enumerate(USUAL)}
+        cases = sorted((case for case in cases if case.name in usual), key=lambda case: usual[case.name]) or cases
     rows: list[Row] = []
-    for case in find_cases(pattern, device=place.type):
-        for row in race(case, place, modes=modes, repeats=repeats):
-            rows.append(row)
-            print(f"{row.case} ({row.mode}): {row.quantity} {row.verdict}".rstrip(), file=sys.stderr, flush=True)
-            if record is not None:
-                record_rows([row], record)
+
+    def take(row: Row) -> None:
+        rows.append(row)
+        print(f"{row.case} ({row.mode}): {row.quantity} {row.verdict}".rstrip(), file=sys.stderr, flush=True)
+        if record is not None:
+            record_rows([row], record)
+
+    unreached: list[str] = []
+    # Compiling takes longer than all the rest: what it would keep from being measured comes before it.
+    parts = [[mode for mode in modes if mode != "compiled"], [mode for mode in modes if mode == "compiled"]]
+    for part in filter(None, parts if quick else [modes]):
+        for case in cases:
+            left = QUICK_SECONDS - (monotonic() - started) if quick else None
+            if left is not None and left < LEAST_SECONDS:
+                unreached.append(f"{case.name} ({', '.join(part)})")
+                continue
+            try:
+                # Half of what is left: no case takes all of it from those behind.
+                with _at_most(None if left is None else left / 2):
+                    for row in race(case, place, modes=part, repeats=repeats, dtype=kind, quick=quick):
+                        take(row)
+            except _OutOfTime:
+                unreached.append(f"{case.name} ({', '.join(part)}; begun)")
+    if unreached:
+        print(f"Not measured within the time: {'; '.join(unreached)}", file=sys.stderr)
     if record is not None:
         print(f"Recorded in {record}", file=sys.stderr)
     return rows
 
 
 def race(
-    case: BenchCase, device: torch.device, *, modes: tuple[str, ...] = ("eager",), repeats: int = 9
+    case: BenchCase,
+    device: torch.device,
+    *,
+    modes: Sequence[str] = ("eager",),
+    repeats: int = 9,
+    dtype: torch.dtype = torch.float32,
+    quick: bool = False,
 ) -> Iterator[Row]:
     """The rows of one case, mode by mode.
 
     Where outputs or gradients disagree, or one of the two raises, a single row says so and no ratio is given. Targets
-    are set for eager code on a CPU and judged there only.
+    are set for eager code on a CPU and judged there only. A `quick` race takes fewer samples of what is slow.
     """
     settle_allocator()
     torch.manual_seed(SEED)
@@ -116,37 +175,82 @@ def race(
         case=case.name,
         rival=case.rival,
         shapes=" ".join("x".join(map(str, tensor.shape)) for tensor in contest.inputs),
-        dtype=str(next(iter(contest.inputs or contest.narrows.parameters())).dtype).removeprefix("torch."),
+        dtype=str(dtype).removeprefix("torch."),
     )
+    try:
+        complaint = _checked(contest, dtype)
+    except Exception as error:  # Whatever either of the two raises is the outcome of this race, not of the next.
+        yield row(mode=modes[0], quantity="agreement", unit="", verdict="failed", note=_first_line(error))
+        return
+    if complaint:
+        yield row(mode=modes[0], quantity="agreement", unit="", verdict="disagrees", note=complaint)
+        return
     for mode in modes:
         if mode == "compiled":
             torch._dynamo.reset()
             contest.narrows.compile()
             contest.rival.compile()
         try:
-            complaint = _disagreement(contest)
-            if complaint:
-                yield row(mode=mode, quantity="agreement", unit="", verdict="disagrees", note=complaint)
-                continue
-            measured = _measure(contest, device, repeats, case.quantities)
-        except Exception as error:  # Whatever either of the two raises is the outcome of this race, not of the next.
-            reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-            yield row(mode=mode, quantity="agreement", unit="", verdict="failed", note=reason)
+            measured = _measure(contest, device, mode, case.quantities, repeats, limit=2.0 if quick else None)
+        except Exception as error:
+            yield row(mode=mode, quantity="agreement", unit="", verdict="failed", note=_first_line(error))
             continue
-        for quantity, (unit, ours, theirs) in measured.items():
-            ratio = Spread(tuple(map(_ratio, theirs.samples, ours.samples)))
+        for quantity, found in measured.items():
+            ratio = Spread(tuple(map(_ratio, found.rival.samples, found.narrows.samples)))
             target = case.targets.get(quantity) if mode == "eager" and device.type == "cpu" else None
             yield row(
                 mode=mode,
                 quantity=quantity,
-                unit=unit,
+                unit=found.unit,
                 verdict="" if target is None else "met" if ratio.p80 >= target else "missed",
                 target=target,
                 note=case.why_not_equal,
-                **_quantiles("narrows", ours),
-                **_quantiles("rival", theirs),
+                **_quantiles("narrows", found.narrows),
+                **_quantiles("rival", found.rival),
                 **_quantiles("ratio", ratio),
+                **found.on_gpu,
             )
+
+
+def _modes(modes: Sequence[str], device: torch.device) -> list[str]:
+    """Those asked for, or all that run on the device, in the order in which they are run."""
+    here = MODES if device.type == "cuda" else tuple(mode for mode in MODES if mode != "graph")
+    unknown = [mode for mode in modes if mode not in here]
+    if unknown:
+        raise InvalidArgument("modes", expected=f"some of {', '.join(here)} on {device.type}", got=unknown[0])
+    chosen = modes or (MODES if device.type == "cuda" else MODES[:1])
+    return [mode for mode in MODES if mode in chosen]
+
+
+def _dtype(dtype: str | None, device: torch.device) -> torch.dtype:
+    if dtype is None:
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if dtype not in DTYPES:
+        raise InvalidArgument("dtype", expected=f"one of {', '.join(DTYPES)}", got=repr(dtype))
+    return getattr(torch, dtype)
+
+
+class _OutOfTime(BaseException):
+    """Ends a race from outside; no exception of it, which would be its result."""
+
+
+@contextmanager
+def _at_most(seconds: float | None) -> Iterator[None]:
+    """Raises `_OutOfTime` in what takes longer, where the system has a timer for it."""
+    if seconds is None or not hasattr(signal, "setitimer") or current_thread() is not main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise _OutOfTime
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def settle_allocator() -> None:
@@ -158,62 +262,53 @@ def settle_allocator() -> None:
     torch.empty(31 * 2**20, dtype=torch.uint8)
 
 
-class _Result(NamedTuple):
-    output: Tensor
-    gradients: tuple[Tensor | None, ...]
+def _checked(contest: Contest, dtype: torch.dtype) -> str:
+    """What speaks against a race in that precision, which both are in afterwards; empty where nothing does."""
+    exact = None
+    with _exact_convolutions():
+        complaint = disagreement(contest)
+        if not complaint and contest.tolerance is not None and contest.continuous and dtype != torch.float32:
+            exact = result_of(contest, contest.rival)
+    if complaint or dtype == torch.float32:
+        return complaint
+    for module in (contest.narrows, contest.rival):
+        module.to(dtype)
+    for tensor in (*contest.inputs, *contest.others):  # in place: the call holds them
+        tensor.data = tensor.data.to(dtype)
+    return precision_lost(contest, exact)
 
 
-def _result(contest: Contest, module: nn.Module) -> _Result:
-    torch.manual_seed(SEED)
-    output = contest.call(module)
-    if not contest.inputs:
-        return _Result(output.detach(), ())
-    torch.manual_seed(SEED)
-    gradients = torch.autograd.grad(output, contest.inputs, torch.randn_like(output), allow_unused=True)
-    return _Result(output.detach(), gradients)
+@contextmanager
+def _exact_convolutions() -> Iterator[None]:
+    """float32 as such, where cuDNN would round to the 10 bits of TF32."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
-def _disagreement(contest: Contest) -> str:
-    """How outputs or input gradients of the two differ beyond the tolerance; empty where they do not."""
-    if contest.tolerance is None:
-        return ""
-    ours, theirs = _result(contest, contest.narrows), _result(contest, contest.rival)
-    if ours.output.shape != theirs.output.shape:
-        return f"output has shape {tuple(ours.output.shape)}, the rival's {tuple(theirs.output.shape)}"
-    off = _difference(ours.output, theirs.output)
-    if not off <= contest.tolerance:
-        return f"outputs differ by {off:.2e}, allowed {contest.tolerance:.0e}"
-    for index, (our, their) in enumerate(zip(ours.gradients, theirs.gradients, strict=True)):
-        if our is None or their is None:
-            if our is not their:
-                return f"only one of the two has a gradient for input {index}"
-            continue
-        off = _difference_of_most(our, their) / max(their.abs().max().item(), torch.finfo(their.dtype).tiny)
-        if not off <= contest.tolerance:
-            return f"gradients of input {index} differ by {off:.2e} of the largest, allowed {contest.tolerance:.0e}"
-    return ""
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
-def _difference(ours: Tensor, theirs: Tensor) -> float:
-    """Greatest absolute difference; NaN, which is within no tolerance, where either has one."""
-    return (ours - theirs).abs().max().item()
-
-
-def _difference_of_most(ours: Tensor, theirs: Tensor) -> float:
-    """Greatest absolute difference but for one number in a thousand; NaN where any has one.
-
-    Where the input of a ReLU is 0 but for rounding, its slope is 0 in the one and 1 in the other.
-    """
-    differences = (ours - theirs).abs().flatten()
-    if differences.isnan().any():
-        return float("nan")
-    return differences.kthvalue(len(differences) - len(differences) // 1000).values.item()
+class _Measured(NamedTuple):
+    unit: str
+    narrows: Spread
+    rival: Spread
+    on_gpu: dict[str, int | None]
 
 
 def _measure(
-    contest: Contest, device: torch.device, repeats: int, quantities: tuple[str, ...]
-) -> dict[str, tuple[str, Spread, Spread]]:
-    """Unit, narrows' samples and the rival's, of each quantity."""
+    contest: Contest,
+    device: torch.device,
+    mode: str,
+    quantities: tuple[str, ...],
+    repeats: int,
+    limit: float | None,
+) -> dict[str, _Measured]:
+    """Unit, narrows' samples and the rival's of each quantity, and on a GPU launches and peak memory."""
 
     def forward(module: nn.Module) -> None:
         with torch.no_grad():
@@ -230,16 +325,31 @@ def _measure(
         outside = (*contest.inputs, *module.parameters(), *module.buffers())
         return Spread((float(saved_for_backward(partial(contest.call, module), exclude=outside)),))
 
-    measured: dict[str, tuple[str, Spread, Spread]] = {}
+    measured: dict[str, _Measured] = {}
     for quantity, function in (("forward", forward), ("forward+backward", step)):
         if quantity not in quantities:
             continue
         contenders = {"narrows": partial(function, contest.narrows), "rival": partial(function, contest.rival)}
-        timings = compare_speed(contenders, repeats=repeats, device=device)
-        measured[quantity] = ("s", timings["narrows"], timings["rival"])
-    if "saved" in quantities:
-        measured["saved"] = ("bytes", saved(contest.narrows), saved(contest.rival))
+        on_gpu: dict[str, int | None] = {}
+        if mode == "graph":
+            contenders = {name: _captured(name, call, device) for name, call in contenders.items()}
+        timings = compare_speed(contenders, repeats=repeats, device=device, limit=limit)
+        if device.type == "cuda":
+            for name, call in contenders.items():
+                on_gpu[f"{name}_launches"] = gpu.kernels_of(call, device)
+                # A graph holds its memory all the time.
+                on_gpu[f"{name}_peak"] = None if mode == "graph" else peak_memory(call, device)
+        measured[quantity] = _Measured("s", timings["narrows"], timings["rival"], on_gpu)
+    if "saved" in quantities and mode != "graph":
+        measured["saved"] = _Measured("bytes", saved(contest.narrows), saved(contest.rival), {})
     return measured
+
+
+def _captured(name: str, call: Callable[[], object], device: torch.device) -> Callable[[], None]:
+    try:
+        return gpu.captured(call, device)
+    except Exception as error:
+        raise RuntimeError(f"{name} cannot be captured as a CUDA graph: {_first_line(error)}") from error
 
 
 def _ratio(theirs: float, ours: float) -> float:

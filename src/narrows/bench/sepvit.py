@@ -18,7 +18,9 @@ SWIN, TWINS, CONVNEXT, VIT = (
 )
 
 
-def upstream(dim: int, depth: Sequence[int], heads: Sequence[int], size: int, batch: int) -> BenchCase:
+def upstream(
+    dim: int, depth: Sequence[int], heads: Sequence[int], size: int, batch: int, *, device: str | None = None
+) -> BenchCase:
     """A whole network on images of `size` x `size` pixels."""
 
     def prepare(device: torch.device) -> Contest:
@@ -30,7 +32,8 @@ def upstream(dim: int, depth: Sequence[int], heads: Sequence[int], size: int, ba
         return Contest(from_upstream(rival), rival, lambda module: module(images), (images,))
 
     widths = "-".join(str(dim * 2**stage) for stage in range(len(depth)))
-    return BenchCase(f"sepvit/{widths}/{size}px/batch{batch}", "vit_pytorch.sep_vit.SepViT", prepare, NEVER_SLOWER)
+    name = f"sepvit/{widths}/{size}px/batch{batch}"
+    return BenchCase(name, "vit_pytorch.sep_vit.SepViT", prepare, NEVER_SLOWER, device=device)
 
 
 def peer(
@@ -41,17 +44,13 @@ def peer(
     device: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> BenchCase:
-    """`sepvit_tiny` against a network of timm, both untrained; on a GPU in bfloat16, both channels-last."""
+    """`sepvit_tiny` against a network of timm, both untrained; on a GPU both channels-last."""
 
     def prepare(device: torch.device) -> Contest:
         import timm
 
-        on_gpu = device.type == "cuda"
-        placed: dict[str, Any] = {
-            "device": device,
-            "dtype": torch.bfloat16 if on_gpu else torch.float32,
-            "memory_format": torch.channels_last if on_gpu else torch.contiguous_format,
-        }
+        layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+        placed: dict[str, Any] = {"device": device, "memory_format": layout}
         torch.manual_seed(0)
         images = torch.randn(batch, 3, size, size).to(**placed)
         ours, theirs = create_model("sepvit_tiny").eval(), timm.create_model(rival, **(options or {})).eval()
@@ -70,6 +69,7 @@ def peer(
 CASES = (
     upstream(32, (1, 2, 6, 2), (1, 2, 4, 8), 224, 4),
     upstream(96, (1, 2, 6, 2), (3, 6, 12, 24), 224, 4),
+    upstream(96, (1, 2, 6, 2), (3, 6, 12, 24), 224, 64, device="cuda"),
     peer(SWIN),
     peer(TWINS),
     peer(CONVNEXT),
@@ -80,6 +80,6 @@ CASES = (
         peer(rival, size, batch, device="cuda", options={"img_size": size} if rival in (SWIN, VIT) else None)
         for rival in (SWIN, TWINS, CONVNEXT, VIT)
         for size in (224, 512)
-        for batch in (1, 256)
+        for batch in (1, 128)
     ),
 )

@@ -7,7 +7,9 @@ from narrows.bench.case import NEVER_SLOWER, BenchCase, Contest
 from narrows.checkpoints import from_upstream
 
 
-def against(rival: str, shape: tuple[int, int, int], *, num_slots: int, **options: int) -> BenchCase:
+def against(
+    rival: str, shape: tuple[int, int, int], *, num_slots: int, device: str | None = None, **options: int
+) -> BenchCase:
     """A class of slot-attention with its default biases and normalisation, on tokens of `shape`."""
 
     def prepare(device: torch.device) -> Contest:
@@ -18,7 +20,6 @@ def against(rival: str, shape: tuple[int, int, int], *, num_slots: int, **option
         tokens = torch.randn(shape, device=device, requires_grad=True)
 
         def call(module: nn.Module) -> Tensor:
-            torch.manual_seed(0)  # both draw the same initial slots
             output = module(tokens)
             if isinstance(output, Tensor):
                 return output
@@ -32,6 +33,7 @@ def against(rival: str, shape: tuple[int, int, int], *, num_slots: int, **option
         f"slot_attention.{rival}",
         prepare,
         NEVER_SLOWER,
+        device=device,
     )
 
 
@@ -40,4 +42,7 @@ CASES = (
     against("SlotAttention", (4, 4096, 256), num_slots=8),
     against("MultiHeadSlotAttention", (4, 1369, 256), num_slots=7, heads=4),
     against("SlotAttentionExperimental", (2, 4096, 256), num_slots=16),
+    against("SlotAttention", (64, 1369, 256), num_slots=7, device="cuda"),
+    against("SlotAttention", (64, 4096, 256), num_slots=16, device="cuda"),
+    against("SlotAttentionExperimental", (16, 4096, 256), num_slots=16, device="cuda"),
 )

@@ -45,7 +45,7 @@ def whole_model(
     *,
     device: str = "cpu",
 ) -> BenchCase:
-    """Logits of `batch` images of `size` x `size` pixels; bfloat16 and forward only on CUDA."""
+    """Logits of `batch` images of `size` x `size` pixels; forward only on CUDA."""
     return BenchCase(
         f"token_reduction/{name}/{size}px/batch{batch}/{method}",
         f"timm {name}",
@@ -91,16 +91,16 @@ def _contest(
     import timm
 
     torch.manual_seed(0)
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     patch = 14 if size % 16 else 16
-    untouched = timm.create_model(MODELS[name], img_size=size, patch_size=patch).to(device, dtype).eval()
+    with device:
+        untouched = timm.create_model(MODELS[name], img_size=size, patch_size=patch).eval()
     narrows, rival = copy.deepcopy(untouched), untouched
     depth = len(untouched.blocks)  # pyright: ignore[reportArgumentType]
     budget = {depth * quarter // 4: share for quarter, share in enumerate(kept, 1)}
     reduce_tokens(narrows, method=method, budget=budget)
     if rival_method is not None:
         reduce_tokens(rival, method=rival_method, budget=budget)
-    images = torch.randn(batch, 3, size, size, device=device, dtype=dtype)
+    images = torch.randn(batch, 3, size, size, device=device)
 
     def call(module: torch.nn.Module) -> Tensor:
         return module(images)
@@ -119,7 +119,7 @@ CASES = (
     *(
         whole_model(name, size, batch, method, RATES if size == 224 else HALVES, device="cuda")
         for name, size, batch, method in product(
-            ("deit_small", "vit_large"), (224, 384, 518), (1, 64, 256), ("ats", "topk")
+            ("deit_small", "vit_large"), (224, 384, 518), (1, 64, 256), ("ats", "topk", "tome")
         )
     ),
 )

@@ -33,7 +33,8 @@ def attention(batch: int, num_tokens: int, dim: int, keep: int, *, sampling: str
                 attended, _, mask = module(tokens)
             return (attended * mask[..., None]).sum(1)
 
-        return Contest(narrows, rival, call, (tokens,), tolerance=1e-4 if sampling == "gumbel" else None)
+        tolerance = 1e-4 if sampling == "gumbel" else None
+        return Contest(narrows, rival, call, (tokens,), tolerance, continuous=False)
 
     return BenchCase(
         f"token_sampling/{sampling}/{batch}x{num_tokens}x{dim}/keep{keep}",
@@ -44,7 +45,7 @@ def attention(batch: int, num_tokens: int, dim: int, keep: int, *, sampling: str
     )
 
 
-def classifier(size: int, batch: int, max_tokens_per_depth: tuple[int, ...]) -> BenchCase:
+def classifier(size: int, batch: int, max_tokens_per_depth: tuple[int, ...], *, device: str | None = None) -> BenchCase:
     """A whole small network on images of `size` x `size` pixels in patches of 16, 384 wide, one sampling to half."""
 
     def prepare(device: torch.device) -> Contest:
@@ -64,9 +65,10 @@ def classifier(size: int, batch: int, max_tokens_per_depth: tuple[int, ...]) -> 
         rival = rival.to(device).eval()
         images = torch.randn(batch, 3, size, size, device=device)
 
-        return Contest(from_upstream(rival), rival, lambda module: module(images), (images,))
+        return Contest(from_upstream(rival), rival, lambda module: module(images), (images,), continuous=False)
 
-    return BenchCase(f"token_sampling/vit/{size}px/batch{batch}", "vit_pytorch.ats_vit.ViT", prepare, NEVER_SLOWER)
+    name = f"token_sampling/vit/{size}px/batch{batch}"
+    return BenchCase(name, "vit_pytorch.ats_vit.ViT", prepare, NEVER_SLOWER, device=device)
 
 
 CASES = (
@@ -77,4 +79,5 @@ CASES = (
     attention(4, 577, 384, 144, sampling="quantile"),
     attention(2, 1025, 768, 256, sampling="quantile"),
     classifier(224, 4, (196, 196, 196, 98, 98, 98)),
+    classifier(224, 128, (196, 196, 98, 98, 49, 49), device="cuda"),
 )

@@ -49,7 +49,8 @@ def call(function: Callable[..., Any], arguments: list[str], *, several: str = "
     """Call `function` with the options in `arguments[1:]`, and return what it returns; `arguments[0]` is the command.
 
     Arguments without a default have no option name. The one called `several` takes one value or more and comes last;
-    the one called `first` has a default and no option name either. Sequences are written with commas: `--models a,b`.
+    the one called `first` has a default and no option name either. Sequences are written with commas: `--models a,b`;
+    what is True or False may be named alone: `--quick`.
     """
     command, *options = arguments
     parameters = inspect.signature(function).parameters
@@ -60,7 +61,16 @@ def call(function: Callable[..., Any], arguments: list[str], *, several: str = "
     if several:
         parser.add_argument(several, nargs="+")
     listed = {f"--{name}" for name, one in parameters.items() if get_origin(one.annotation) is Sequence}
-    return function(**vars(parser.parse_args(_with_lists(underscored(options), listed))))
+    switches = {f"--{name}" for name, one in parameters.items() if one.annotation is bool}
+    return function(**vars(parser.parse_args(_with_lists(_switched(underscored(options), switches), listed))))
+
+
+def _switched(options: Sequence[str], switches: Collection[str]) -> list[str]:
+    """`--quick` as `--quick=true`, for the options in `switches` that are named without a value."""
+    return [
+        f"{option}=true" if option in switches and after.lower() not in ("true", "false", "yes", "no") else option
+        for option, after in zip(options, [*options[1:], ""], strict=False)
+    ]
 
 
 def _with_lists(options: Sequence[str], listed: Collection[str]) -> list[str]:

@@ -53,6 +53,7 @@ def compare_speed(
     repeats: int = 9,
     warmup: int = 2,
     device: torch.device | str = "cpu",
+    limit: float | None = None,
 ) -> dict[str, Timing]:
     """Seconds per call of each contender, sampled in turns, so that a slowdown of the machine affects all.
 
@@ -64,6 +65,7 @@ def compare_speed(
         repeats: samples of each contender.
         warmup: calls of each contender before the first sample.
         device: where the contenders do their work.
+        limit: seconds after which no further round of samples begins.
     """
     if repeats < 1:
         raise InvalidArgument("repeats", expected="a positive integer", got=repeats)
@@ -74,7 +76,10 @@ def compare_speed(
             function()
     calls = {name: _calls_needed(function, sample) for name, function in contenders.items()}
     samples: dict[str, list[float]] = {name: [] for name in contenders}
+    start = perf_counter()
     for repeat in range(repeats):
+        if repeat and limit is not None and perf_counter() - start > limit:
+            break
         for name in list(contenders)[:: 1 if repeat % 2 == 0 else -1]:
             samples[name].append(sample(contenders[name], calls[name]) / calls[name])
     return {name: Timing(tuple(seconds)) for name, seconds in samples.items()}
