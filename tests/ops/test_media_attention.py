@@ -4,13 +4,22 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from narrows.errors import ImplementationUnavailable, InvalidArgument, InvalidType
 from narrows.measure import saved_for_backward
-from narrows.ops.media_attention import VisibleMedia, media_attention, media_attention_weights
+from narrows.ops import attention as fused_attention
+from narrows.ops.media_attention import (
+    AllPrevious,
+    LastMedia,
+    LastMedium,
+    VisibleMedia,
+    media_attention,
+    media_attention_weights,
+)
+from narrows.ops.media_attention import varlen as varlen_form
 from tests.support import assert_close, assert_within_budget, gradients
 
 POLICIES = ("last", "previous", "last two", "odd")
@@ -243,8 +252,8 @@ def test_the_order_of_latents_and_of_text_does_not_matter(impl: str, policy: str
     query, key, value = draw()
     latents, text = torch.randperm(4), torch.randperm(9)
     expected = media_attention(query, key, value, seen(TIME, policy), impl=impl)
-    first, last, most = seen(TIME, policy)
-    moved = VisibleMedia(first[:, text], last[:, text], most)
+    visible = seen(TIME, policy)
+    moved = VisibleMedia(visible.first[:, text], visible.last[:, text], visible.most)
     shuffled = media_attention(query[:, text], key[:, :, latents], value[:, :, latents], moved, impl=impl)
     assert_close(shuffled, expected[:, text], 1e-12)
 
@@ -357,6 +366,150 @@ def test_segmented_is_one_graph_for_any_number_of_media_and_any_length(policy: s
             inputs = draw(*sizes)
             time = torch.randint(0, sizes[2] + 2, sizes[:2])
             assert_close(program(*inputs, time), media_attention(*inputs, seen(time, policy), impl="reference"), 1e-12)
+
+
+def one_sequence_at_a_time(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_starts: Tensor,
+    key_starts: Tensor,
+    max_queries: int,
+    max_keys: int,
+    *,
+    scale: float | None = None,
+) -> Tensor:
+    """What `torch.nn.attention.varlen.varlen_attn` promises. Rows without a sequence, or without keys, are not set."""
+    assert query_starts.dtype == key_starts.dtype == torch.int32
+    assert query_starts.shape == key_starts.shape
+    assert query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
+    read = torch.full_like(query, torch.nan)
+    spans = zip(*(starts.unfold(0, 2, 1).tolist() for starts in (query_starts, key_starts)), strict=True)
+    for (begin, end), (first, last) in spans:
+        assert 0 <= begin <= end <= min(len(query), begin + max_queries)
+        assert 0 <= first <= last <= min(len(key), first + max_keys)
+        if begin < end and first < last:
+            scale = query.shape[-1] ** -0.5 if scale is None else scale
+            scores = torch.einsum("qhe,khe->hqk", query[begin:end], key[first:last]) * scale
+            read = torch.cat(
+                (read[:begin], torch.einsum("hqk,khe->qhe", scores.softmax(-1), value[first:last]), read[end:])
+            )
+    return read
+
+
+@pytest.fixture
+def varlen_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel for sequences of variable lengths, which needs a GPU, as a loop that runs here."""
+    monkeypatch.setattr(fused_attention, "varlen_attn", one_sequence_at_a_time)
+    monkeypatch.setattr(varlen_form, "why_not_varlen", lambda *rows: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+
+@st.composite
+def ordered_problems(draw_from: st.DrawFn) -> tuple[tuple[Tensor, Tensor, Tensor], VisibleMedia, Tensor | None]:
+    """Texts that go from medium to medium, past some and beyond the last, and a mask of whole media or none."""
+    inputs, time, _ = draw_from(problems())
+    generator = torch.Generator().manual_seed(draw_from(st.integers(0, 10_000)))
+    mask = torch.rand(inputs[1].shape[:2], generator=generator) > 0.4 if draw_from(st.booleans()) else None
+    time = time.sort(dim=1).values
+    first = time if draw_from(st.booleans()) else time + (torch.rand(time.shape, generator=generator) > 0.8).long()
+    return inputs, VisibleMedia(first, time, 1, ordered=True), mask
+
+
+@pytest.mark.usefixtures("varlen_runs")
+@settings(derandomize=True, max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(ordered_problems())
+def test_text_in_order_is_one_sequence_for_each_medium(problem: tuple) -> None:
+    inputs, visible, mask = problem
+    there = None if mask is None else mask[..., None].expand(inputs[1].shape[:3])
+    expected = one_token_at_a_time(*inputs, visible, there)
+    true = gradients(expected, *inputs) if expected.requires_grad else [torch.zeros_like(x) for x in inputs]
+    for impl in ("varlen", "segmented", "fused", "reference"):
+        output = media_attention(*inputs, visible, mask=mask, impl=impl)
+        assert_close(output, expected, 1e-10)
+        for ours, theirs in zip(gradients(output, *inputs), true, strict=True):
+            assert_close(ours, theirs, 1e-10)
+
+
+@pytest.mark.usefixtures("varlen_runs")
+@pytest.mark.parametrize("impl", ["varlen", "segmented", "fused", "reference"])
+def test_masked_media_reach_nothing_even_as_nan(impl: str) -> None:
+    inputs, mask = draw(), torch.tensor([[True, False, True], [False, True, True]])
+    poisoned = [x.detach().clone().requires_grad_() for x in inputs]
+    with torch.no_grad():
+        poisoned[1][~mask] = torch.nan
+        poisoned[2][~mask] = torch.inf
+    visible = seen(TIME, "last")._replace(ordered=True)
+    clean = media_attention(*inputs, visible, mask=mask, impl=impl)
+    output = media_attention(*poisoned, visible, mask=mask, impl=impl)
+    assert torch.equal(clean, output)
+    for ours, theirs in zip(gradients(output, *poisoned), gradients(clean, *inputs), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.usefixtures("varlen_runs")
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+def test_text_that_is_not_finite_stays_so_where_it_sees_media(number: float, dtype: torch.dtype, masked: bool) -> None:
+    """And moves no other text. PyTorch's kernel for CPUs reads 0 for such a query."""
+    query, key, value = (x.detach() for x in draw(dtype=dtype))
+    visible, mask = seen(TIME, "last")._replace(ordered=True), MASK.any(-1) if masked else None
+    query[0, 0], query[0, 2], query[1, 8] = number, number, number
+    expected = media_attention(query, key, value, visible, mask=mask, impl="reference")
+    assert expected[0, 2].isnan().all()
+    assert (expected[0, 0] == 0).all()
+    everything = media_attention(query, key, value, mask=mask, impl="reference")
+    for impl in ("varlen", "segmented", "fused"):
+        output = media_attention(query, key, value, visible, mask=mask, impl=impl)
+        assert torch.equal(output.isnan(), expected.isnan())
+    assert torch.equal(media_attention(query, key, value, mask=mask).isnan(), everything.isnan())
+    of_one = media_attention(query, key[:, :1], value[:, :1], visible, impl="fused")
+    assert torch.equal(
+        of_one.isnan(), media_attention(query, key[:, :1], value[:, :1], visible, impl="reference").isnan()
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_kernel_for_variable_lengths_is_as_good_as_the_plain_formula(dtype: torch.dtype) -> None:
+    sizes = {"text": 33, "media": 5, "latents": 7, "width": 16}
+    time = torch.randint(0, 7, (2, 33), generator=torch.Generator().manual_seed(1)).sort(dim=1).values
+    visible, mask = seen(time, "last")._replace(ordered=True), torch.tensor([2 * [True] + [False] + 2 * [True]] * 2)
+    low, exact = draw(**sizes, dtype=dtype), draw(**sizes)
+    oracle = one_token_at_a_time(*exact, visible, mask[..., None].expand(2, 5, 7))
+    plain = one_token_at_a_time(*low, visible, mask[..., None].expand(2, 5, 7))
+    there = tuple(x.detach().cuda().requires_grad_() for x in low)
+    of_gpu = visible._replace(first=visible.first.cuda(), last=visible.last.cuda())
+    fast = media_attention(*there, of_gpu, mask=mask.cuda(), impl="varlen")
+    assert torch.equal(fast, media_attention(*there, of_gpu, mask=mask.cuda()))
+    assert_within_budget(fast.cpu(), plain, oracle)
+    results = zip(gradients(fast, *there), gradients(plain, *low), gradients(oracle, *exact), strict=True)
+    for ours, theirs, true in results:
+        assert_within_budget(ours.cpu(), theirs, true)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"visible": None}, "it needs text that sees one medium at most, in order"),
+        ({"visible": VisibleMedia(TIME, TIME, 1)}, "it needs text that sees one medium at most, in order"),
+        ({"visible": LastMedia(2).visible(TIME > 0)}, "it needs text that sees one medium at most, in order"),
+        ({"visible": AllPrevious().visible(TIME > 0)}, "it needs text that sees one medium at most, in order"),
+        ({"mask": MASK}, r"it takes masks of whole media, \[B, M\]"),
+        ({}, "it needs a CUDA device, got cpu"),
+    ],
+)
+def test_varlen_says_when_it_cannot_run(
+    monkeypatch: pytest.MonkeyPatch, change: dict[str, VisibleMedia | Tensor | None], reason: str
+) -> None:
+    with pytest.raises(ImplementationUnavailable, match="impl='varlen' cannot run here: it needs a CUDA device"):
+        media_attention(*draw(), LastMedium().visible(TIME > 0), impl="varlen")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    arguments = {"visible": LastMedium().visible(TIME > 0), "mask": None, **change}
+    with pytest.raises(ImplementationUnavailable, match=f"{reason}.*Use impl='segmented'"):
+        media_attention(*draw(), arguments["visible"], mask=arguments["mask"], impl="varlen")
 
 
 def test_segmented_says_when_it_cannot_run() -> None:

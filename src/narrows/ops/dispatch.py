@@ -27,11 +27,14 @@ class Implementation(NamedTuple):
 def resolve(
     operation: str, impl: str, implementations: Mapping[str, Implementation], *, auto: str
 ) -> Callable[..., Any]:
-    """The function behind `impl`. Only "auto" may choose (it takes `auto`); a name runs as named or raises."""
+    """The function behind `impl`. Only "auto" may choose; a name runs as named or raises.
+
+    What "auto" takes, `auto`, was chosen by the tensors and not by the machine: it is not asked whether it can run.
+    """
     name = auto if impl == "auto" else impl
     if name not in implementations:
         raise InvalidArgument("impl", expected=f"'auto' or one of {sorted(implementations)}", got=repr(impl))
-    reason = implementations[name].why_not()
+    reason = None if impl == "auto" else implementations[name].why_not()
     if reason is not None:
         raise ImplementationUnavailable(
             f"{operation}: impl={name!r} cannot run here: {reason}. Use impl='auto', or see `narrows info`."

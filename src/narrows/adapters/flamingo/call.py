@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from narrows.adapters.flamingo.memory import MediaMemory, append
 from narrows.layers.gated_cross_attention import GatedCrossAttentionBlock, MediaKeysValues
-from narrows.ops.media_attention import Attend, VisibleMedia
+from narrows.ops.media_attention import Attend
 from narrows.routing import Routing
 
 
@@ -84,8 +84,9 @@ class MediaPass:
         inside = text.to(like.device, like.dtype)
         media = self._keys_values(number, block) if self._keeps else self._after.latents[self._after.sample].to(like)
         dropped = self._dropped[:, None]
-        first, last, most = self._visible
-        visible = VisibleMedia((first - dropped).to(like.device), (last - dropped).to(like.device), most)
+        visible = self._visible
+        first, last = (visible.first - dropped).to(like.device), (visible.last - dropped).to(like.device)
+        visible = visible._replace(first=first, last=last)
         if self._call.routings is not None:
             self._call.routings.append(block.routing(inside, media, visible=visible))
         if checkpointed and not self._keeps:

@@ -12,12 +12,19 @@ from narrows.ops.media_attention.common import VisibleMedia
 from narrows.ops.media_attention.fused import fused
 from narrows.ops.media_attention.reference import attention_weights, reference
 from narrows.ops.media_attention.segmented import segmented
+from narrows.ops.media_attention.varlen import varlen, why_not
+from narrows.precision import compute_dtype
 from narrows.validation import check_mask, check_tokens
 
 IMPLEMENTATIONS: Mapping[str, Implementation] = {
     "reference": Implementation(reference, "all scores, and a mask over them"),
     "fused": Implementation(fused, "fused attention of 512 rows of text at a time, any policy"),
     "segmented": Implementation(segmented, "text grouped by its medium; policies that show a bounded number of media"),
+    "varlen": Implementation(
+        varlen,
+        "one kernel, nothing moved; text that reads one medium, bfloat16 and float16 on CUDA",
+        lambda: None if torch.cuda.is_available() else "it needs a CUDA device",
+    ),
 }
 
 
@@ -27,7 +34,7 @@ def media_attention(
     value: Float[Tensor, "B M N H E"],
     visible: VisibleMedia | None = None,
     *,
-    mask: Bool[Tensor, "B M N"] | None = None,
+    mask: Bool[Tensor, "B M *N"] | None = None,
     impl: str = "auto",
 ) -> Float[Tensor, "B T H E"]:
     r"""Each text token reads the latents of the media it may see.
@@ -45,24 +52,25 @@ def media_attention(
         value: as `key`.
         visible: the media that each token sees, in any order, so that a document packed behind another starts from its
             own media. None: every token sees all media.
-        mask: `[B, M, N]`, True at real latents. What stands at the others, NaN included, reaches no output and no
-            gradient.
-        impl: "auto" takes "segmented" where a token sees less than half of the media at most, "fused" otherwise.
+        mask: `[B, M]` or `[B, M, N]`, True at real media or latents. What stands at the others, NaN included, reaches
+            no output and no gradient.
+        impl: "auto" takes "fused" where a token may see half of the media or more. Otherwise it takes "varlen" where
+            tokens in order see one medium each, in bfloat16 or float16 on CUDA, and "segmented" elsewhere.
 
     Raises:
         InvalidArgument: shapes that do not belong together, an unknown implementation.
         InvalidType: a mask that is not boolean, numbers that are not integers.
-        ImplementationUnavailable: impl="segmented" without a bound on the media that a token sees.
+        ImplementationUnavailable: impl="segmented" without a bound on the media that a token sees, impl="varlen" with
+            arguments that its kernel does not take.
     """
+    query, key, value = (rows.to(compute_dtype(rows)) for rows in (query, key, value))
     _check(query, key, visible, mask)
     if value.shape != key.shape:
         raise InvalidArgument("value", expected=f"the shape of key {tuple(key.shape)}", got=tuple(value.shape))
     if mask is not None:
-        padding = ~mask[..., None, None]
+        padding = ~mask[(...,) + (None,) * (5 - mask.ndim)]
         key, value = key.masked_fill(padding, 0.0), value.masked_fill(padding, 0.0)
-    run = resolve(
-        "media_attention", impl, IMPLEMENTATIONS, auto="segmented" if _few(visible, key.shape[1]) else "fused"
-    )
+    run = resolve("media_attention", impl, IMPLEMENTATIONS, auto=_choice(query, key, value, visible, mask))
     if key.shape[1] * key.shape[2] == 0:
         return torch.zeros_like(query)
     return run(query, key, value, visible, mask)
@@ -73,20 +81,27 @@ def media_attention_weights(
     key: Float[Tensor, "B M N H E"],
     visible: VisibleMedia | None = None,
     *,
-    mask: Bool[Tensor, "B M N"] | None = None,
+    mask: Bool[Tensor, "B M *N"] | None = None,
 ) -> Float[Tensor, "B H T M N"]:
     """What `media_attention` never writes down: weights that sum to 1 over all latents, or to 0 where none is seen."""
     _check(query, key, visible, mask)
     if mask is not None:
-        key = key.masked_fill(~mask[..., None, None], 0.0)
+        key = key.masked_fill(~mask[(...,) + (None,) * (5 - mask.ndim)], 0.0)
     return attention_weights(query, key, visible, mask)
 
 
-def _few(visible: VisibleMedia | None, num_media: int) -> bool:
-    """Whether a token sees less than half of the media at most, or, for torch.export, of a number left open."""
+def _choice(query: Tensor, key: Tensor, value: Tensor, visible: VisibleMedia | None, mask: Tensor | None) -> str:
+    """What "auto" takes."""
+    num_media = key.shape[1]
     if visible is None or visible.most is None:
-        return False
-    return not isinstance(num_media, int) or 2 * visible.most - 1 < num_media
+        return "fused"
+    # For torch.export, of a number left open.
+    if isinstance(num_media, int) and 2 * visible.most - 1 >= num_media:
+        return "fused"
+    # An exported program holds no kernel of one device, unless it is asked for.
+    if torch.compiler.is_exporting() or why_not(query, key, value, visible, mask):
+        return "segmented"
+    return "varlen"
 
 
 def _check(query: Tensor, key: Tensor, visible: VisibleMedia | None, mask: Tensor | None) -> None:
@@ -98,7 +113,10 @@ def _check(query: Tensor, key: Tensor, visible: VisibleMedia | None, mask: Tenso
             expected=f"shape [B, M, N, H, E] with B, H, E of query {tuple(query.shape)}",
             got=tuple(key.shape),
         )
-    check_mask("mask", mask, key.shape[:3], layout="[B, M, N]")
+    if mask is not None and mask.ndim == 2:
+        check_mask("mask", mask, key.shape[:2], layout="[B, M]")
+    else:
+        check_mask("mask", mask, key.shape[:3], layout="[B, M, N]")
     if visible is None:
         return
     for name, numbers in (("visible.first", visible.first), ("visible.last", visible.last)):

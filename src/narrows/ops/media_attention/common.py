@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
-from narrows.precision import is_transformed
+from narrows.ops.attention import attention
+from narrows.precision import at_least_float32, is_transformed
 
 
 class VisibleMedia(NamedTuple):
@@ -22,44 +23,123 @@ class VisibleMedia(NamedTuple):
         first: `[B, T]` integers.
         last: `[B, T]` integers.
         most: no token sees more media than this; None: no bound is known.
+        ordered: whether `last` never falls along a row, so that text that reads the same medium stands together; every
+            policy of this package gives such rows. It is not checked.
     """
 
     first: Int[Tensor, "B T"]
     last: Int[Tensor, "B T"]
     most: int | None = None
+    ordered: bool = False
 
     def rows(self, start: int, stop: int) -> "VisibleMedia":
         """What the tokens from `start` to before `stop` see."""
-        return VisibleMedia(self.first[:, start:stop], self.last[:, start:stop], self.most)
+        return self._replace(first=self.first[:, start:stop], last=self.last[:, start:stop])
 
     def media(self, num_media: int) -> Bool[Tensor, "B T M"]:
         """The same as a mask over M media."""
         number = torch.arange(1, num_media + 1, device=self.first.device)
         return (self.first[..., None] <= number) & (number <= self.last[..., None])
 
-    def any(self, num_media: int, mask: Bool[Tensor, "B M N"] | None = None) -> Bool[Tensor, "B T"]:
-        """Which tokens see a latent at all, of M media with this mask of their latents; needs no T x M memory."""
-        there = mask.any(-1) if mask is not None else self.first.new_ones(self.first.shape[0], num_media)
+    def blind(self, num_media: int) -> Bool[Tensor, "B T"]:
+        """Which tokens see none of M media."""
+        if self.first is self.last and num_media > 0:
+            return self.last.clamp(1, num_media) != self.last
+        return self.first.clamp(min=1) > self.last.clamp(max=num_media)
+
+    def any(self, num_media: int, mask: Bool[Tensor, "B M *N"] | None = None) -> Bool[Tensor, "B T"]:
+        """Which tokens see a latent at all, of M media with this mask; needs no T x M memory."""
+        if mask is None:
+            return ~self.blind(num_media)
+        there = mask if mask.ndim == 2 else mask.any(-1)
         before = pad(there.cumsum(-1), (1, 0))
         last, first = self.last.clamp(0, num_media).long(), (self.first - 1).clamp(0, num_media).long()
         return before.gather(1, last) > before.gather(1, first)
 
 
+def latents_mask(mask: Bool[Tensor, "B M *N"], key: Float[Tensor, "B M N H E"]) -> Bool[Tensor, "B M N"]:
+    """A mask of media, `[B, M]`, or of their latents, as the latter."""
+    return mask[..., None].expand(key.shape[:3]) if mask.ndim == 2 else mask
+
+
 def visible_latents(
-    key: Float[Tensor, "B M N H E"], visible: VisibleMedia | None, mask: Bool[Tensor, "B M N"] | None
+    key: Float[Tensor, "B M N H E"], visible: VisibleMedia | None, mask: Bool[Tensor, "B M *N"] | None
 ) -> Bool[Tensor, "B _ M N"]:
     """Which latents of which media a text token sees, `[B, T, M, N]`; where all see all, `[B, 1, M, N]`."""
-    latents = (key.new_ones(key.shape[:3], dtype=torch.bool) if mask is None else mask)[:, None]
-    return latents if visible is None else visible.media(key.shape[1])[..., None] & latents
+    if visible is None:
+        return (key.new_ones(key.shape[:3], dtype=torch.bool) if mask is None else latents_mask(mask, key))[:, None]
+    media = visible.media(key.shape[1])[..., None]
+    return media.expand(-1, -1, -1, key.shape[2]) if mask is None else media & latents_mask(mask, key)[:, None]
 
 
-def checkpointed(function: Callable[..., Tensor], query: Tensor, *args: Any) -> Tensor:
-    """`function(query, *args)` with activation checkpointing: backward keeps the arguments and computes the rest again.
+def attend_rows(
+    query: Float[Tensor, "B Q H E"],
+    key: Float[Tensor, "B K H E"],
+    value: Float[Tensor, "B K H E"],
+    mask: Bool[Tensor, "B _ _ K"] | None = None,
+) -> Float[Tensor, "B Q H E"]:
+    """Fused attention of rows before heads."""
+    return attention(*(rows.transpose(1, 2) for rows in (query, key, value)), mask).transpose(1, 2)
 
-    Not inside a transformation of `torch.func`, which takes no hooks on saved tensors.
+
+def emptied(
+    read: Float[Tensor, "B T H E"],
+    query: Float[Tensor, "B T H E"],
+    nothing: Bool[Tensor, "B _"] | None,
+    *,
+    masked: bool,
+) -> Float[Tensor, "B T H E"]:
+    """What text read, 0 where it sees nothing; `masked`: whether it was read by attention with a mask.
+
+    On a CPU PyTorch's kernel without one reads 0 for a query that is not finite, which would hide it.
     """
-    if is_transformed(query, *(argument for argument in args if isinstance(argument, Tensor))):
-        return function(query, *args)
-    result = checkpoint(function, query, *args, use_reentrant=False, preserve_rng_state=False, determinism_check="none")
-    assert isinstance(result, Tensor)
-    return result
+    nothing = None if nothing is None else nothing[..., None, None]
+    if masked or query.device.type != "cpu":
+        return read if nothing is None else read.masked_fill(nothing, 0.0)
+    broken = 0.0 * at_least_float32(query.detach()).sum(-1, keepdim=True)  # 0, or NaN
+    if nothing is not None:
+        broken = broken.masked_fill(nothing, 0.0)
+    replaced = broken.isnan() if nothing is None else broken.isnan() | nothing
+    return torch.where(replaced, broken.to(read.dtype), read)
+
+
+class _Recomputed(torch.autograd.Function):
+    """A function of tensors that keeps its arguments for backward and nothing else."""
+
+    @staticmethod
+    def forward(ctx: Any, function: Callable[..., Tensor], *args: Any) -> Tensor:
+        """`function(*args)`."""
+        ctx.function = function
+        ctx.others = [None if isinstance(argument, Tensor) else argument for argument in args]
+        ctx.save_for_backward(*(argument if isinstance(argument, Tensor) else None for argument in args))
+        return function(*args)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of what is computed again; with `create_graph` as differentiable as it is."""
+        again, needed = torch.is_grad_enabled(), ctx.needs_input_grad[1:]
+        saved = ctx.saved_tensors
+        if not again:
+            saved = [t if t is None else t.detach().requires_grad_(n) for t, n in zip(saved, needed, strict=True)]
+        with torch.enable_grad():
+            args = [other if t is None else t for t, other in zip(saved, ctx.others, strict=True)]
+            inputs = [t for t, n in zip(saved, needed, strict=True) if n]
+            output = ctx.function(*args)
+            found = iter(torch.autograd.grad(output, inputs, grads, create_graph=again, allow_unused=True))
+        return None, *(next(found) if n else None for n in needed)
+
+
+def checkpointed(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    """`function(*args)` with activation checkpointing: backward keeps the arguments and computes the rest again.
+
+    Not inside a transformation of `torch.func`, which takes no hooks on saved tensors. `torch.utils.checkpoint` serves
+    compilers; in eager code its hooks on each saved tensor cost the host more than the function itself. What is
+    computed again does not see the autocast of the forward pass: the arguments are of the dtype to compute in.
+    """
+    if is_transformed(*(argument for argument in args if isinstance(argument, Tensor))):
+        return function(*args)
+    if torch.compiler.is_compiling():
+        result = checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, determinism_check="none")
+        assert isinstance(result, Tensor)
+        return result
+    return _Recomputed.apply(function, *args)

@@ -4,11 +4,17 @@ The mask is made for the rows at hand, and again in the backward pass: no T x (M
 """
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from narrows.ops.attention import attention
-from narrows.ops.media_attention.common import VisibleMedia, checkpointed, visible_latents
+from narrows.ops.media_attention.common import (
+    VisibleMedia,
+    attend_rows,
+    checkpointed,
+    emptied,
+    latents_mask,
+    visible_latents,
+)
 
 # Rows of text that share a mask. A mask of 512 x M N bytes is in memory at a time: no more than the keys and values of
 # as many latents, and yet so many rows that a product of them keeps a device busy.
@@ -20,31 +26,49 @@ def fused(
     key: Float[Tensor, "B M N H E"],
     value: Float[Tensor, "B M N H E"],
     visible: VisibleMedia | None,
-    mask: Bool[Tensor, "B M N"] | None,
+    mask: Bool[Tensor, "B M *N"] | None,
 ) -> Float[Tensor, "B T H E"]:
     """The reference through `scaled_dot_product_attention`, which keeps no scores."""
-    length = query.shape[1]
+    length, num_media = query.shape[1], key.shape[1]
+    if visible is None:
+        return _read(query, key, value, None if mask is None else latents_mask(mask, key).flatten(1)[:, None])
+    if isinstance(num_media, int) and num_media == 1 and (mask is None or mask.ndim == 2):
+        # Text sees all of the only medium or nothing, and needs no mask. The values of a masked medium are 0.
+        return _read(query, key, value, None, visible.blind(1))
     # torch.export cannot count the parts of a length it leaves open.
-    if visible is None or not isinstance(length, int) or length <= ROWS:
-        return _attend(query, key, value, visible, mask)
-    starts = range(0, length, ROWS)
-    parts = [(query[:, start : start + ROWS], key, value, visible.rows(start, start + ROWS), mask) for start in starts]
-    return torch.cat([checkpointed(_attend, *part) for part in parts], 1)
+    if not isinstance(length, int) or length <= ROWS:
+        return _attend(query, key, value, visible.first, visible.last, mask)
+    rows = [
+        [tensor[:, start : start + ROWS] for tensor in (query, visible.first, visible.last)]
+        for start in range(0, length, ROWS)
+    ]
+    return torch.cat([checkpointed(_attend, query, key, value, *numbers, mask) for query, *numbers in rows], 1)
 
 
 def _attend(
     query: Float[Tensor, "B T H E"],
     key: Float[Tensor, "B M N H E"],
     value: Float[Tensor, "B M N H E"],
-    visible: VisibleMedia | None,
-    mask: Bool[Tensor, "B M N"] | None,
+    first: Int[Tensor, "B T"],
+    last: Int[Tensor, "B T"],
+    mask: Bool[Tensor, "B M *N"] | None,
 ) -> Float[Tensor, "B T H E"]:
-    query = query.transpose(1, 2)
-    keys, values = (latents.flatten(1, 2).transpose(1, 2) for latents in (key, value))
-    if visible is None and mask is None:
-        return attention(query, keys, values).transpose(1, 2)
-    seen = visible_latents(key, visible, mask).flatten(2)
-    something = seen.any(-1, keepdim=True)
-    # A row without any visible latent attends to all, finite, and is emptied after it.
-    read = attention(query, keys, values, (seen | ~something)[:, None])
-    return torch.where(something[..., None], read.transpose(1, 2), 0.0)
+    """What text reads of the media `first` to `last`."""
+    return _read(query, key, value, visible_latents(key, VisibleMedia(first, last), mask).flatten(2))
+
+
+def _read(
+    query: Float[Tensor, "B T H E"],
+    key: Float[Tensor, "B M N H E"],
+    value: Float[Tensor, "B M N H E"],
+    seen: Bool[Tensor, "B _ S"] | None,
+    nothing: Bool[Tensor, "B T"] | None = None,
+) -> Float[Tensor, "B T H E"]:
+    """What text reads of the latents that it sees; of all of them, or of none, where `seen` is None."""
+    mask = None
+    if seen is not None:
+        nothing = ~seen.any(-1)
+        # A row without any visible latent attends to all, finite, and is emptied after it.
+        mask = (seen | nothing[..., None])[:, None]
+    read = attend_rows(query, key.flatten(1, 2), value.flatten(1, 2), mask)
+    return emptied(read, query, nothing, masked=mask is not None)

@@ -35,14 +35,14 @@ class Attend:
                 of its own document only. None: a row is one document.
         """
         time = media_locations.cumsum(-1)
-        first = self._first(time, media_locations).clamp(min=1)
+        first = self._first(time, media_locations)
         if document_starts is not None:
             of_others = torch.where(document_starts, time - media_locations.long(), 0).cummax(-1).values
             first = torch.maximum(first, of_others + 1)
-        return VisibleMedia(first, time, self.most)
+        return VisibleMedia(first, time, self.most, ordered=True)
 
     def _first(self, time: Int[Tensor, "B T"], locations: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"]:
-        """The first medium that is seen, documents aside; `time` is the number of the last."""
+        """The first medium that is seen, documents aside; `time` is the number of the last. Below 1 is as good as 1."""
         raise NotImplementedError
 
 

@@ -11,7 +11,7 @@ def attention_weights(
     query: Float[Tensor, "B T H E"],
     key: Float[Tensor, "B M N H E"],
     visible: VisibleMedia | None,
-    mask: Bool[Tensor, "B M N"] | None,
+    mask: Bool[Tensor, "B M *N"] | None,
 ) -> Float[Tensor, "B H T M N"]:
     """The share of each latent of each medium in what a text token reads; all 0 for a token that sees none."""
     with autocast_off(query):
@@ -30,7 +30,7 @@ def reference(
     key: Float[Tensor, "B M N H E"],
     value: Float[Tensor, "B M N H E"],
     visible: VisibleMedia | None,
-    mask: Bool[Tensor, "B M N"] | None,
+    mask: Bool[Tensor, "B M *N"] | None,
 ) -> Float[Tensor, "B T H E"]:
     """Softmax attention over the visible latents, in float32 or better; the specification of `media_attention`."""
     with autocast_off(query):
