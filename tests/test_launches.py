@@ -96,7 +96,7 @@ TABLE = {
     "PerceiverResampler": Row(
         lambda: flamingo_pytorch.PerceiverResampler(dim=1024, depth=6), on(16, 4, 256, 1024), 99, 134
     ),
-    "MaskedCrossAttention": Row(lambda: MaskedCrossAttention(dim=2048), reads_its_last_medium, 68, 26),
+    "MaskedCrossAttention": Row(lambda: MaskedCrossAttention(dim=2048), reads_its_last_medium, 18, 26),
     "DynamicSlotsSoftMoE": Row(
         lambda: soft_moe_pytorch.DynamicSlotsSoftMoE(384, num_experts=28), on(64, 196, 384), 22, 160
     ),

@@ -64,6 +64,7 @@ def varlen_attention(
         max_keys: no sequence has more keys than this.
         scale: as `attention`.
     """
+    query, key, value = (rows if rows.stride(-1) == 1 else rows.contiguous() for rows in (query, key, value))
     # Of the kernels behind `varlen_attn`, this one runs on every device and for every length that it is given here.
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         read = varlen_attn(query, key, value, query_starts, key_starts, max_queries, max_keys, scale=scale)
