@@ -79,7 +79,8 @@ def attend_rows(
     mask: Bool[Tensor, "B _ _ K"] | None = None,
 ) -> Float[Tensor, "B Q H E"]:
     """Fused attention of rows before heads."""
-    return attention(*(rows.transpose(1, 2) for rows in (query, key, value)), mask).transpose(1, 2)
+    query, key, value = (rows.transpose(1, 2) for rows in (query, key, value))
+    return attention(query, key, value, mask).transpose(1, 2)
 
 
 def emptied(
@@ -123,9 +124,9 @@ class _Recomputed(torch.autograd.Function):
             saved = [t if t is None else t.detach().requires_grad_(n) for t, n in zip(saved, needed, strict=True)]
         with torch.enable_grad():
             args = [other if t is None else t for t, other in zip(saved, ctx.others, strict=True)]
-            inputs = [t for t, n in zip(saved, needed, strict=True) if n]
+            inputs = [t for t, n in zip(saved, needed, strict=True) if t is not None and n]
             output = ctx.function(*args)
-            found = iter(torch.autograd.grad(output, inputs, grads, create_graph=again, allow_unused=True))
+            found = iter(torch.autograd.grad([output], inputs, grads, create_graph=again, allow_unused=True))
         return None, *(next(found) if n else None for n in needed)
 
 
