@@ -61,3 +61,20 @@ class CannotWrite(NarrowsError, OSError):
     def __init__(self, path: object, reason: str) -> None:
         super().__init__(f"{path} cannot be written: {reason}. What was there before is unchanged.")
         self.path = path
+
+
+class Diverged(NarrowsError):
+    """A training whose loss or parameters are no numbers any more."""
+
+
+class Terminated(KeyboardInterrupt):
+    """What SIGTERM and SIGHUP raise in a command, as Ctrl-C raises `KeyboardInterrupt`.
+
+    Args:
+        signum: number of the signal; the command exits with 128 more.
+        kept: what is kept, and how to go on.
+    """
+
+    def __init__(self, signum: int, kept: str = "") -> None:
+        super().__init__(*([kept] if kept else []))
+        self.signum = signum

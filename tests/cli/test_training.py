@@ -149,3 +149,41 @@ def test_every_training_command_explains_itself(capsys):
     for command in ("fit", "predict"):
         assert main([command, "--help"]) == 0
         assert "--data.batch_size" in capsys.readouterr().out
+
+
+def test_a_checkpoint_brings_its_settings_and_refuses_others(narrows, tmp_path, capsys):
+    assert narrows("fit", "--trainer.max_epochs", "1", "--model.learning_rate", "0.01") == 0
+    last = str(_only((tmp_path / "runs").glob("*/checkpoints/last.ckpt")))
+    assert main(["fit", *QUIET, "--ckpt_path", last, "--model.learning_rate", "0.5"]) == 1
+    printed = capsys.readouterr().err
+    assert "model.learning_rate: expected 0.01, with which the checkpoint was trained, got 0.5. Leave it out" in printed
+    assert main(["fit", *QUIET, "--ckpt_path", last, "--model", "sepvit_mini"]) == 1
+    assert "model.model: expected 'vit_mini', with which the checkpoint was trained" in capsys.readouterr().err
+    assert main(["test", *QUIET, "--ckpt_path", last, "--data", "digits"]) == 1
+    assert "ckpt_path: expected a checkpoint of this model, got one with other model." in capsys.readouterr().err
+    assert main(["test", *QUIET, "--ckpt_path", last]) == 0, "model and data are those of the checkpoint"
+    torch.save({"state_dict": {}}, tmp_path / "half.ckpt")
+    (tmp_path / "half.ckpt").write_bytes((tmp_path / "half.ckpt").read_bytes()[:300])
+    assert main(["test", *QUIET, "--ckpt_path", "half.ckpt"]) == 1
+    assert "ckpt_path: expected a checkpoint that narrows fit wrote, got 'half.ckpt'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
+def test_a_signal_keeps_a_checkpoint_and_its_number(narrows, tmp_path, capsys, monkeypatch, number, code):
+    def stop(task, *_):
+        if task.trainer.global_step == 1:
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(Classification, "on_train_batch_start", stop)
+    before = signal.getsignal(signal.SIGTERM)
+    assert narrows("fit", "--trainer.max_epochs", "4") == code
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert "stopped. Go on with: narrows fit --config runs/" in capsys.readouterr().err
+    last = _only((tmp_path / "runs").glob("*/checkpoints/last.ckpt"))
+    assert torch.load(last, weights_only=True)["global_step"] == 2
+
+
+def test_a_run_that_diverges_says_so_and_leaves_no_model(narrows, tmp_path, capsys):
+    assert narrows("fit", "--trainer.max_epochs", "4", "--model.learning_rate", "1e30") == 1
+    assert "narrows: The training diverged: after" in capsys.readouterr().err
+    assert not list((tmp_path / "runs").glob("*/model"))

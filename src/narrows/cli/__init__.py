@@ -3,12 +3,16 @@
 import difflib
 import importlib
 import os
+import signal
 import sys
-from collections.abc import Sequence
-from typing import NamedTuple
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, NamedTuple, NoReturn
 
 from narrows._version import __version__
-from narrows.errors import NarrowsError
+from narrows.errors import NarrowsError, Terminated
 
 
 class Command(NamedTuple):
@@ -45,12 +49,14 @@ _GROUPS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `narrows <arguments>` and return its exit code.
 
-    0 is success, 1 an error narrows explains, 2 a command or option that does not exist, 130 Ctrl-C.
+    0 is success, 1 an error narrows explains, 2 a command or option that does not exist; 130 Ctrl-C, 143 SIGTERM, 129
+    SIGHUP: the number of the signal and 128.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given or bool(os.environ.get("NARROWS_DEBUG"))
     try:
-        return _run([argument for argument in given if argument != "--debug"])
+        with _signals_raise():
+            return _run([argument for argument in given if argument != "--debug"])
     except NarrowsError as error:
         if debug:
             raise
@@ -58,9 +64,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt as interrupt:
         print(f"\nnarrows: stopped. {interrupt}".rstrip(), file=sys.stderr)
-        return 130
+        return 128 + getattr(interrupt, "signum", signal.SIGINT)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+
+
+@contextmanager
+def _signals_raise() -> Iterator[None]:
+    """SIGTERM and SIGHUP raise `Terminated` inside, as Ctrl-C raises `KeyboardInterrupt`; `nohup` keeps its word."""
+
+    def stop(number: int, _: FrameType | None) -> NoReturn:
+        raise Terminated(number)
+
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)):
+            if signal.getsignal(number) is signal.SIG_DFL:
+                before[number] = signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _run(arguments: list[str]) -> int:

@@ -2,30 +2,37 @@
 
 import argparse
 import logging
+import pickle
+import signal
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from datetime import datetime
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import torch
 import yaml
+from jsonargparse import Namespace
 
 from narrows.cli.parsing import ClearErrors, underscored
-from narrows.errors import InvalidArgument, MissingExtra, NarrowsError
+from narrows.errors import InvalidArgument, MissingExtra, NarrowsError, Terminated
+from narrows.files import new_folder, replacing
 
 try:
-    from lightning.pytorch import Trainer
-    from lightning.pytorch.callbacks import BasePredictionWriter, Callback, ModelCheckpoint
-    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-    from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+    from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch.callbacks import BasePredictionWriter, Callback
+    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+    from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+    from lightning.pytorch.plugins.io import CheckpointIO
+    from lightning.pytorch.utilities.rank_zero import rank_zero_only
 except ImportError as error:
     raise MissingExtra(error.name or "lightning", extra="train", purpose="train") from error
 
 from narrows.data.module import ImageDataModule, PositionedDataModule, SegmentationDataModule
 from narrows.jobs.fit import classification, segmentation
 from narrows.training.callbacks import ClassMaps, PredictionTable, SavePretrained
+from narrows.training.checkpoints import Checkpoints, StopOnSignal, WholeFiles
 from narrows.training.task import Task
 from narrows.validation import check_choice
 
@@ -38,6 +45,9 @@ _DO_NOT_APPLY = (
     "does not have many workers",
     r"Found \d+ module.s. in eval mode",
 )
+OPTIONS = "narrows_options"
+"""Where a checkpoint has the options of its model and its data."""
+
 _CHECKPOINT_WORDS = ("best", "last", "hpc")
 
 
@@ -94,6 +104,24 @@ class TrainingParser(ClearErrors, LightningArgumentParser):
     """Lightning's parser with clear errors."""
 
 
+class SaveConfig(SaveConfigCallback):
+    """Writes `<run>/config.yaml` whole."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write it, once."""
+        folder = trainer.log_dir  # log_dir is broadcast: every process has to read it
+        if trainer.is_global_zero and folder is not None and not self.already_saved:
+            with replacing(Path(folder) / self.config_filename) as unfinished:
+                self.parser.save(self.config, unfinished, skip_none=False, overwrite=True, multifile=False)
+        self.already_saved = True
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Put the options of the model and of the data into the checkpoint."""
+        if trainer.state.fn == "fit":
+            options = yaml.safe_load(self.parser.dump(self.config, skip_none=False, skip_link_targets=True))
+            checkpoint[OPTIONS] = {part: options[part] for part in ("model", "data")}
+
+
 class TrainingCLI(LightningCLI):
     """A task on its images. Everything of a run is in one folder, `runs/<time>` by default.
 
@@ -102,8 +130,10 @@ class TrainingCLI(LightningCLI):
     """
 
     def __init__(self, task: str, **kwargs: Any) -> None:
-        self.task, self.choice = task, TASKS[task]()
-        left = [self.choice.saving(), *([] if self.choice.predictions is None else [self.choice.predictions()])]
+        self.task, self.choice, self.args = task, TASKS[task](), kwargs["args"]
+        left = [StopOnSignal(), self.choice.saving()]
+        if self.choice.predictions is not None:
+            left.append(self.choice.predictions())
         defaults = {"max_epochs": 20, "enable_model_summary": False, "callbacks": left}
         super().__init__(self.choice.task, self.choice.data, trainer_defaults=defaults, **kwargs)
 
@@ -112,7 +142,7 @@ class TrainingCLI(LightningCLI):
         parser.add_argument("--task", type=Literal[*TASKS], default=self.task, help="What is trained.")
         for link in self.choice.links:
             parser.link_arguments(link.source, link.target, link.value, apply_on="instantiate")
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(Checkpoints, "checkpoint")
         parser.set_defaults(
             {
                 "checkpoint.monitor": self.choice.monitor,
@@ -121,6 +151,34 @@ class TrainingCLI(LightningCLI):
                 "checkpoint.save_on_exception": True,
             }
         )
+
+    def _parse_ckpt_path(self) -> None:
+        """Take what was not given from the checkpoint; Lightning takes what was given from it too.
+
+        Raises:
+            InvalidArgument: a setting of the model that is not the one the checkpoint was trained with, or a file that
+                is no checkpoint.
+        """
+        command = self.config.get("subcommand")
+        path = self.config[command].get("ckpt_path") if command else None
+        if path is None or not Path(path).is_file():
+            return
+        try:
+            trained = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get(OPTIONS, {})
+        except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError, OSError) as error:
+            got = f"{path!r} ({str(error).partition(chr(10))[0]})"
+            raise InvalidArgument("ckpt_path", expected="a checkpoint that narrows fit wrote", got=got) from error
+        asked = self.parser.parse_args(self.args, defaults=False)[command]
+        for name, value in vars(asked.get("model") or Namespace()).items():
+            if name in trained.get("model", {}) and (before := trained["model"][name]) != _plain(value):
+                raise InvalidArgument(
+                    f"model.{name}",
+                    expected=f"{before!r}, with which the checkpoint was trained",
+                    got=repr(_plain(value)),
+                    hint="Leave it out to go on with the checkpoint, or begin another run with --model <run>/model.",
+                )
+        given = {part: {**trained[part], **_plain(asked.get(part) or {})} for part in trained}
+        self.config = self.parser.parse_object({command: given}, self.config)
 
     def before_instantiate_classes(self) -> None:
         """Check that the checkpoint is there; only `fit` does without one."""
@@ -149,10 +207,17 @@ class TrainingCLI(LightningCLI):
             raise
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Log to CSV and TensorBoard unless told otherwise."""
+        """Log to CSV and TensorBoard, and write checkpoints whole, unless told otherwise."""
         asked = self._get(self.config_init, "trainer")
+        plugins = asked["plugins"] or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            kwargs["plugins"] = [*plugins, WholeFiles()]
         if asked["logger"] in (None, True):
-            kwargs["logger"] = _loggers(Path(asked["default_root_dir"] or "runs"))
+            root = Path(asked["default_root_dir"] or "runs")
+            # Processes but the first write nothing, and take the folder from it.
+            run = new_folder(root).name if rank_zero_only.rank == 0 and not asked["fast_dev_run"] else ""
+            kwargs["logger"] = [CSVLogger(root, name="", version=run), TensorBoardLogger(root, name="", version=run)]
         return super().instantiate_trainer(**kwargs)
 
     def after_fit(self) -> None:
@@ -170,13 +235,17 @@ class TrainingCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         try:
             super()._run_subcommand(subcommand)
-        except SystemExit:
-            if self.trainer.interrupted:
-                raise KeyboardInterrupt(self._kept()) from None
-            raise
+        except SystemExit as stop:
+            asked = stop.__context__
+            if not self.trainer.interrupted or not isinstance(asked, KeyboardInterrupt):
+                raise
+            if not self.trainer.is_global_zero:  # the first process tells, and waits for none that failed
+                raise SystemExit(0) from None
+            kept = self._kept()
+            raise Terminated(getattr(asked, "signum", signal.SIGINT), kept) from None
 
     def _kept(self) -> str:
-        last = Path(_only(self.trainer, ModelCheckpoint).last_model_path)
+        last = Path(_only(self.trainer, Checkpoints).last_model_path)
         if not last.name:
             return "No checkpoint had been written yet."
         return f"Go on with: narrows fit --config {last.parent.parent / 'config.yaml'} --ckpt_path {last}"
@@ -198,7 +267,7 @@ def run(arguments: list[str]) -> None:
         parser_kwargs={"prog": "narrows"},
         seed_everything_default=0,
         auto_configure_optimizers=False,
-        save_config_kwargs={"overwrite": True},
+        save_config_callback=SaveConfig,
     )
 
 
@@ -234,8 +303,8 @@ def _only(trainer: Trainer, kind: type) -> Any:
     return callback
 
 
-def _loggers(root: Path) -> Sequence[Logger]:
-    time = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    taken = len(list(root.glob(f"{time}*")))
-    run = f"{time}_{taken + 1}" if taken else time
-    return [CSVLogger(root, name="", version=run), TensorBoardLogger(root, name="", version=run)]
+def _plain(value: Any) -> Any:
+    """A value of the parser as YAML has it."""
+    if isinstance(value, (Namespace, dict)):
+        return {name: _plain(one) for name, one in (value if isinstance(value, dict) else vars(value)).items()}
+    return [_plain(one) for one in value] if isinstance(value, (list, tuple)) else value

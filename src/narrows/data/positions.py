@@ -56,6 +56,7 @@ class PositionSampler(DistributedSampler[Position]):
     def begin_at(self, epoch: int, position: int) -> None:
         """Skip the first `position` samples of this process in `epoch`, and in no other."""
         self._begin = Position(position, epoch)
+        self.set_epoch(epoch)  # Lightning does so after workers have begun to prepare batches
 
     def __iter__(self) -> Iterator[Position]:
         order = range(self._length)

@@ -131,6 +131,7 @@ class FlamingoTraining(Task):
 
     def on_validation_epoch_end(self) -> None:
         """The losses, and how much worse wrong images are."""
+        super().on_validation_epoch_end()
         self._log_losses("val")
 
     def test_step(self, batch: InterleavedBatch, batch_idx: int) -> None:
@@ -162,6 +163,7 @@ class FlamingoTraining(Task):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave frozen parameters out: they are as large as the language model, and do not change."""
+        super().on_save_checkpoint(checkpoint)
         trained = {f"model.{name}" for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: value for name, value in state.items() if name in trained}

@@ -1,17 +1,24 @@
 """What every task shares: a model, how it is optimised, how it is spread over devices."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from narrows.data.positions import keys
+from narrows.errors import Diverged, InvalidArgument
+from narrows.training import resume
+
+LOOK_EVERY = 20
+"""Steps after which a loss that is no number is noticed on a GPU, and where there are several processes."""
 
 
 class Task(LightningModule):
@@ -40,19 +47,127 @@ class Task(LightningModule):
         super().__init__()
         self.model = model
         self.learning_rate, self.weight_decay, self.warmup, self.betas = learning_rate, weight_decay, warmup, betas
+        self._seed: int | None = None
+        self._validated: tuple[int, int] | None = None
+        self._changing: int | None = None
+        self._lost: Tensor | None = None
 
     def on_fit_start(self) -> None:
         """Keep the seed of the run: `on_train_batch_start` replaces torch's in every step."""
-        self._seed = torch.initial_seed()
+        if self._seed is None:
+            self._seed = torch.initial_seed()
+
+    def on_train_start(self) -> None:
+        """Go on where the checkpoint was written."""
+        self._lost = None
+        resume.begin(self.trainer)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Seed the random numbers of this step."""
-        seed = int(keys(self._seed, self.global_step, self.global_rank)[0])
+        """Seed the random numbers of this step; of each of its batches, where gradients are accumulated."""
+        assert self._seed is not None
+        part = batch_idx % self.trainer.accumulate_grad_batches
+        seed = int(keys(self._seed, self.global_step, self.global_rank, *([part] if part else []))[0])
         if self.device.type == "cpu":
             # Without a GPU, `torch.manual_seed` keeps every call and its stack, to repeat it once CUDA is initialised.
             torch.default_generator.manual_seed(seed)
         else:
             torch.manual_seed(seed)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Note that parameters change now: until the batch is done, a checkpoint would hold half a step."""
+        self._changing = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Stop where the loss is no number: at once on one CPU, elsewhere every few steps, since to look is to wait.
+
+        Raises:
+            Diverged: it is not.
+        """
+        loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
+        if loss is None:
+            return
+        bad = ~torch.isfinite(loss.detach())
+        self._lost = bad if self._lost is None else self._lost | bad
+        everywhere = self.device.type == "cpu" and self.trainer.world_size == 1
+        if everywhere or (batch_idx + 1) % LOOK_EVERY == 0:
+            self._stop_if_diverged(bool(self._lost), "the loss is no finite number")
+
+    def on_train_end(self) -> None:
+        """Stop where parameters are no numbers any more.
+
+        Raises:
+            Diverged: they are not.
+        """
+        self._check_parameters()
+
+    def on_fit_end(self) -> None:
+        """The next run has a seed of its own."""
+        self._seed = None
+
+    def on_validation_epoch_end(self) -> None:
+        """Remember that this place was validated."""
+        if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
+            loop = self.trainer.fit_loop
+            self._validated = (loop.epoch_progress.current.processed, loop.epoch_loop.batch_progress.current.processed)
+
+    @property
+    def place(self) -> resume.Place:
+        """How far the run is."""
+        return resume.place(self.trainer, self._validated)
+
+    @property
+    def is_between_steps(self) -> bool:
+        """Whether parameters and optimizer are as a whole number of steps leaves them."""
+        return self._changing != self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Write where the run is, so that it is resumed exactly, by a run whose checkpoints are as exact.
+
+        Raises:
+            Diverged: parameters are no numbers any more; the checkpoint of before stays.
+        """
+        self._check_parameters()
+        if self.trainer.state.fn != "fit" or "loops" not in checkpoint:
+            return
+        where = self.place
+        resume.write(where, checkpoint["loops"]["fit_loop"])
+        checkpoint["narrows"] = {"seed": self._seed}
+        data: Any = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        if (state := checkpoint.get(type(data).__qualname__)) and {"epoch", "images"} <= state.keys():
+            samples = 0 if where.is_end else where.batches * data.batch_size
+            state.update(epoch=where.epoch + int(where.is_end), images=samples)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with the seed that the run began with.
+
+        Raises:
+            InvalidArgument: the weights of another model.
+        """
+        self._seed = checkpoint.get("narrows", {}).get("seed")
+        found, expected = checkpoint.get("state_dict", {}), self.state_dict()
+        wrong = [name for name in found if name not in expected or found[name].shape != expected[name].shape]
+        if self.strict_loading and found:
+            wrong += [name for name in expected if name not in found]
+        if wrong:
+            raise InvalidArgument(
+                "ckpt_path",
+                expected="a checkpoint of this model",
+                got=f"one with other {', '.join(wrong[:4])}{' and more' if len(wrong) > 4 else ''}",
+                hint="Another number of classes or another size of images makes another model.",
+            )
+
+    def _check_parameters(self) -> None:
+        local = (p.to_local() if isinstance(p, DTensor) else p for p in self.parameters() if p.requires_grad)
+        finite = all(bool(torch.isfinite(parameter.detach()).all()) for parameter in local)
+        self._stop_if_diverged(not finite, "parameters are no finite numbers any more")
+
+    def _stop_if_diverged(self, bad: bool, what: str) -> None:
+        """In all processes, whichever of them noticed."""
+        if self.trainer.strategy.reduce_boolean_decision(bad, all=False):
+            raise Diverged(
+                f"The training diverged: after {self.global_step} steps {what}. It was stopped, and this state is not "
+                "saved. Lower the learning rate, warm up for longer, or clip gradients."
+            )
 
     def configure_model(self) -> None:
         """Shard the parameters (FSDP2) where the strategy brings a device mesh: block by block, then the rest."""
