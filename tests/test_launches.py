@@ -92,7 +92,7 @@ TABLE = {
         61,
         dtype=torch.float32,
     ),
-    "TwoWaySlotAttention": Row(lambda: slot_attention.SlotAttentionExperimental(16, 256), on(16, 4096, 256), 244, 143),
+    "TwoWaySlotAttention": Row(lambda: slot_attention.SlotAttentionExperimental(16, 256), on(16, 4096, 256), 204, 143),
     "PerceiverResampler": Row(
         lambda: flamingo_pytorch.PerceiverResampler(dim=1024, depth=6), on(16, 4, 256, 1024), 99, 134
     ),

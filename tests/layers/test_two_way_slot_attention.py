@@ -17,6 +17,7 @@ from narrows.checkpoints import from_upstream
 from narrows.errors import ImplementationUnavailable, NarrowsError
 from narrows.layers.slot_attention import IMPLEMENTATIONS
 from narrows.layers.two_way_slot_attention import TwoWaySlotAttention
+from narrows.measure import peak_memory
 from tests.layers.test_slot_attention import called, draw, feed_forward, gru_step, linear, normalize, ragged
 from tests.support import assert_close, assert_within_budget_on_average, gradients
 
@@ -240,11 +241,19 @@ def test_what_tokens_read_does_not_vanish_with_their_number(impl: str) -> None:
 
 def test_what_is_not_plain_is_not_folded() -> None:
     layer, tokens = TwoWaySlotAttention(16, num_slots=4, mlp_dim=40), torch.randn(2, 9, 16)
-    called_anyway = ["norm_tokens", "slots_read.to_q", "slots_read.gru", "tokens_read.to_v", "tokens_read.mlp.contract"]
+    called_anyway = ["norm_tokens", "slots_read.to_q", "slots_read.gru", "slots_read.mlp.norm", "tokens_read.to_v"]
     for name in called_anyway:
         layer.get_submodule(name).register_forward_hook(lambda *_: None)
     assert layer.implementation(tokens) == "absorbed"
-    for name in ("slots_read.to_k", "slots_read.norm_read", "tokens_read.to_q", "tokens_read.mlp", "tokens_read.gru"):
+    for name in (
+        "slots_read.to_k",
+        "slots_read.norm_read",
+        "tokens_read.to_q",
+        "tokens_read.mlp",
+        "tokens_read.mlp.norm",
+        "tokens_read.mlp.contract",
+        "tokens_read.gru",
+    ):
         handle = layer.get_submodule(name).register_forward_hook(lambda *_: None)
         layer.impl = "auto"
         assert layer.implementation(tokens) == "mixed"
@@ -257,6 +266,34 @@ def test_what_is_not_plain_is_not_folded() -> None:
     assert folding.implementation(tokens) == "absorbed"
     folding.tokens_read.mlp.contract.register_forward_hook(lambda *_: None)
     assert folding.implementation(tokens) == "mixed"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_training_takes_at_most_half_of_upstreams_memory(dtype: torch.dtype) -> None:
+    upstream, tokens = Upstream(8, 128).to(dtype), torch.randn(1, 4096, 128, dtype=dtype)
+
+    def peak(module: nn.Module) -> int:
+        return peak_memory(lambda: torch.cat([x.flatten() for x in module(tokens)[:2]]).sum().backward())
+
+    assert peak(from_upstream(upstream)) < 0.5 * peak(upstream)
+
+
+@pytest.mark.parametrize("impl", ["mixed", "absorbed"])
+@pytest.mark.parametrize("hidden", [5, 40])
+def test_second_derivatives(impl: str, hidden: int) -> None:
+    layer, (tokens, slots) = make(D=5, S=4, M=hidden, qkv_bias=True), draw(D=5, S=4)
+    mask = ragged(2, 9)
+
+    def second(impl: str) -> Tensor:
+        """The gradient of a projection of the gradients."""
+        inputs = [tokens.requires_grad_(), slots.requires_grad_()]
+        inputs += [parameter for name, parameter in layer.named_parameters() if "initial_slots" not in name]
+        outputs = torch.cat([x.flatten() for x in called(layer, impl, mask)(tokens, slots)])
+        along = torch.linspace(-1, 2, len(outputs), dtype=torch.float64)
+        first = torch.autograd.grad(outputs @ along, inputs, create_graph=True)
+        return torch.cat([x.flatten() for x in gradients(torch.cat([x.flatten() for x in first]), *inputs)])
+
+    assert_close(second(impl), second("reference"), 1e-10)
 
 
 def test_what_tokens_read_does_not_vanish_as_upstreams_does() -> None:

@@ -1,11 +1,13 @@
 """Two-way slot attention as a layer."""
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from narrows.errors import ImplementationUnavailable
 from narrows.layers.slot_attention import (
@@ -21,8 +23,8 @@ from narrows.layers.slot_attention import (
     reset_like_keras,
     starting_slots,
 )
-from narrows.ops.slot_attention import read_slots, slot_attention, token_weights
-from narrows.precision import at_least_float32, autocast_off, compute_dtype
+from narrows.ops.slot_attention import Cell, Reading, TokenUpdate, read_slots, slot_attention, update_tokens
+from narrows.precision import at_least_float32, autocast_off, compute_dtype, is_transformed
 from narrows.routing import Routing
 from narrows.validation import as_tokens, check_choice, check_positive, checked, why_not_plain
 
@@ -184,16 +186,15 @@ class TwoWaySlotAttention(nn.Module):
         check_choice("impl", self.impl, ("auto", *IMPLEMENTATIONS))
         if self.impl not in ("auto", "absorbed"):
             return self.impl
-        norms, linears = ["slots_read.norm_read", "tokens_read.norm_readers"], ["slots_read.to_k", "slots_read.to_v"]
-        linears.append("tokens_read.to_q")
-        if self._folds_contract():
-            linears.append("tokens_read.mlp.contract")
+        norms = ["slots_read.norm_read", "tokens_read.norm_readers", "tokens_read.mlp.norm"]
+        linears = ["slots_read.to_k", "slots_read.to_v", "tokens_read.to_q"]
+        linears += ["tokens_read.mlp.expand", "tokens_read.mlp.contract"]
         cells, containers = ["tokens_read.gru", "tokens_read.mlp_gru"], ["tokens_read.mlp"]
         for names, kind in (
+            (containers, FeedForward),
             (norms, nn.LayerNorm),
             (linears, nn.Linear),
             (cells, nn.GRUCell),
-            (containers, FeedForward),
         ):
             reason = why_not_plain(((name, self.get_submodule(name)) for name in names), kinds=(kind,))
             if reason is None:
@@ -289,26 +290,62 @@ class TwoWaySlotAttention(nn.Module):
         - A token reads a weighted sum of K slots, so the gates' input product is taken of the K slots before the sum.
         - The second gates' input product absorbs the MLP's last map, where that is the smaller product.
         """
-        side = self.slots_read
+        side, dtype = self.slots_read, compute_dtype(tokens)
         projections = AbsorbedProjections.of(side.norm_read, side.to_k, side.to_v, scale=scaling(slots, temperature))
-        update = _AbsorbedTokenUpdate(
-            self.tokens_read,
+        query, gates, weights = self._absorb(dtype)
+        reading = Reading(
+            mask,
+            slot_mask,
             scaling(tokens, temperature),
-            compute_dtype(tokens),
-            folds_contract=self._folds_contract(),
-            normalization=self.token_normalization,
-            eps=self.eps,
+            self.token_normalization,
+            self.eps,
+            self.tokens_read.norm_readers.eps,
+            self.tokens_read.mlp.norm.eps,
         )
-        tokens = tokens.to(compute_dtype(tokens))
+
+        def read(tokens: Tensor, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            rows = normalized(tokens, side.norm_read)
+            return *projections.read(rows, mask, slot_mask, queries, eps=self.eps), rows
+
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not is_transformed(tokens, slots, query):
+            read = partial(checkpoint, read, use_reentrant=False, preserve_rng_state=False)
+        tokens = tokens.to(dtype)
         for _ in range(iterations):
-            normalized_tokens = normalized(tokens, side.norm_read)
-            queries = side.to_q(side.norm_readers(slots))[:, None]
-            updates, attention = projections.read(normalized_tokens, mask, slot_mask, queries, eps=self.eps)
+            updates, attention, rows = read(tokens, side.to_q(side.norm_readers(slots))[:, None])
             slots = side.update(slots, updates.squeeze(1))
-            if self.tokens_read.norm_readers.eps != side.norm_read.eps:
-                normalized_tokens = normalized(tokens, self.tokens_read.norm_readers)
-            tokens = update(tokens, normalized_tokens, slots, mask, slot_mask)
+            known = rows if self.tokens_read.norm_readers.eps == side.norm_read.eps else None
+            rows = self.tokens_read.norm_read(slots)
+            keys, values = (at_least_float32(linear(rows)) for linear in (self.tokens_read.to_k, self.tokens_read.to_v))
+            with autocast_off(tokens):
+                readers, values = keys @ query, F.linear(values, gates).to(dtype)
+                sums = readers[..., :-1].to(dtype), readers[..., -1].to(dtype), values
+                tokens = update_tokens(tokens, *sums, weights, reading, normalized=known)
         return slots, tokens, attention  # pyright: ignore[reportPossiblyUnboundVariable]
+
+    def _absorb(self, dtype: torch.dtype) -> tuple[Float[Tensor, "D E"], Float[Tensor, "G D"], TokenUpdate]:
+        """What keys of slots are multiplied with, in its last column the bias; their values; and tokens in `dtype`."""
+        side = self.tokens_read
+        norm, expand, contract = side.mlp.norm, side.mlp.expand, side.mlp.contract
+        with autocast_off(side.to_q.weight):
+            query, bias = fold_norm(side.norm_readers, side.to_q)
+            column = query.new_zeros(query.shape[:1]) if bias is None else bias
+            query = torch.cat([query, column[:, None]], -1)
+            inputs, inputs_bias = side.mlp_gru.weight_ih, side.mlp_gru.bias_ih if side.mlp_gru.bias else None
+            folds = self._folds_contract()
+            if folds:
+                inputs = at_least_float32(inputs)
+                if contract.bias is not None:
+                    image = inputs @ contract.bias.to(inputs.dtype)
+                    inputs_bias = image if inputs_bias is None else image + inputs_bias
+                inputs = inputs @ contract.weight.to(inputs.dtype)
+            weights = TokenUpdate(
+                _cell(side.gru, side.gru.bias_ih if side.gru.bias else None, dtype),
+                *(None if x is None else x.to(dtype) for x in (norm.weight, norm.bias, expand.weight, expand.bias)),
+                *(None if folds or x is None else x.to(dtype) for x in (contract.weight, contract.bias)),
+                inputs.to(dtype),
+                _cell(side.mlp_gru, inputs_bias, dtype),
+            )
+            return query, at_least_float32(side.gru.weight_ih), weights
 
     def _folds_contract(self) -> bool:
         """Whether the MLP's last map (D x M) and the gates' (3D x D) cost more one after the other than as one."""
@@ -358,106 +395,12 @@ class _Reading(nn.Module):
         return recurrent_step(self.mlp_gru, self.mlp(readers), readers)
 
 
-class _AbsorbedTokenUpdate:
-    """How tokens read slots and update themselves, their queries and the gates' input products absorbed.
-
-    Calls the modules that it does not fold: all that see slots, and the MLP's norm and first map.
-    """
-
-    def __init__(
-        self,
-        side: _Reading,
-        scale: float,
-        dtype: torch.dtype,
-        *,
-        folds_contract: bool,
-        normalization: str,
-        eps: float,
-    ) -> None:
-        self.side, self.dtype, self.folds_contract = side, dtype, folds_contract
-        self.normalization, self.eps = normalization, eps
-        with autocast_off(side.to_q.weight):
-            query, bias = fold_norm(side.norm_readers, side.to_q)
-            column = query.new_zeros(query.shape[:1]) if bias is None else bias
-            self.query = torch.cat([query, column[:, None]], -1) * scale  # [D, D + 1]
-            self.gates = at_least_float32(side.gru.weight_ih)
-            self.gru = _Gates.of(side.gru, dtype)
-            self.mlp_gru, self.mlp_gates = _Gates.of(side.mlp_gru, dtype), side.mlp_gru.weight_ih
-            if folds_contract:
-                gates, contract = at_least_float32(side.mlp_gru.weight_ih), side.mlp.contract
-                if contract.bias is not None:
-                    image = gates @ contract.bias.to(gates.dtype)
-                    self.mlp_gru = _Gates.of(side.mlp_gru, dtype, image)
-                self.mlp_gates = gates @ contract.weight.to(gates.dtype)
-            self.mlp_gates = self.mlp_gates.to(dtype)
-
-    def __call__(
-        self,
-        tokens: Float[Tensor, "B N D"],
-        normalized_tokens: Float[Tensor, "B N D"],
-        slots: Float[Tensor, "B K S"],
-        mask: Bool[Tensor, "B N"] | None,
-        slot_mask: Bool[Tensor, "B K"] | None,
-    ) -> Float[Tensor, "B N D"]:
-        """The tokens after they have read `slots`; `normalized_tokens` are the tokens normalised."""
-        side = self.side
-        rows = side.norm_read(slots)
-        keys, values = at_least_float32(side.to_k(rows)), at_least_float32(side.to_v(rows))
-        with autocast_off(tokens):
-            readers = keys @ self.query
-            logits = (readers[..., :-1].to(self.dtype) @ normalized_tokens.mT).to(readers.dtype) + readers[..., -1:]
-            weights = token_weights(logits, mask, slot_mask, normalization=self.normalization, eps=self.eps)
-            gates = F.linear(values, self.gates).to(self.dtype)
-            tokens = self.gru.step(weights.mT.to(self.dtype), gates, tokens)
-        hidden = side.mlp.expand(side.mlp.norm(tokens)).relu()
-        if not self.folds_contract:
-            hidden = side.mlp.contract(hidden)
-        with autocast_off(tokens):
-            return self.mlp_gru.step(hidden.to(self.dtype), self.mlp_gates.mT, tokens)
-
-
-class _Gates(NamedTuple):
-    """What a recurrent cell does to its state once the product with its input is there.
-
-    Args:
-        weight: of the state, `[3 * D, D]`, for reset, update and new.
-        both: bias of reset and update, `[2 * D]`.
-        input: bias of the input's part of new, `[D]`.
-        hidden: bias of the state's part of new, `[D]`.
-    """
-
-    weight: Tensor
-    both: Tensor | None
-    input: Tensor | None
-    hidden: Tensor | None
-
-    @classmethod
-    def of(cls, cell: nn.GRUCell, dtype: torch.dtype, input_bias: Tensor | None = None) -> "_Gates":
-        """From a plain cell, in `dtype`, with what is to be added to the bias of its input."""
-        size = 2 * cell.hidden_size
-        weight = cell.weight_hh.to(dtype)
-        own = (at_least_float32(cell.bias_ih), at_least_float32(cell.bias_hh)) if cell.bias else None
-        if own is None and input_bias is None:
-            return cls(weight, None, None, None)
-        inputs = input_bias if own is None else own[0] if input_bias is None else own[0] + input_bias
-        assert inputs is not None
-        hidden = None if own is None else own[1]
-        both = inputs[:size] if hidden is None else inputs[:size] + hidden[:size]
-        return cls(weight, both.to(dtype), inputs[size:].to(dtype), None if hidden is None else hidden[size:].to(dtype))
-
-    def step(
-        self, left: Float[Tensor, "B N R"], right: Float[Tensor, "*B R G"], state: Float[Tensor, "B N D"]
-    ) -> Float[Tensor, "B N D"]:
-        """The next state, where the input's product is `left @ right`."""
-        size = 2 * state.shape[-1]
-        both = _product(left, right[..., :size]) + F.linear(state, self.weight[:size], self.both)
-        reset, keep = both.sigmoid().chunk(2, -1)
-        new = _product(left, right[..., size:])
-        new = new if self.input is None else new + self.input
-        new = torch.tanh(new + reset * F.linear(state, self.weight[size:], self.hidden))
-        return torch.lerp(new, state, keep)
-
-
-def _product(left: Float[Tensor, "B N R"], right: Float[Tensor, "*B R G"]) -> Float[Tensor, "B N G"]:
-    """`left @ right`; the same `right` for every sample is a linear map."""
-    return F.linear(left, right.mT) if right.ndim == 2 else left @ right
+def _cell(cell: nn.GRUCell, inputs_bias: Tensor | None, dtype: torch.dtype) -> Cell:
+    """A plain cell in `dtype`, with the bias of its input."""
+    size = 2 * cell.hidden_size
+    weight, bias = cell.weight_hh.to(dtype), cell.bias_hh if cell.bias else None
+    if inputs_bias is None:
+        return Cell(weight, None if bias is None else bias.to(dtype), None)
+    padded = F.pad(inputs_bias[:size], (0, cell.hidden_size))
+    bias = padded if bias is None else padded + bias
+    return Cell(weight, bias.to(dtype), inputs_bias[size:].to(dtype))

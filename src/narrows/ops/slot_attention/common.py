@@ -4,6 +4,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from narrows.precision import accumulation_dtype
+
 
 def token_weights(
     logits: Float[Tensor, "B K N"],
@@ -29,11 +31,18 @@ def softmax_over_slots(
     *,
     joint_heads: bool = False,
 ) -> Float[Tensor, "B H K N"]:
-    """For each token a softmax over the slots, in each head or over all heads together; 0 where either is masked."""
+    """For each token a softmax over the slots, in each head or over all heads together; 0 where either is masked.
+
+    In float32 or better.
+    """
     if slot_mask is not None:
         absent = ~slot_mask[:, None, :, None]
         logits = logits.masked_fill(absent, torch.finfo(logits.dtype).min)
-    attention = logits.flatten(1, 2).softmax(1).view(logits.shape) if joint_heads else logits.softmax(2)
+    dtype = accumulation_dtype(logits)
+    if joint_heads:
+        attention = logits.flatten(1, 2).softmax(1, dtype=dtype).view(logits.shape)
+    else:
+        attention = logits.softmax(2, dtype=dtype)
     if slot_mask is not None:
         attention = attention.masked_fill(absent, 0)  # pyright: ignore[reportPossiblyUnboundVariable]
     return attention if mask is None else attention.masked_fill(~mask[:, None, None], 0)
@@ -44,5 +53,7 @@ def mean_weights(
 ) -> tuple[Float[Tensor, "B H K N"], Float[Tensor, "B H K 1"]]:
     """`(attention + eps) / total` and the total over the real tokens; all 0 over `eps` where there are none."""
     weights = attention + (eps if mask is None else eps * mask[:, None, None].to(attention.dtype))
-    total = weights.sum(-1, keepdim=True).clamp_min(eps)
+    total = weights.sum(-1, keepdim=True)
+    if mask is not None:
+        total = total.clamp_min(eps)
     return weights / total, total

@@ -22,7 +22,6 @@ def slot_attention(
 ) -> tuple[Float[Tensor, "B H K V"], Float[Tensor, "B H K N"]]:
     """Products with tokens in the dtype of the keys, everything else in float32 or better. Twice differentiable."""
     with autocast_off(keys):
-        queries = queries.to(accumulation_dtype(queries, keys, values))
         arguments = (queries, bias, keys, None if values is keys else values, mask, slot_mask, joint_heads, eps)
         run = _read if is_transformed(*(x for x in arguments[:4] if x is not None)) else _Read.apply
         return run(*arguments)  # pyright: ignore[reportReturnType]
@@ -89,7 +88,8 @@ def _read(
 
 def _over_tokens(rows: Float[Tensor, "B H K E"], tokens: Float[Tensor, "B G N E"]) -> Float[Tensor, "B H K N"]:
     """The product of every row with every token."""
-    return (_grouped(rows, tokens) @ tokens.mT).to(rows.dtype).reshape(*rows.shape[:3], tokens.shape[2])
+    dtype = accumulation_dtype(rows, tokens)
+    return (_grouped(rows, tokens) @ tokens.mT).to(dtype).reshape(*rows.shape[:3], tokens.shape[2])
 
 
 def _from_tokens(weights: Float[Tensor, "B H K N"], tokens: Float[Tensor, "B G N E"]) -> Float[Tensor, "B H K E"]:
