@@ -118,6 +118,30 @@ def write_text(path: str | Path, text: str) -> None:
         unfinished.write_text(text, encoding="utf-8", newline="")
 
 
+def check_writable(path: str | Path, *, folder: bool = False) -> None:
+    """Raise, before any work is done, unless a file could be written there, or a folder with files in it.
+
+    Raises:
+        CannotWrite: a folder where a file should be or the other way round, no permission, a link that leads nowhere.
+    """
+    path = Path(path)
+    try:
+        target = path.resolve()
+        if target.exists() and target.is_dir() != folder:
+            number = errno.ENOTDIR if folder else errno.EISDIR
+            raise OSError(number, os.strerror(number))
+        there = next(place for place in (target, *target.parents) if place.exists())
+        if there != target and not there.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        if not os.access(there, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        if there.is_dir():
+            probe, _ = _fresh_file(there / "probe")
+            probe.unlink()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise CannotWrite(path, _reason(error)) from error
+
+
 def new_folder(parent: str | Path) -> Path:
     """A new folder in `parent`, named by the time, that no other process gets.
 

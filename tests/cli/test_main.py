@@ -115,3 +115,17 @@ def test_without_the_extra_a_command_says_how_to_get_it(monkeypatch, capsys):
     assert main(["bench"]) == 1
     assert "jsonargparse is needed to read the options" in (printed := capsys.readouterr().err)
     assert "pip install 'narrows[train]'" in printed
+
+
+def test_a_message_fits_a_screen_and_drives_no_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(_: list[str]) -> None:
+        raise InvalidArgument("checkpoint", expected="weights", got="a tensor called \x1b[2J\udcff " + "w" * 5000)
+
+    monkeypatch.setattr("narrows.cli.info.run", fail)
+    assert main(["info"]) == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith(r"narrows: checkpoint: expected weights, got a tensor called \x1b[2J\udcff www")
+    assert shown.endswith("(--debug shows all of it)\n")
+    assert len(shown) < 15 * 80 + 20

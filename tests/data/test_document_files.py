@@ -1,5 +1,7 @@
+import contextlib
 import io
 import json
+import random
 import tarfile
 from pathlib import Path
 
@@ -135,3 +137,60 @@ def test_a_file_that_is_no_archive_is_named(tmp_path):
     (tmp_path / "s.tar").write_bytes(b"nothing" * 100)
     with pytest.raises(DataError, match=r"s.tar cannot be read as a tar archive"):
         read_shards([tmp_path / "s.tar"])
+
+
+def test_images_outside_the_folder_are_read_by_option_only(tmp_path):
+    write_folder(tmp_path)
+    (tmp_path / "docs" / "x").mkdir(parents=True)
+    (tmp_path / "docs" / "link").symlink_to(tmp_path / "images")
+    for name in ("../images/red.png", str(tmp_path / "images" / "red.png"), "x/../../images/red.png"):
+        file = tmp_path / "docs" / "train.jsonl"
+        file.write_text(json.dumps({"text": "<image>", "images": [name]}))
+        with pytest.raises(
+            DataError, match=r"line 1: the image .*red.png stands outside the folder of train.jsonl.*outs"
+        ):
+            read_jsonl(file)
+        assert len(read_jsonl(file, outside=True)) == 1
+    file.write_text(json.dumps({"text": "<image>", "images": ["link/../link/red.png"]}))
+    assert len(read_jsonl(file)) == 1
+    file.write_text(json.dumps({"text": "<image>", "images": ["link/../images/red.png"]}))
+    with pytest.raises(DataError, match="does not exist beside"):  # where the link leads, ".." is another folder
+        read_jsonl(file)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xff\xfe", "cannot be read as text"),
+        (b'{"text": "a", "images": 5}', "line 1: expected"),
+        (b'{"text": "a", "images": "x.png"}', "line 1: expected"),
+        (b'{"text": "<image>", "images": ["' + b"w" * 5000 + b'"]}', "does not exist"),
+        (b'{"text": "<image>", "images": ["a\\u0000b"]}', "does not exist"),
+        (b"[" * 10**5, "line 1: not JSON"),
+    ],
+)
+def test_lines_that_are_none_are_named(content, message, tmp_path):
+    (tmp_path / "train.jsonl").write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        read_jsonl(tmp_path / "train.jsonl")
+
+
+def test_a_shard_that_claims_more_than_it_holds_is_refused_before_it_is_read(tmp_path):
+    shard = write_shard(tmp_path / "a.tar", {"1.json": '{"text": "a", "images": []}'})
+    header = tarfile.TarInfo("1.json")
+    header.size = 6 * 2**30
+    shard.write_bytes(header.tobuf() + b"{}" + bytes(2000))
+    with pytest.raises(DataError, match=r"a.tar: 1.json claims 6,442,450,944 bytes, more than there are"):
+        read_shards([shard])
+    with shard.open("r+b") as file:  # a file with a hole
+        file.truncate(header.size + 2048)
+    with pytest.raises(DataError, match=r"1.json has 6,442,450,944 bytes, and texts at most 16,777,216"):
+        read_shards([shard])
+    draw, whole = random.Random(0), write_shard(tmp_path / "b.tar", {"1.txt": "cat", "1.png": png("red")}).read_bytes()
+    for _ in range(60):
+        damaged = bytearray(whole)
+        place = draw.randrange(len(whole) // 4)
+        damaged[place : place + 8] = draw.randbytes(8)
+        shard.write_bytes(damaged[: draw.randrange(100, len(whole))])
+        with contextlib.suppress(DataError):
+            StoredDocuments(read_shards([shard]), image_size=8).documents([0])

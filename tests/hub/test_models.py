@@ -1,5 +1,6 @@
 """Models by name and path: what comes back, and what is said where nothing can."""
 
+from argparse import Namespace
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -11,6 +12,7 @@ from safetensors.torch import save_file
 import narrows
 from narrows.errors import InvalidArgument, NarrowsError
 from narrows.hub.models import LoadedModel, open_model, save_model
+from narrows.models import create_model
 from tests.hub.small_models import SHAPE, save_ours, save_timm, save_transformers
 
 
@@ -46,6 +48,99 @@ def test_timm_with_a_checkpoint_has_its_classes_and_its_preparation(tmp_path: Pa
     assert answer(opened).shape == (1, 2)
     thousand = open_model("timm:test_vit", save_timm(tmp_path / "weights.pth", num_classes=1000))
     assert thousand.classes[:2] == ("n01440764", "n01443537"), "WordNet's ids, in the order of ImageNet"
+
+
+def test_a_training_checkpoint_says_what_was_taken_and_changed(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    trained = timm.create_model("test_vit", num_classes=3).eval()
+    state = {f"module._orig_mod.{name}": value for name, value in trained.state_dict().items()}
+    average = {name: value + 1 for name, value in state.items()}
+    file = tmp_path / "checkpoint.pth"
+    torch.save({"model": state, "model_ema": average, "args": Namespace(model="test_vit")}, file)
+    opened = open_model("timm:test_vit", file)
+    images = torch.randn(1, 3, 160, 160)
+    assert torch.equal(opened.outputs(images), trained(images))
+    assert opened.notes == (
+        "Weights are those under 'model.module._orig_mod'; checkpoint_key may name 'model_ema.module._orig_mod' too",
+        "The checkpoint has 3 classes, not 1000",
+    )
+    averaged = open_model("timm:test_vit", file, checkpoint_key="model_ema").module.state_dict()
+    assert torch.equal(averaged["head.bias"], trained.head.bias + 1)
+    smaller = open_model("timm:test_vit", file, image_size=80)
+    assert smaller.size == (80, 80)
+    assert "Positions of a grid of 10 x 10 are interpolated to 5 x 5" in smaller.notes
+    assert answer(smaller).shape == (1, 3)
+    features = open_model("timm:test_vit", file, num_classes=0)
+    assert (features.num_classes, answer(features).shape) == (0, (1, 64))
+    with pytest.raises(
+        InvalidArgument, match=r"num_classes: expected 3, as the head in .* has, or 0 for features, got 5"
+    ):
+        open_model("timm:test_vit", file, num_classes=5)
+    with pytest.raises(
+        InvalidArgument, match=r"checkpoint_key: expected where weights are in .*'model.module._orig_mod'"
+    ):
+        open_model("timm:test_vit", file, checkpoint_key="teacher")
+
+
+def test_a_checkpoint_without_a_head_gives_features(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    trained = timm.create_model("test_vit", num_classes=0).eval()
+    file = tmp_path / "pretrained.pth"
+    decoder = {"mask_token": torch.zeros(1, 1, 64), "decoder_blocks.0.weight": torch.zeros(2)}
+    torch.save({"model": trained.state_dict() | decoder}, file)
+    opened = open_model("timm:test_vit", file)
+    images = torch.randn(1, 3, 160, 160)
+    assert torch.equal(opened.outputs(images), trained(images))
+    assert opened.notes == (
+        "The checkpoint has no head: the model gives features",
+        "Left out, since only training uses it: decoder_blocks, mask_token",
+    )
+    with pytest.raises(InvalidArgument, match="num_classes: expected None: there is no head in the file, or 0"):
+        open_model("timm:test_vit", file, num_classes=5)
+    ours = {name: value for name, value in create_model("vit_mini").state_dict().items() if "head" not in name}
+    torch.save(ours, file)
+    with pytest.raises(InvalidArgument, match=r"a head \(head.weight\), which a ViT does not do without, got none in"):
+        open_model("vit_mini", file)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"reg_token": torch.zeros(1, 4, 64)}, "also reg_token"),
+        ({"blocks.0.ls1.gamma": torch.zeros(64)}, "also blocks.0.ls1.gamma"),
+        ({"pos_embed": torch.zeros(1, 102, 64)}, r"pos_embed of shape \(1, 102, 64\) in place of \(1, 101, 64\)"),
+        ({"norm.weight": torch.zeros(64, dtype=torch.int64)}, "norm.weight of integers"),
+        ({"norm.weight": torch.full((64,), torch.nan)}, "finite weights, got NaN or infinity in 'norm.weight'"),
+        ({"patch_embed.proj.weight": torch.zeros(64, 3, 8, 8)}, "patch_embed.proj.weight of shape"),
+    ],
+)
+def test_what_would_compute_something_else_is_refused(
+    change: dict[str, torch.Tensor], message: str, tmp_path: Path
+) -> None:
+    timm = pytest.importorskip("timm")
+    torch.save(timm.create_model("test_vit").state_dict() | change, tmp_path / "weights.pth")
+    with pytest.raises(InvalidArgument, match=message):
+        open_model("timm:test_vit", tmp_path / "weights.pth")
+
+
+def test_a_model_that_has_one_size_says_so(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    torch.save(timm.create_model("test_resnet").state_dict(), tmp_path / "weights.pth")
+    with pytest.raises(InvalidArgument, match="model: expected one that takes image_size=80, got timm:test_resnet"):
+        open_model("timm:test_resnet", tmp_path / "weights.pth", image_size=80)
+    with pytest.raises(InvalidArgument, match="checkpoint_key: expected a checkpoint that it is a part of, got 'ema'"):
+        open_model("timm:test_resnet", checkpoint_key="ema")
+
+
+def test_a_classifier_of_transformers_takes_a_checkpoint_with_another_head_or_none(tmp_path: Path) -> None:
+    folder = save_transformers(tmp_path / "vit")
+    weights = {f"net.{n}": v for n, v in open_model(f"hf:{folder}").module.state_dict().items()}
+    wider = weights | {"net.classifier.weight": torch.zeros(5, 32), "net.classifier.bias": torch.zeros(5)}
+    torch.save({"state_dict": wider}, tmp_path / "wider.ckpt")
+    opened = open_model(f"hf:{folder}", tmp_path / "wider.ckpt")
+    assert (opened.num_classes, answer(opened).shape) == (5, (1, 5))
 
 
 def test_transformers_from_a_folder(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 import narrows
 from narrows.data import DigitScenes
 from narrows.demo import vit
-from narrows.errors import InvalidArgument, InvalidType, NarrowsError
+from narrows.errors import CannotWrite, InvalidArgument, InvalidType, NarrowsError
 from narrows.hub.models import open_model
 from narrows.jobs.images import load_images
 from narrows.jobs.reduce import ReductionResult, parse_budget, reduce
@@ -180,7 +180,10 @@ def test_without_a_model_one_is_trained_once_and_kept(tmp_path: Path, monkeypatc
         ({"budget": ["0.0"]}, InvalidArgument, "budget: expected a share above 0 and at most 1, got 0.0"),
         ({"budget": ["1.5"]}, InvalidArgument, "budget: expected a share above 0 and at most 1, got 1.5"),
         ({"budget": ["17"]}, InvalidArgument, "budget: expected a count of 1 to 16 tokens, got 17"),
-        ({"budget": ["half"]}, InvalidArgument, r"budget: expected a share \(0.5\), .*got 'half'"),
+        ({"budget": ["half"]}, InvalidArgument, r"budget: expected a share \(0.5 or 50%\), .*got 'half'"),
+        ({"budget": ["nan"]}, InvalidArgument, r"budget: expected a share \(0.5 or 50%\), .*got 'nan'"),
+        ({"budget": ["3:inf"]}, InvalidArgument, r"budget: expected a share \(0.5 or 50%\), .*got '3:inf'"),
+        ({"budget": ["150%"]}, InvalidArgument, "budget: expected a share above 0 and at most 1, got 1.5"),
         ({"budget": ["9:0.5"]}, InvalidArgument, "budget: expected numbers of blocks from 0 to 3, got"),
         ({"budget": ["0.001M"]}, InvalidArgument, "budget: expected a target of at least"),
         ({"budget": []}, InvalidArgument, "budget: expected at least one, got none"),
@@ -195,12 +198,30 @@ def test_without_a_model_one_is_trained_once_and_kept(tmp_path: Path, monkeypatc
             InvalidArgument,
             "checkpoint: expected a model that it belongs to",
         ),
+        ({"model": None, "image_size": 32}, InvalidArgument, "image_size: expected a model that it belongs to"),
+        (
+            {"model": None},
+            InvalidArgument,
+            "model: expected one for the images in .*digit scenes only. Add --model timm:",
+        ),
+        ({"checkpoint": "nowhere.pth"}, InvalidArgument, "checkpoint: expected a file with weights, .*does not exist"),
+        ({"checkpoint_key": "ema"}, InvalidArgument, "checkpoint_key: expected a checkpoint that it is a part of"),
+        ({"num_classes": 3}, InvalidArgument, "model: expected a saved model with {'num_classes': 3}"),
+        ({"save": "/"}, CannotWrite, "/ cannot be written: Is a directory"),
+        ({"output": __file__}, CannotWrite, "test_reduce.py cannot be written: Not a directory"),
+        ({"save": f"{__file__}/reduction.json"}, CannotWrite, "reduction.json cannot be written: Not a directory"),
         ({"model": "sepvit_mini"}, InvalidType, "SepViT"),
         ({"export": "model.pt"}, InvalidArgument, "export: expected a file name ending in .onnx"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_measured(
-    ours: str, images: str, tmp_path: Path, arguments: dict[str, object], error: type[NarrowsError], message: str
+    ours: str,
+    images: str,
+    tmp_path: Path,
+    arguments: dict[str, object],
+    error: type[NarrowsError],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     given = {
         "model": ours,
@@ -210,13 +231,27 @@ def test_bad_input_is_refused_before_anything_is_measured(
         "output": tmp_path,
         "device": "cpu",
     }
+    # Whatever is wrong is found before anything is trained or measured.
+    for work in (
+        ("run_trials", "load_images") if arguments.keys() & {"save", "output", "checkpoint"} else ("run_trials",)
+    ):
+        monkeypatch.setattr(f"narrows.jobs.reduce.{work}", None)
+    monkeypatch.setattr(vit, "open_scenes_vit", None)
     with pytest.raises(error, match=message):
         reduce(**{**given, **arguments})
     assert not list(tmp_path.iterdir()), "a refused job leaves no folder behind"
 
 
 @pytest.mark.parametrize(
-    ("text", "budget"), [("0.5", 0.5), ("98", 98), (" 1.0 ", 1.0), ("3:0.7/6:49", {3: 0.7, 6: 49})]
+    ("text", "budget"),
+    [
+        ("0.5", 0.5),
+        ("98", 98),
+        (" 1.0 ", 1.0),
+        ("3:0.7/6:49", {3: 0.7, 6: 49}),
+        ("50%", 0.5),
+        ("3:70%/6:7", {3: 0.7, 6: 7}),
+    ],
 )
 def test_budgets_are_read_as_they_are_written(text: str, budget: object) -> None:
     assert parse_budget(text) == budget

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import isqrt
 from pathlib import Path
 from typing import Any
@@ -101,6 +101,13 @@ class Renamed(dict[str, Tensor]):
                 raise InvalidArgument(argument, expected=f"one weight for {ours}", got=both)
             self[ours], self.names[ours] = value, theirs
 
+    def without(self, names: Iterable[str]) -> "Renamed":
+        """All but these."""
+        left = self.under("")
+        for name in names:
+            left.pop(name, None)
+        return left
+
     def under(self, prefix: str) -> "Renamed":
         """Those whose names begin with `prefix`, without it."""
         inside = {name: value for name, value in self.items() if name.startswith(prefix)}
@@ -119,7 +126,7 @@ def fill(module: nn.Module, weights: Renamed) -> None:
 
 
 def find_weights(
-    expected: Collection[str], checkpoint: Mapping[Any, Any], *, key: str | None = None, where: str = "the checkpoint"
+    model: nn.Module, checkpoint: Mapping[Any, Any], *, key: str | None = None, where: str = "the checkpoint"
 ) -> tuple[Renamed, list[str]]:
     """The weights of a model in whatever a training script saved, under the names of the model, and what to say of it.
 
@@ -128,7 +135,7 @@ def find_weights(
     such places an average (EMA, momentum) is taken only where `key` asks for it, and a student only beside no teacher.
 
     Args:
-        expected: names of the model's parameters and buffers.
+        model: whose parameters and buffers are looked for.
         checkpoint: what `read_file` gives.
         key: a part of the path that they stand under: "model_ema", "teacher", "module.momentum_encoder".
         where: the file, for messages.
@@ -136,7 +143,7 @@ def find_weights(
     Raises:
         InvalidArgument: no tensors, none of the model's, an unknown key, or several places to choose from.
     """
-    tensors, places = tensors_in(checkpoint), Counter[str]()
+    tensors, places, expected = tensors_in(checkpoint), Counter[str](), model.state_dict().keys()
     for path in tensors:
         ends = [0, *(match.end() for match in re.finditer(r"\.", path))]
         places.update(path[:end] for end in ends if path[end:] in expected)
@@ -144,6 +151,13 @@ def find_weights(
         objects = sorted({value.name for value in checkpoint.values() if isinstance(value, Ignored)})
         got = f"{'objects of ' + ', '.join(objects[:3]) if objects else 'none'} in {where}"
         raise InvalidArgument("checkpoint", expected="tensors by name", got=got, hint="Save model.state_dict().")
+    if 2 * max(places.values(), default=0) < len(expected):
+        wanted, first = (", ".join(list(names)[:3]) for names in (expected, tensors))
+        raise InvalidArgument(
+            "checkpoint",
+            expected=f"the weights of a {type(model).__name__} of this size: {wanted}, ...",
+            got=f"{first}, ... in {where}",
+        )
     likely = {place: count for place, count in places.items() if 2 * count > max(places.values())}
     if key is not None:
         named = {place: count for place, count in likely.items() if f".{key}." in f".{place}"}
@@ -151,11 +165,6 @@ def find_weights(
             known = ", ".join(repr(place.rstrip(".")) for place in likely) or "nothing that fits the model"
             raise InvalidArgument("checkpoint_key", expected=f"where weights are in {where}: {known}", got=repr(key))
         likely = named
-    if not likely:
-        first = ", ".join(list(tensors)[:3])
-        raise InvalidArgument(
-            "checkpoint", expected=f"weights named {', '.join(list(expected)[:3])}, ...", got=f"{first}, ... in {where}"
-        )
     ranked = sorted(likely, key=lambda place: (_rank(place), -likely[place], len(place)))
     place = ranked[0]
     level = [other for other in ranked[1:] if (_rank(other), likely[other]) == (_rank(place), likely[place])]

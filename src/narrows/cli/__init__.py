@@ -46,6 +46,10 @@ _GROUPS = {
 }
 
 
+_SCREEN = 1200
+"""Characters of a message: fifteen lines of 80."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `narrows <arguments>` and return its exit code.
 
@@ -60,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except NarrowsError as error:
         if debug:
             raise
-        print(f"narrows: {error}", file=sys.stderr)
+        print(f"narrows: {_on_a_screen(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as interrupt:
         print(f"\nnarrows: stopped. {interrupt}".rstrip(), file=sys.stderr)
@@ -86,6 +90,12 @@ def _signals_raise() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _on_a_screen(message: str) -> str:
+    """A message in a few lines, without the control characters that names in files may have."""
+    shown = "".join(each if each.isprintable() or each == "\n" else repr(each)[1:-1] for each in message)
+    return shown if len(shown) <= _SCREEN else f"{shown[: _SCREEN - 60]} ... (--debug shows all of it)"
 
 
 def _run(arguments: list[str]) -> int:

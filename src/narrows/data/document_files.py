@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import tarfile
 from collections import defaultdict
@@ -17,6 +18,9 @@ from narrows.data.decoding import EXTENSIONS, decode_image
 from narrows.data.documents import IMAGE, Document, InterleavedSet
 from narrows.data.folder import image_transform
 from narrows.errors import DataError
+
+_TEXT = 2**24
+"""Bytes of a text in a shard, at most."""
 
 
 @dataclass(frozen=True)
@@ -98,22 +102,39 @@ class StoredDocuments(InterleavedSet):
         return self._transform(decode_image(io.BytesIO(stored.read()), f"{row}: {stored.name}"))
 
 
-def read_jsonl(path: Path) -> list[Record]:
+def read_jsonl(path: Path, *, outside: bool = False) -> list[Record]:
     """One document for each line: `{"text": "A cat: <image>", "images": ["cat.png"]}`, files beside the JSONL file.
 
+    Args:
+        path: the JSONL file.
+        outside: whether its images may stand outside its folder, as "../cat.png" or "/pictures/cat.png". Documents of
+            somebody else could otherwise make any image of the disk a part of the training data. (Links inside the
+            folder are followed.)
+
     Raises:
-        DataError: a line that is not of this form, or names an image file that does not exist.
+        DataError: a line that is not of this form, or names an image file that does not exist or stands outside.
     """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (UnicodeDecodeError, OSError) as error:
+        raise DataError(f"{path} cannot be read as text: {error}") from error
     records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         row = f"{path}, line {number}"
         text, names = _parsed(line, row)
-        for name in names:
-            if not (path.parent / name).is_file():
+        files = [path.parent / (name if outside else os.path.normpath(name)) for name in names]
+        for name, file in zip(names, files, strict=True):
+            normal = os.path.normpath(name)
+            if not outside and (os.path.isabs(normal) or normal.split(os.sep)[0] == os.pardir):
+                raise DataError(
+                    f"{row}: the image {name} stands outside the folder of {path.name}. "
+                    "If you trust this file, allow it with outside=True (--data.outside true)."
+                )
+            if not os.path.isfile(file):
                 raise DataError(f"{row}: the image {name} does not exist beside {path.name}")
-        records.append(Record(row, text, tuple(StoredImage(name, path.parent / name) for name in names)))
+        records.append(Record(row, text, tuple(map(StoredImage, names, files))))
     return records
 
 
@@ -132,14 +153,17 @@ def read_shards(paths: Iterable[Path]) -> list[Record]:
         try:
             with tarfile.open(path, "r:") as shard:
                 records += list(_samples(shard, path))
-        except tarfile.TarError as error:
+        except (tarfile.TarError, ValueError, OverflowError, EOFError, OSError) as error:
             raise DataError(f"{path} cannot be read as a tar archive: {error}") from error
     return records
 
 
 def _samples(shard: tarfile.TarFile, path: Path) -> Iterable[Record]:
     samples: dict[str, dict[str, tarfile.TarInfo]] = defaultdict(dict)
+    length = path.stat().st_size
     for member in shard:
+        if member.issparse() or member.offset_data + (member.size if member.isfile() else 0) > length:
+            raise DataError(f"{path}: {member.name} claims {member.size:,} bytes, more than there are")
         folder, _, name = member.name.rpartition("/")
         key, _, extension = name.partition(".")
         if member.isfile() and extension:
@@ -160,6 +184,8 @@ def _samples(shard: tarfile.TarFile, path: Path) -> Iterable[Record]:
 
 
 def _content(shard: tarfile.TarFile, member: tarfile.TarInfo) -> str:
+    if member.size > _TEXT:
+        raise DataError(f"{shard.name}: {member.name} has {member.size:,} bytes, and texts at most {_TEXT:,}")
     file = shard.extractfile(member)
     assert file is not None
     return file.read().decode("utf-8")
@@ -169,10 +195,11 @@ def _parsed(line: str, row: str, default: Sequence[str] = ()) -> tuple[str, Sequ
     """The text, and the names of its images."""
     try:
         entry: Any = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{row}: not JSON: {error}") from error
     text, names = (entry.get("text"), entry.get("images", default)) if isinstance(entry, dict) else (None, ())
-    if not isinstance(text, str) or not all(isinstance(name, str) for name in names):
+    listed = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
+    if not isinstance(text, str) or not listed:
         raise DataError(f'{row}: expected {{"text": "... {IMAGE} ...", "images": ["file", ...]}}, got {line[:80]}')
     return text, names
 

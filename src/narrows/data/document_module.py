@@ -35,7 +35,7 @@ class InterleavedData:
 
 
 def load_interleaved(
-    data: str | Path = "digits", *, image_size: int = 32, channels: int = 3, seed: int = 0
+    data: str | Path = "digits", *, image_size: int = 32, channels: int = 3, seed: int = 0, outside: bool = False
 ) -> InterleavedData:
     """Documents of text and images.
 
@@ -46,6 +46,7 @@ def load_interleaved(
         image_size: side of the square images.
         channels: 3, or 1 for grey images.
         seed: of the digit scenes.
+        outside: whether the images of a `.jsonl` file may stand outside its folder.
 
     Raises:
         InvalidArgument: `data` does not exist or is of another kind.
@@ -60,7 +61,7 @@ def load_interleaved(
         raise MissingExtra(error.name or "torchvision", extra="train", purpose="read images of a folder") from error
 
     def read(paths: Sequence[Path]) -> list[Record]:
-        lines = [record for path in paths if path.suffix == ".jsonl" for record in read_jsonl(path)]
+        lines = [record for path in paths if path.suffix == ".jsonl" for record in read_jsonl(path, outside=outside)]
         return lines + read_shards(path for path in paths if path.suffix == ".tar")
 
     files = _files(Path(data))
@@ -85,7 +86,7 @@ def _files(data: Path) -> list[Path]:
     if not data.exists():
         raise InvalidArgument("data", expected=expected, got=f"{str(data)!r}, which does not exist")
     files = sorted(data.iterdir()) if data.is_dir() else [data]
-    found = [file for file in files if file.suffix in (".jsonl", ".tar")]
+    found = [file for file in files if file.suffix in (".jsonl", ".tar") and file.is_file()]
     if not found:
         raise InvalidArgument("data", expected=expected, got=f"{str(data)!r}, which is or holds none")
     return found
@@ -104,6 +105,7 @@ class InterleavedDataModule(PositionedDataModule):
         batch_size: documents in a batch of one process.
         num_workers: worker processes that prepare documents; 0 prepares them in the training process.
         seed: of scenes and order.
+        outside: whether the images of a `.jsonl` file may stand outside its folder.
     """
 
     def __init__(
@@ -121,6 +123,7 @@ class InterleavedDataModule(PositionedDataModule):
         batch_size: int = 32,
         num_workers: int = 0,
         seed: int = 0,
+        outside: bool = False,
     ) -> None:
         collate = InterleavedCollate(
             tokenizer,
@@ -131,10 +134,12 @@ class InterleavedDataModule(PositionedDataModule):
             mask_before_first_image=mask_before_first_image,
         )
         super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed, collate=collate, kind="documents")
-        self.data, self.image_size, self.channels = data, image_size, channels
+        self.data, self.image_size, self.channels, self.outside = data, image_size, channels, outside
         self.image_token, self.end_of_chunk = image_token, end_of_chunk
 
     @cached_property
     def loaded(self) -> InterleavedData:
         """The documents, listed on first access."""
-        return load_interleaved(self.data, image_size=self.image_size, channels=self.channels, seed=self.seed)
+        return load_interleaved(
+            self.data, image_size=self.image_size, channels=self.channels, seed=self.seed, outside=self.outside
+        )

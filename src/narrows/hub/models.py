@@ -1,22 +1,25 @@
 """Vision models by name: timm's, transformers', narrows' own, or a folder."""
 
 import difflib
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, cast
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from narrows.checkpoints.files import read_weights
+from narrows.checkpoints.files import Renamed, find_weights, fit_weights
 from narrows.data.images import MEAN_AND_STD
 from narrows.errors import InvalidArgument, MissingExtra, NarrowsError
 from narrows.files import replacing_folder
 from narrows.models import ImageClassifier, create_model, list_models, load_model
+from narrows.validation import check_positive
+from narrows.weights import load_strictly, misfits, read_file
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -41,6 +44,7 @@ class LoadedModel:
         classes: what they are called, in their order; empty where that is not known.
         prepare: turns a PIL image into the `[C, H, W]` that the model takes; None for a model of narrows, whose images
             `narrows.data` prepares.
+        notes: sentences about its weights: where in the checkpoint they were found, and what was changed to fit.
     """
 
     name: str
@@ -51,6 +55,7 @@ class LoadedModel:
     num_classes: int = 0
     classes: tuple[str, ...] = ()
     prepare: "Callable[[Image.Image], Tensor] | None" = None
+    notes: tuple[str, ...] = ()
 
     @property
     def device(self) -> torch.device:
@@ -95,13 +100,20 @@ class LoadedModel:
         return (images * std + mean).clamp(0, 1)
 
 
-def open_model(name: str | Path, checkpoint: str | Path | None = None, **arguments: Any) -> LoadedModel:
+def open_model(
+    name: str | Path, checkpoint: str | Path | None = None, *, checkpoint_key: str | None = None, **arguments: Any
+) -> LoadedModel:
     """Open a vision model by its name.
+
+    A checkpoint may be what any training script left: see `narrows.checkpoints.files.find_weights`. The model gets as
+    many classes as its head has; without a head it gives features. Position embeddings of another image size are
+    interpolated. All other weights have to be there, and no others; `notes` of what comes back says what was done.
 
     Args:
         name: "timm:<name>", "hf:<name or folder>" for transformers, a folder written by `save_pretrained`, `narrows
             fit` or `narrows compare`, or a registry name of narrows, whose weights are random without a checkpoint.
         checkpoint: a file with weights in place of those that belong to the name; then nothing is downloaded.
+        checkpoint_key: where in that file they are, "model_ema" or "teacher" say; by default it is found out.
         arguments: of the model, as narrows spells them: `num_classes`, `image_size`, `channels`, and others of its own.
             A model of timm's with another `num_classes` begins with a new head; a saved model has to have been built
             with them; models of transformers take none.
@@ -112,11 +124,72 @@ def open_model(name: str | Path, checkpoint: str | Path | None = None, **argumen
         MissingExtra: without timm or transformers, where they are needed.
     """
     source, _, rest = str(name).partition(":")
+    if checkpoint is None and checkpoint_key is not None:
+        raise InvalidArgument("checkpoint_key", expected="a checkpoint that it is a part of", got=repr(checkpoint_key))
+    check_positive(**{key: arguments[key] for key in ("image_size", "channels") if key in arguments})
+    found = None if checkpoint is None else Checkpoint(read_file(checkpoint), str(checkpoint), checkpoint_key)
     if source == "timm" and rest:
-        return _open_timm(rest, checkpoint, arguments)
+        return _open_timm(rest, found, arguments)
     if source == "hf" and rest:
-        return _open_transformers(rest, checkpoint, arguments)
-    return _open_ours(str(name), checkpoint, arguments)
+        return _open_transformers(rest, found, arguments)
+    return _open_ours(str(name), found, arguments)
+
+
+class Checkpoint(NamedTuple):
+    """Everything in a checkpoint file, and which part of it is asked for."""
+
+    content: Mapping[Any, Any]
+    path: str
+    key: str | None
+
+    def fill(
+        self,
+        build: Callable[[int | None], nn.Module],
+        size: Callable[[nn.Module], tuple[int, int]],
+        heads: Callable[[nn.Module], Sequence[str]],
+        num_classes: int | None,
+    ) -> tuple[nn.Module, tuple[str, ...]]:
+        """A model with the weights, and what to say of them.
+
+        Args:
+            build: makes the model for so many classes; None: as many as it usually has, 0: for features.
+            size: height and width of the images it takes.
+            heads: names of its linear layers that give classes.
+            num_classes: what was asked for.
+        """
+        model = build(num_classes)
+        names = heads(model)
+        weights, notes = find_weights(model, self.content, key=self.key, where=repr(self.path))
+        leaves = [f"{name}.{leaf}" for name in names for leaf in ("weight", "bias")]
+        given = next((len(weights[leaf]) for leaf in leaves if leaf in weights and weights[leaf].ndim), 0)
+        if num_classes and num_classes != given:
+            expected = f"{given}, as the head in {self.path!r} has" if given else "None: there is no head in the file"
+            raise InvalidArgument("num_classes", expected=f"{expected}, or 0 for features", got=num_classes)
+        if num_classes == 0:
+            weights = weights.without(leaves)
+        elif names and (width := len(model.get_submodule(names[0]).weight)) != given:  # pyright: ignore
+            try:
+                model = build(given)
+            except InvalidArgument as error:
+                if given:
+                    raise
+                expected = f"a head ({leaves[0]}), which a {type(model).__name__} does not do without"
+                raise InvalidArgument("checkpoint", expected=expected, got=f"none in {self.path!r}") from error
+            weights, notes = find_weights(model, self.content, key=self.key, where=repr(self.path))
+            change = f"has {given} classes, not {width}" if given else "has no head: the model gives features"
+            notes.append(f"The checkpoint {change}")
+        convolution = next((part for part in model.modules() if isinstance(part, nn.Conv2d)), None)
+        grid = None
+        if convolution is not None:
+            (height, width), (down, right) = size(model), convolution.stride[:2]
+            grid = height // down, width // right
+        notes += fit_weights(weights, model.state_dict(), grid)
+        weights = _renamed_by_timm(model, weights)
+        broken = [name for name, value in weights.items() if value.is_floating_point() and not value.isfinite().all()]
+        if broken and set(broken) & {name for name, _ in model.named_parameters()}:
+            raise InvalidArgument("checkpoint", expected="finite weights", got=f"NaN or infinity in {broken[0]!r}")
+        load_strictly(model, weights, names=weights.names, where=self.path)
+        return model, tuple(notes)
 
 
 def save_model(model: nn.Module, folder: Path) -> None:
@@ -136,22 +209,37 @@ def save_model(model: nn.Module, folder: Path) -> None:
         raise InvalidArgument("model", expected="a model of narrows or of timm", got=type(model).__name__)
 
 
-def _open_ours(name: str, checkpoint: str | Path | None, arguments: Mapping[str, Any]) -> LoadedModel:
+def _open_ours(name: str, checkpoint: Checkpoint | None, arguments: Mapping[str, Any]) -> LoadedModel:
+    build: Callable[..., Any]
     if Path(name).is_dir():
         model = load_model(name)
-        saved = cast(dict[str, Any], model._hub_mixin_config)
+        build = partial(type(model), **{k: v for k, v in _config(model).items() if k != "architecture"})
+        saved = _config(model)
         if other := {key: value for key, value in arguments.items() if saved.get(key) != value}:
             got = f"one with { ({key: saved.get(key) for key in other}) } in {name!r}"
             raise InvalidArgument("model", expected=f"a saved model with {other}", got=got)
     elif name in list_models():
-        model = create_model(name, **arguments).eval()
+        build = partial(create_model, name, **arguments)
+        model = build().eval()
     else:
         _refuse(name)
+    notes: tuple[str, ...] = ()
     if checkpoint is not None:
-        _load_weights(model, _read_weights(checkpoint), checkpoint)
-    config = cast(dict[str, Any], model._hub_mixin_config)
+        wanted, shape = arguments.get("num_classes"), _config(model)
+        filled, notes = checkpoint.fill(
+            lambda classes: build(**({} if classes is None else {"num_classes": classes})),
+            lambda _: (shape["image_size"], shape["image_size"]),
+            lambda _: ("head",),
+            wanted,
+        )
+        model = cast(ImageClassifier, filled.eval())
+    config = _config(model)
     side, (mean, std) = config["image_size"], MEAN_AND_STD[config["channels"]]
-    return LoadedModel(name, model, (side, side), mean, std, num_classes=config["num_classes"])
+    return LoadedModel(name, model, (side, side), mean, std, num_classes=config["num_classes"], notes=notes)
+
+
+def _config(model: ImageClassifier) -> dict[str, Any]:
+    return cast(dict[str, Any], model._hub_mixin_config)
 
 
 def _refuse(name: str) -> NoReturn:
@@ -163,11 +251,11 @@ def _refuse(name: str) -> NoReturn:
     raise InvalidArgument("model", expected=SPELLINGS, got=repr(name), hint=hint)
 
 
-def _open_timm(name: str, checkpoint: str | Path | None, arguments: Mapping[str, Any]) -> LoadedModel:
+def _open_timm(name: str, checkpoint: Checkpoint | None, arguments: Mapping[str, Any]) -> LoadedModel:
     """By what `timm.create_model` calls it: "vit_small_patch16_224", "local-dir:<folder>"."""
     try:
         import timm
-        from timm.data.config import resolve_model_data_config
+        from timm.data.config import resolve_data_config
         from timm.data.imagenet_info import ImageNetInfo
         from timm.data.transforms_factory import create_transform
 
@@ -181,26 +269,45 @@ def _open_timm(name: str, checkpoint: str | Path | None, arguments: Mapping[str,
         raise InvalidArgument("model", expected="a model of timm's", got=repr(name), hint=hint)
     spelling = {"image_size": "img_size", "channels": "in_chans"}
     options = {spelling.get(key, key): value for key, value in arguments.items()}
-    if checkpoint is None:
-        try:
+    side = arguments.get("image_size")
+
+    def shape(model: nn.Module) -> dict[str, Any]:
+        return resolve_data_config({} if side is None else {"img_size": side}, model=model)
+
+    notes: tuple[str, ...] = ()
+    try:
+        if checkpoint is None:
             model = timm.create_model(name, pretrained=True, **options)
-        except Exception as error:  # the hub, the network, the disk and timm fail in ways of their own
-            raise NarrowsError(
-                f"The pretrained weights of timm's {name} could not be downloaded ({type(error).__name__}: "
-                f"{str(error).splitlines()[0]}). Give a file with --checkpoint; or download them where there is a "
-                f"network, with timm.create_model({name!r}, pretrained=True) and bring the folder that HF_HOME names "
-                "here."
+        else:
+
+            def build(classes: int | None) -> nn.Module:
+                wanted: dict[str, Any] = {} if classes is None else {"num_classes": classes}
+                return timm.create_model(name, pretrained=False, **{**options, **wanted})
+
+            model, notes = checkpoint.fill(
+                build,
+                lambda model: shape(model)["input_size"][1:],
+                _timm_heads,
+                options.get("num_classes"),
+            )
+    except NarrowsError:
+        raise
+    except Exception as error:  # the hub, the network, the disk and timm fail in ways of their own
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}" if str(error) else type(error).__name__
+        if checkpoint is not None or isinstance(error, TypeError | AssertionError):
+            refused = ", ".join(f"{key}={value!r}" for key, value in arguments.items()) or "its own arguments"
+            raise InvalidArgument(
+                "model", expected=f"one that takes {refused}", got=f"timm:{name} ({reason})"
             ) from error
-    else:
-        model, weights = timm.create_model(name, pretrained=False, **options), _read_weights(checkpoint)
-        head = weights.get(f"{getattr(model, 'pretrained_cfg', {}).get('classifier')}.bias")
-        if head is not None and "num_classes" not in options and len(head) != getattr(model, "num_classes", None):
-            model = timm.create_model(name, pretrained=False, num_classes=len(head), **options)
-        _load_weights(model, weights, checkpoint)
+        raise NarrowsError(
+            f"The pretrained weights of timm's {name} could not be downloaded ({reason}). Give a file with "
+            f"--checkpoint; or download them where there is a network, with timm.create_model({name!r}, "
+            "pretrained=True) and bring the folder that HF_HOME names here."
+        ) from error
     num_classes = getattr(model, "num_classes", 0)
     named = getattr(model, "pretrained_cfg", {}).get("label_names")
     wordnet = ImageNetInfo().label_names() if num_classes == 1000 else ()
-    config: dict[str, Any] = resolve_model_data_config(model)
+    config = shape(model)
     return LoadedModel(
         name=f"timm:{name}",
         module=model.eval(),
@@ -210,10 +317,34 @@ def _open_timm(name: str, checkpoint: str | Path | None, arguments: Mapping[str,
         num_classes=num_classes,
         classes=tuple(named or wordnet),
         prepare=create_transform(**config, is_training=False),  # pyright: ignore[reportArgumentType]
+        notes=notes,
     )
 
 
-def _open_transformers(name: str, checkpoint: str | Path | None, arguments: Mapping[str, Any]) -> LoadedModel:
+def _timm_heads(model: nn.Module) -> Sequence[str]:
+    named = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
+    names = (named,) if isinstance(named, str) else tuple(named)
+    own = dict(model.named_modules())
+    return [name for name in names if isinstance(own.get(name), nn.Linear)] or names
+
+
+def _renamed_by_timm(model: nn.Module, weights: Renamed) -> Renamed:
+    """The weights under timm's names where timm's own filter for the model's other releases knows theirs."""
+    expected = model.state_dict()
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if convert is None or not hasattr(model, "pretrained_cfg") or not misfits(expected, weights, {}):
+        return weights
+    try:
+        renamed = Renamed(convert(dict(weights), model))
+    except Exception:  # it trusts what it is given
+        return weights
+    # It would also make another patch size of a patch embedding, which is another network.
+    patch = [name for name in weights if name.endswith("patch_embed.proj.weight")]
+    same = all(name not in renamed or renamed[name].shape == weights[name].shape for name in patch)
+    return renamed if same and not misfits(expected, renamed, {}) else weights
+
+
+def _open_transformers(name: str, checkpoint: Checkpoint | None, arguments: Mapping[str, Any]) -> LoadedModel:
     """By its name on the hub or by its folder: the classifier, or else the image encoder."""
     try:
         import transformers
@@ -227,12 +358,26 @@ def _open_transformers(name: str, checkpoint: str | Path | None, arguments: Mapp
     architecture = (config.architectures or [""])[0]
     kind: Any = AutoModelForImageClassification if architecture.endswith("ForImageClassification") else AutoModel
     kind = getattr(transformers, _IMAGE_TOWERS[config.model_type]) if config.model_type in _IMAGE_TOWERS else kind
+    classifies = kind is AutoModelForImageClassification
+    notes: tuple[str, ...] = ()
     if checkpoint is None:
         model = _read(name, kind)
     else:
-        model = kind.from_config(config) if hasattr(kind, "from_config") else kind(config.vision_config)
-        _load_weights(model, _read_weights(checkpoint), checkpoint)
-    classifies = kind is AutoModelForImageClassification
+
+        def build(classes: int | None) -> nn.Module:
+            if not hasattr(kind, "from_config"):
+                return kind(config.vision_config)
+            if classes:
+                config.num_labels = classes
+            chosen = AutoModel if classes == 0 else kind
+            return chosen.from_config(config, trust_remote_code=False)
+
+        def size(model: nn.Module) -> tuple[int, int]:
+            side: Any = getattr(model.config, "image_size", 0)
+            return (side, side) if isinstance(side, int) else tuple(side)
+
+        model, notes = checkpoint.fill(build, size, lambda _: ("classifier",) if classifies else (), None)
+        classifies = classifies and hasattr(model, "classifier")
     side = getattr(model.config, "image_size", None)
     if side is None:
         raise InvalidArgument("model", expected="a vision transformer of transformers'", got=type(model).__name__)
@@ -245,6 +390,7 @@ def _open_transformers(name: str, checkpoint: str | Path | None, arguments: Mapp
         num_classes=config.num_labels if classifies else 0,
         classes=tuple(config.id2label[index] for index in range(config.num_labels)) if classifies else (),
         prepare=partial(_prepare, processor),
+        notes=notes,
     )
 
 
@@ -255,7 +401,7 @@ def _prepare(processor: Any, image: "Image.Image") -> Tensor:
 def _read(name: str, kind: Any) -> Any:
     local = Path(name).is_dir()
     try:
-        return kind.from_pretrained(name, local_files_only=local)
+        return kind.from_pretrained(name, local_files_only=local, trust_remote_code=False)
     except Exception as error:  # the hub, the network, the disk and transformers fail in ways of their own
         reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         if local:
@@ -264,24 +410,6 @@ def _read(name: str, kind: Any) -> Any:
         raise NarrowsError(
             f"{name} could not be downloaded from the hub ({reason}). If it is a folder, check the path; else download "
             f"it where there is a network (`hf download {name}`) and give the folder as hf:<folder>."
-        ) from error
-
-
-def _read_weights(checkpoint: str | Path) -> dict[str, Tensor]:
-    """The weights in a file, without the prefix that `DataParallel` puts before their names."""
-    return {name.removeprefix("module."): value for name, value in read_weights(checkpoint).items()}
-
-
-def _load_weights(module: nn.Module, weights: Mapping[str, Tensor], checkpoint: str | Path) -> None:
-    """All weights of the module, from a file that holds no others."""
-    try:
-        module.load_state_dict(weights)
-    except RuntimeError as error:
-        complaint = " ".join(str(error).split())
-        raise InvalidArgument(
-            "checkpoint",
-            expected=f"the weights of a {type(module).__name__} of this size",
-            got=f"others in {str(checkpoint)!r} ({complaint[:300]})",
         ) from error
 
 

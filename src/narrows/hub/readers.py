@@ -86,8 +86,8 @@ def open_language_model(name: str | Path) -> tuple[nn.Module, Any]:
     place = str(name).removeprefix("hf:")
     try:
         with without_bars():
-            tokenizer = AutoTokenizer.from_pretrained(place)
-            model: Any = AutoModelForCausalLM.from_pretrained(place)
+            tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+            model: Any = AutoModelForCausalLM.from_pretrained(place, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InvalidArgument(
             "language_model",

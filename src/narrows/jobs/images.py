@@ -71,14 +71,12 @@ def load_images(data: str | Path, model: LoadedModel, *, limit: int) -> Images:
         InvalidArgument: `data` does not exist, holds no image, or names digit scenes for a model that takes colour.
         DataError: images that cannot be read.
     """
+    check_data(data)
     scenes = str(data) in SCENES
     if scenes and (model.prepare is not None or model.channels != 1):
         got = f"{str(data)!r}, which are grey"
         raise InvalidArgument("data", expected="a folder of images", got=got, hint=f"{model.name} takes colour.")
     root = Path(data)
-    if not scenes and not root.is_dir():
-        expected = f"{', '.join(map(repr, SCENES))} or a folder of images"
-        raise InvalidArgument("data", expected=expected, got=f"{str(data)!r}, which is no folder")
     if scenes or (model.prepare is None and _has_classes(root)):
         found = _held_out(data, model)
     elif _has_classes(root):
@@ -86,6 +84,21 @@ def load_images(data: str | Path, model: LoadedModel, *, limit: int) -> Images:
     else:
         found = _unlabelled(root, model)
     return replace(found, chosen=evenly_spaced(len(found.images), limit))
+
+
+def check_data(data: str | Path) -> None:
+    """Raise unless `data` names digit scenes or a folder with images.
+
+    Raises:
+        InvalidArgument: neither.
+    """
+    if str(data) in SCENES:
+        return
+    root = Path(data)
+    if not root.is_dir():
+        expected = f"{', '.join(map(repr, SCENES))} or a folder of images"
+        raise InvalidArgument("data", expected=expected, got=f"{str(data)!r}, which is no folder")
+    find_images([root])
 
 
 def evenly_spaced(count: int, limit: int) -> tuple[int, ...]:

@@ -6,26 +6,29 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from itertools import product
+from math import isfinite
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from narrows.adapters import reduce_tokens
+from narrows.adapters import reduce_tokens, token_reduction
 from narrows.adapters.token_reduction import TargetLatency, TargetMACs
 from narrows.adapters.token_reduction.targets import Budget
+from narrows.data.scenes import SCENES
 from narrows.demo import vit
 from narrows.errors import InvalidArgument, MissingExtra
-from narrows.files import new_folder, write_text
+from narrows.files import check_writable, new_folder, write_text
 from narrows.hub.models import LoadedModel, accelerator_of, open_model
-from narrows.jobs.images import Images, evenly_spaced, load_images
+from narrows.jobs.images import Images, check_data, evenly_spaced, load_images
 from narrows.jobs.report import Result, add_picture, machine, mebibytes, per_second, percent
 from narrows.jobs.trials import COUNTED, Candidate, Trial, run_trials
 from narrows.measure.cost import scaled
 from narrows.routing import Routing
-from narrows.validation import check_positive
+from narrows.validation import check_choice, check_positive
 from narrows.visualize import Cell, ParetoPoint, Report, curves, gallery
 
 METHODS = ("ats", "topk", "evit", "tome", "random")
@@ -154,6 +157,9 @@ def reduce(
     *,
     data: str | Path | None = None,
     checkpoint: str | Path | None = None,
+    checkpoint_key: str | None = None,
+    num_classes: int | None = None,
+    image_size: int | None = None,
     method: Sequence[str] = METHODS,
     budget: Sequence[str] = BUDGETS,
     limit: int = 1000,
@@ -173,11 +179,14 @@ def reduce(
             vision transformer that is trained on digit scenes, once, in a few minutes, and kept.
         data: a folder of images, with one folder for each class (for accuracy too) or without; "digits" or
             "small_digits" for models of digit scenes.
-        checkpoint: a file with weights (safetensors, or .pth with nothing but weights) for the model; nothing is
-            downloaded then.
+        checkpoint: a file with weights for the model, as training scripts leave it (safetensors, .pth, .ckpt, with or
+            without optimizer and arguments beside them); nothing is downloaded then.
+        checkpoint_key: which weights in that file, "model_ema" or "teacher" say; by default it is found out.
+        num_classes: width of the head, 0 for features; by default as the checkpoint or the model has it.
+        image_size: side of the images, for models that take any; position embeddings are interpolated.
         method: names that `reduce_tokens` takes, in a shell separated by commas.
-        budget: each a share of the tokens (0.5), a count (98), MACs per image (2.9G), the time of a batch (40ms), or
-            shares block by block (3:0.7/6:0.49/9:0.34), in a shell separated by commas.
+        budget: each a share of the tokens (0.5 or 50%), a count (98), MACs per image (2.9G), the time of a batch
+            (40ms), or shares block by block (3:0.7/6:0.49/9:0.34), in a shell separated by commas.
         limit: at most so many images.
         batch_size: images in a batch.
         output: folder of all runs.
@@ -186,17 +195,32 @@ def reduce(
         device: "auto", "cpu" or "cuda".
 
     Raises:
-        InvalidArgument: an unknown model or method, a budget that cannot be met, no images.
+        InvalidArgument: an unknown model or method, a budget that cannot be met, no images, weights of another model.
+        CannotWrite: output, save or export cannot be written.
         NarrowsError: weights that cannot be downloaded.
     """
-    check_positive(limit=limit, batch_size=batch_size)
+    check_positive(limit=limit, batch_size=batch_size, **({} if image_size is None else {"image_size": image_size}))
+    if num_classes is not None and num_classes < 0:
+        raise InvalidArgument("num_classes", expected="0 (features) or more", got=num_classes)
     for name, given in (("method", method), ("budget", budget)):
         if not given:
             raise InvalidArgument(name, expected="at least one", got="none")
+    for each in method:
+        check_choice("method", each, tuple(token_reduction.METHODS))
+    for each in budget:
+        parse_budget(each)
     place = torch.device(accelerator_of(device))
     if export is not None:
         check_export(export)
-    loaded = _open(model, data, checkpoint, device)
+    for written in filter(None, (save, export)):
+        check_writable(written)
+    check_writable(output, folder=True)
+    opening = {"checkpoint_key": checkpoint_key, "num_classes": num_classes, "image_size": image_size}
+    loaded = _open(
+        model, data, checkpoint, {name: value for name, value in opening.items() if value is not None}, device
+    )
+    for note in loaded.notes:
+        tqdm.write(f"{note}.")
     images = load_images(vit.DATA if data is None else data, loaded, limit=limit)
     loaded.module.to(place)
     calibration = images.batch(range(min(batch_size, len(images))))[0].to(place)
@@ -219,20 +243,32 @@ def reduce(
     return result
 
 
-def _open(model: str | None, data: str | Path | None, checkpoint: str | Path | None, device: str) -> LoadedModel:
+def _open(
+    model: str | None, data: str | Path | None, checkpoint: str | Path | None, opening: Mapping[str, Any], device: str
+) -> LoadedModel:
+    """The model, after everything that it needs was looked at: nothing is trained or downloaded for a mistyped path."""
     if model is None:
-        if checkpoint is not None:
-            raise InvalidArgument("checkpoint", expected="a model that it belongs to", got="none", hint="Add --model.")
+        for name, value in ({"checkpoint": checkpoint} | dict(opening)).items():
+            if value is not None:
+                raise InvalidArgument(name, expected="a model that it belongs to", got="none", hint="Add --model.")
+        if data is not None and str(data) not in SCENES:
+            raise InvalidArgument(
+                "model",
+                expected=f"one for the images in {str(data)!r}",
+                got="none",
+                hint="The model that narrows trains for itself reads digit scenes only. Add --model timm:<name>, say.",
+            )
         return vit.open_scenes_vit(device=device)
     if data is None:
         raise InvalidArgument("data", expected="a folder of images to judge by", got="none", hint="Add --data.")
-    return open_model(model, checkpoint)
+    check_data(data)
+    return open_model(model, checkpoint, **opening)
 
 
 def _reduced(model: LoadedModel, methods: Sequence[str], budgets: Sequence[str], images: Tensor) -> list[Candidate]:
     """Every reduction, tried on the model and removed again: what does not work shows before anything is measured."""
     found = []
-    for method, budget in product(methods, budgets):
+    for method, budget in product(dict.fromkeys(methods), dict.fromkeys(budgets)):
         with reduce_tokens(model.module, method=method, budget=parse_budget(budget, images=images)) as reduction:
             found.append(Candidate(model, reduction, method, budget))
     return found
@@ -246,10 +282,10 @@ def _write_config(trial: Trial, path: Path) -> None:
 
 
 def parse_budget(text: str, images: Tensor | None = None) -> Budget:
-    """A share ("0.5"), a count ("98"), a target ("2.9G" MACs, "40ms" for a batch), or block by block ("3:0.7/6:0.49").
+    """A share ("0.5", "50%"), a count ("98"), MACs ("2.9G"), the time of a batch ("40ms"), or block by block ("3:0.7").
 
-    >>> parse_budget("0.5"), parse_budget("98"), parse_budget("3:0.7/6:96")
-    (0.5, 98, {3: 0.7, 6: 96})
+    >>> parse_budget("0.5"), parse_budget("50%"), parse_budget("98"), parse_budget("3:0.7/6:96")
+    (0.5, 0.5, 98, {3: 0.7, 6: 96})
 
     Args:
         text: what was written.
@@ -273,13 +309,19 @@ def parse_budget(text: str, images: Tensor | None = None) -> Budget:
             raise
         raise InvalidArgument(
             "budget",
-            expected="a share (0.5), a count (98), a target (2.9G MACs, 40ms), or block:share/block:share",
+            expected="a share (0.5 or 50%), a count (98), a target (2.9G MACs, 40ms), or block:share/block:share",
             got=repr(text),
         ) from None
 
 
 def _number(text: str) -> int | float:
-    return int(text) if re.fullmatch(r"[+-]?\d+", text) else float(text)
+    text = text.strip()
+    if re.fullmatch(r"[+-]?\d{1,9}", text):
+        return int(text)
+    share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    if not isfinite(share):
+        raise ValueError(text)
+    return share
 
 
 def check_export(path: str | Path) -> None:

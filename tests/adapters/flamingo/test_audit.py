@@ -265,3 +265,29 @@ def test_a_flamingo_passes_whatever_its_text_may_see(attend):
     batch = a_batch(".MM..M..pp", "pp..M..M..", "..........", num_media=3, media_mask=mask)
     found = audit(model, batch)
     assert found.passed, str(found)
+
+
+@pytest.mark.parametrize("tolerance", [float("nan"), float("inf"), -1.0])
+def test_a_tolerance_that_no_change_exceeds_is_refused(tolerance):
+    with pytest.raises(InvalidArgument, match="tolerance: expected a finite number, 0 or more"):
+        audit(Reader().double(), a_batch("..M..M."), media_token_id=MEDIA, tolerance=tolerance)
+
+
+class _Padded(nn.Module):
+    """A reader that leaks; some numbers at padding, or everywhere, are none."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.where = where
+
+    def forward(self, input_ids: Tensor, media: Tensor, **_: object) -> Tensor:
+        logits = media.mean((1, 2, 3))[:, None, None].expand(*input_ids.shape, 3).clone()
+        logits[..., 0] = -torch.inf  # a token that is never written
+        return logits.masked_fill((input_ids == 0)[..., None] | (self.where == "everywhere"), torch.nan)
+
+
+def test_numbers_that_are_none_hide_no_leak():
+    found = audit(_Padded("at padding"), a_batch("pp..M.."), media_token_id=MEDIA)
+    assert [leak.positions for leak in found.leaks if leak.medium.index == 0] == [(2, 3)]
+    with pytest.raises(InvalidArgument, match="model: expected logits that are numbers at real text, got NaN"):
+        audit(_Padded("everywhere"), a_batch("pp..M.."), media_token_id=MEDIA)

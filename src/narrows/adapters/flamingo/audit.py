@@ -249,7 +249,8 @@ def audit(
         generator: draws what media are changed to: noise of their own mean and spread.
 
     Raises:
-        InvalidArgument: media or their places are not found, or do not belong together.
+        InvalidArgument: media or their places are not found, or do not belong together; a tolerance that is no number;
+            a model that gives NaN for the text as it is.
 
     >>> class Leaky(nn.Module):
     ...     def forward(self, input_ids, media):
@@ -258,6 +259,8 @@ def audit(
     >>> audit(Leaky(), batch, media_token_id=9).leaks[0].positions  # the text before the medium
     (0,)
     """
+    if not 0 <= tolerance < float("inf"):
+        raise InvalidArgument("tolerance", expected="a finite number, 0 or more", got=tolerance)
     name = _media_argument(batch, media)
     tensor = batch[name]
     if not isinstance(tensor, Tensor) or not torch.is_floating_point(tensor):
@@ -265,16 +268,20 @@ def audit(
     token = _media_token(model) if media_token_id is None else media_token_id
     found = find_media(batch, tensor, media_token_id=token, tokens_per_medium=tokens_per_medium, media_axis=media_axis)
 
+    real = real_text(batch)
     with evaluating(model):
         logits = _logits(model, batch)
-        floor = _difference(_logits(model, batch), logits).max().item()
+        apart = _difference(_logits(model, batch), logits)[real]
+        floor = apart.max().item() if len(apart) else 0.0
+        if floor == float("inf"):
+            raise InvalidArgument("model", expected="logits that are numbers at real text", got="NaN")
         changes = []
         for medium in found:
             changed = tensor.clone()
             changed[medium.where] = _noise(tensor, tensor[medium.where].shape, generator)
             changes.append(_difference(_logits(model, {**batch, name: changed}), logits))
     expected = torch.stack([medium.should_move for medium in found])
-    return Audit(tuple(found), torch.stack(changes), expected, real_text(batch), max(tolerance, floor))
+    return Audit(tuple(found), torch.stack(changes), expected, real, max(tolerance, floor))
 
 
 def _media_argument(batch: Mapping[str, Any], name: str | None) -> str:
@@ -307,7 +314,8 @@ def _logits(model: Callable[..., Any], batch: Mapping[str, Any]) -> Tensor:
 
 def _difference(one: Tensor, other: Tensor) -> Float[Tensor, "B T"]:
     """The greatest change of a logit at each position; infinite where one of the two is NaN."""
-    return (one.float() - other.float()).abs().nan_to_num(nan=torch.inf).amax(-1)
+    change = (one.float() - other.float()).abs().nan_to_num(nan=torch.inf)
+    return change.masked_fill(one == other, 0.0).amax(-1)  # an infinity less itself is NaN
 
 
 def _noise(like: Tensor, shape: Sequence[int], generator: torch.Generator | None) -> Tensor:
