@@ -83,15 +83,15 @@ def launches(
     module, device = make(), torch.device("cpu" if backward else "cuda")
     with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        _replace_by_fakes(module, device, dtype)
-        with torch.set_grad_enabled(backward), Launches() as found, _fused_attention():
+        replace_by_fakes(module, device, dtype)
+        with torch.set_grad_enabled(backward), Launches() as found, fused_attention():
             outputs = call(module, device)
             if backward:
                 _backward(outputs)
     return found
 
 
-def _replace_by_fakes(module: nn.Module, device: torch.device, dtype: torch.dtype | None) -> None:
+def replace_by_fakes(module: nn.Module, device: torch.device, dtype: torch.dtype | None) -> None:
     for part in module.modules():
         for held in (part._parameters, part._buffers):
             for name, tensor in held.items():
@@ -129,7 +129,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) ->
 
 
 @contextmanager
-def _fused_attention() -> Iterator[None]:
+def fused_attention() -> Iterator[None]:
     """Counts fused attention as the one kernel it is on a GPU; for fake tensors PyTorch would choose a formula."""
     name = "scaled_dot_product_attention"
     with patch.object(F, name, _attention), patch.object(narrows.ops.attention, name, _attention):

@@ -100,7 +100,7 @@ TABLE = {
     "DynamicSlotsSoftMoE": Row(
         lambda: soft_moe_pytorch.DynamicSlotsSoftMoE(384, num_experts=28), on(64, 196, 384), 22, 160
     ),
-    "SoftMoE": Row(lambda: soft_moe_pytorch.SoftMoE(768, num_experts=128, num_slots=2), on(64, 256, 768), 12, 657),
+    "SoftMoE": Row(lambda: soft_moe_pytorch.SoftMoE(768, num_experts=128, num_slots=2), on(64, 256, 768), 20, 657),
     "ATSViT": Row(ats_classifier, on(128, 3, 224, 224), 204, None),
     "UpstreamSepViT": Row(
         lambda: sep_vit.SepViT(num_classes=1000, dim=96, depth=(1, 2, 6, 2), heads=(3, 6, 12, 24)),

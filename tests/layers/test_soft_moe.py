@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from narrows.errors import InvalidArgument, InvalidType
-from narrows.layers.soft_moe import DynamicSlotsSoftMoE, ExpertList, SoftMoE, StackedExperts, UnitNorm, make_experts
+from narrows.layers.soft_moe import DynamicSlotsSoftMoE, ExpertList, SoftMoE, StackedExperts, make_experts
 from narrows.models import create_model, load_model
 from tests.support import assert_close, gradients
 
@@ -161,8 +161,8 @@ def test_any_module_can_be_an_expert() -> None:
     assert len(list(layer.experts)) == 3
     keys = layer._keys(x, None)
     logits = keys.token_keys @ keys.slot_keys.mT
-    slots = (logits.softmax(1).mT @ x).unflatten(1, (3, 2))
-    outputs = torch.stack([layer.experts[e](slots[:, e]) for e in range(3)], 1).flatten(1, 2)
+    slots = (logits.softmax(1).mT @ x).unflatten(1, (2, 3))
+    outputs = torch.stack([layer.experts[e](slots[:, :, e]) for e in range(3)], 2).flatten(1, 2)
     assert_close(layer(x), logits.softmax(-1) @ outputs, 1e-6)
 
 
@@ -176,6 +176,7 @@ def test_routing_is_what_slots_read() -> None:
     layer.experts.register_forward_pre_hook(lambda module, args: read.append(args[0]))
     layer(x)
     assert_close(routing.weights[:, 0] @ x.flatten(2).mT, read[0].flatten(1, 2), 1e-5)
+    assert_close(layer.combine_weights(x) @ layer.experts(read[0]).flatten(1, 2), layer(x).flatten(2).mT, 1e-5)
 
 
 @every_form
@@ -273,28 +274,40 @@ def test_tokens_of_another_dtype_are_computed_in_the_layers_and_come_back_in_the
             assert layer(tokens, mask).dtype == torch.bfloat16
 
 
-def test_unit_vectors_have_length_one_or_the_scale_and_are_smooth_at_zero() -> None:
+def unit_norms(dim: int) -> tuple[nn.Module, nn.Module]:
+    layer = SoftMoE(dim, num_experts=2)
+    return layer.norm_tokens, layer.norm_slots
+
+
+def test_logits_are_the_scale_times_the_cosine_and_smooth_at_zero() -> None:
     x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
-    unit, scaled = UnitNorm(), UnitNorm(scaled=True).double()
-    nn.init.constant_(scaled.scale, 2.5)
-    assert_close(unit(x).norm(dim=-1), torch.ones(3, dtype=torch.float64), 1e-6)
-    assert_close(scaled(x).norm(dim=-1), torch.full((3,), 2.5, dtype=torch.float64), 1e-6)
-    assert torch.autograd.gradcheck(unit, (x,))
-    assert torch.autograd.gradgradcheck(unit, (x,))
+    of_tokens, of_slots = unit_norms(5)
+    of_slots.double()
+    assert_close((of_tokens(x) * of_slots(x)).sum(-1), torch.ones(3, dtype=torch.float64), 1e-6)
+    nn.init.constant_(of_slots.scale, 2.5)
+    assert_close((of_tokens(x) * of_slots(x)).sum(-1), torch.full((3,), 2.5, dtype=torch.float64), 1e-6)
+    assert_close(of_tokens(x).norm(dim=-1), torch.full((3,), 5**0.5, dtype=torch.float64), 1e-6)
     zeros = torch.zeros(1, 5, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(unit, (zeros,), eps=1e-7)
+    for norm in (of_tokens, of_slots):
+        assert torch.autograd.gradcheck(norm, (x,))
+        assert torch.autograd.gradgradcheck(norm, (x,))
+        assert torch.autograd.gradcheck(norm, (zeros,), eps=1e-7)
     zeros = torch.zeros(1, 5, dtype=torch.float16, requires_grad=True)
-    unit(zeros).sum().backward()
+    of_tokens(zeros).sum().backward()
+    assert torch.isfinite(zeros.grad).all()
+    of_slots.half()(zeros).sum().backward()
     assert torch.isfinite(zeros.grad).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_large_vectors_are_normalised_in_low_precision(dtype: torch.dtype) -> None:
     x = torch.full((1, 64), 1000.0, dtype=dtype)
-    assert_close(UnitNorm()(x).float(), torch.full((1, 64), 0.125), 1e-3)
-    for norm in (SoftMoE(64, num_experts=2, normalization="rms").norm_tokens, UnitNorm(scaled=True)):
-        vectors = norm.to(dtype)(x).float()
-        assert_close(vectors / vectors[0, 0], torch.ones(1, 64), 1e-3)
+    of_tokens, of_slots = unit_norms(64)
+    assert_close(of_tokens(x).float(), torch.ones(1, 64), 1e-3)
+    assert_close(of_slots.to(dtype)(x).float(), torch.full((1, 64), 1 / 64), 1e-3)
+    norm = SoftMoE(64, num_experts=2, normalization="rms").norm_tokens
+    vectors = norm.to(dtype)(x).float()
+    assert_close(vectors / vectors[0, 0], torch.ones(1, 64), 1e-3)
     assert_close(SoftMoE(64, num_experts=2, normalization="rms").norm_tokens(x.float()), torch.ones(1, 64), 1e-6)
 
 

@@ -14,18 +14,29 @@ from narrows.errors import InvalidArgument, InvalidType
 from narrows.layers.initialisation import detached_under_no_grad, draw_, reset_submodules
 from narrows.ops.soft_moe import (
     Segments,
+    activation,
     combine_weights,
     dispatch_weights,
     segments_in_number,
     segments_of_length,
     soft_moe,
+    stacked_feed_forward,
     stacked_linear,
 )
-from narrows.precision import accumulation_dtype, compute_dtype
+from narrows.precision import compute_dtype
 from narrows.routing import Routing
-from narrows.validation import as_tokens, check_choice, check_positive, checked
+from narrows.validation import as_tokens, check_choice, check_positive, checked, why_not_plain
 
 STACKED = ("gelu", "geglu")
+
+
+def _as_rows(slots: Tensor) -> Tensor:
+    """Slots `[B, E, P, D]` as rows `[E, B * P, D]`: a view of slots in the order of `_SoftMixture`."""
+    return slots.transpose(0, 1).flatten(1, 2)
+
+
+def _as_slots(rows: Tensor, slots: Tensor) -> Tensor:
+    return rows.unflatten(1, (slots.shape[0], slots.shape[2])).transpose(0, 1)
 
 
 class StackedLinear(nn.Module):
@@ -61,8 +72,7 @@ class StackedLinear(nn.Module):
 
     def forward(self, rows: Float[Tensor, "B E P in_features"]) -> Float[Tensor, "B E P out_features"]:
         """Map the rows `[:, e]` by expert e."""
-        mapped = stacked_linear(rows.transpose(0, 1).flatten(1, 2), self.weight, self.bias)
-        return mapped.unflatten(1, (rows.shape[0], rows.shape[2])).transpose(0, 1)
+        return _as_slots(stacked_linear(_as_rows(rows), self.weight, self.bias), rows)
 
     def extra_repr(self) -> str:
         """What `print(layer)` shows."""
@@ -116,13 +126,12 @@ class StackedExperts(nn.Module):
 
     def forward(self, slots: Float[Tensor, "B E P D"]) -> Float[Tensor, "B E P D"]:
         """Run every expert on its own slots."""
-        hidden = self.expand(slots)
-        if self.gated:
-            values, gates = hidden.chunk(2, dim=-1)
-            hidden = values * F.gelu(gates)
-        else:
-            hidden = F.gelu(hidden)
-        return self.contract(F.dropout(hidden, self.dropout, self.training))
+        dropout = self.dropout if self.training else 0.0
+        if dropout or why_not_plain(self.named_children(), kinds=(StackedLinear,)):
+            return self.contract(F.dropout(activation(self.expand(slots), gated=self.gated), dropout))
+        expand, contract = ((linear.weight, linear.bias) for linear in (self.expand, self.contract))
+        mapped = stacked_feed_forward(_as_rows(slots), expand, contract, gated=self.gated)
+        return _as_slots(mapped, slots)
 
     def extra_repr(self) -> str:
         """What `print(layer)` shows."""
@@ -143,7 +152,8 @@ class ExpertList(nn.ModuleList):
 
     def forward(self, slots: Float[Tensor, "B E P D"]) -> Float[Tensor, "B E P D"]:
         """Give expert e the slots `[B, P, D]` that are its own."""
-        return torch.stack([expert(own) for expert, own in zip(self, slots.unbind(1), strict=True)], dim=1)
+        outputs = [expert(own) for expert, own in zip(self, slots.unbind(1), strict=True)]
+        return torch.stack(outputs, dim=2).transpose(1, 2)
 
 
 def make_experts(
@@ -171,49 +181,38 @@ def make_experts(
     return ExpertList(experts(index) for index in range(num_experts))
 
 
-class UnitNorm(nn.Module):
-    r"""$s\,x / \sqrt{|x|^2 + \epsilon}$: unit vectors times a scale s, the paper's normalisation (Algorithm 2).
+class ScaledRMSNorm(nn.Module):
+    r"""RMS-normalised vectors times s / D, with one learned scale s: \(s\, v / (D\, \mathrm{rms}(v))\).
 
-    Logits of unit vectors stay within -s and s whatever the width, so that the softmax does not approach a one-hot
-    vector as the width grows. Smooth at 0, and computed in float32 or better.
+    Their products with RMS-normalised tokens are s times the cosine of the two: the logits of the paper, which has both
+    as unit vectors (section 2.3). A zero vector stays zero.
 
     Args:
-        scaled: whether s is learned, from 1 on; it is 1 otherwise.
-        eps: added to the square of the length.
-        device: where parameters are made.
-        dtype: of the parameters.
+        dim: D, width of the vectors.
+        eps: added to the mean square.
+        device: where the scale is made.
+        dtype: of the scale.
     """
 
-    scale: nn.Parameter | None
-
     def __init__(
-        self,
-        *,
-        scaled: bool = False,
-        eps: float = 1e-6,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        self, dim: int, *, eps: float, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
         self.eps = eps
-        self.register_parameter("scale", nn.Parameter(torch.ones((), device=device, dtype=dtype)) if scaled else None)
+        self.dim = dim
+        self.scale = nn.Parameter(torch.ones((), device=device, dtype=dtype))
 
     def reset_parameters(self) -> None:
         """Set the scale to 1."""
-        if self.scale is not None:
-            nn.init.ones_(self.scale)
+        nn.init.ones_(self.scale)
 
     def forward(self, vectors: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
-        """Unit vectors, in the dtype of `vectors`."""
-        lengths = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True, dtype=accumulation_dtype(vectors))
-        factors = torch.rsqrt(lengths.square() + self.eps)
-        if self.scale is not None:
-            factors = factors * self.scale
-        return (vectors * factors).to(vectors.dtype)
+        """The normalised vectors, in the dtype of `vectors`."""
+        return F.rms_norm(vectors, (self.dim,), (self.scale / self.dim).expand(self.dim), self.eps)
 
     def extra_repr(self) -> str:
         """What `print(layer)` shows."""
-        return f"scaled={self.scale is not None}, eps={self.eps}"
+        return f"{self.dim}, eps={self.eps}"
 
 
 def _make_norms(
@@ -222,7 +221,9 @@ def _make_norms(
     """One norm of tokens and one of slots."""
     check_choice("normalization", normalization, ("unit", "rms", "layer"))
     if normalization == "unit":
-        return UnitNorm(device=device, dtype=dtype), UnitNorm(scaled=True, device=device, dtype=dtype)
+        eps = 1e-6 / dim
+        tokens = nn.RMSNorm(dim, eps=eps, elementwise_affine=False)
+        return tokens, ScaledRMSNorm(dim, eps=eps, device=device, dtype=dtype)
     if normalization == "rms":
         make = partial(nn.RMSNorm, dim, eps=1e-12, device=device, dtype=dtype)
     else:
@@ -303,7 +304,7 @@ class _SoftMixture(nn.Module):
         return mixed.mT.unflatten(2, tokens.shape[2:]) if tokens.ndim == 4 else mixed
 
     def _slots(self, values: Tensor, mask: Tensor | None) -> Segments:
-        """Slot parameters `[..., E * P, D]`, expert by expert, and which of them take part."""
+        """Slot parameters `[..., P * E, D]`, the first slot of every expert, then the second, and which take part."""
         raise NotImplementedError
 
     def _keys(self, tokens: Tensor, mask: Tensor | None) -> _Keys:
@@ -318,7 +319,13 @@ class _SoftMixture(nn.Module):
         return _Keys(values, token_keys, self.norm_slots(slots.to(dtype)), mask, slot_mask)
 
     def _run_experts(self, slots: Tensor) -> Tensor:
-        return self.experts(slots.unflatten(1, (self.num_experts, -1))).flatten(1, 2)
+        """Slots and outputs `[B, P * E, D]`; experts take them as `[B, E, P, D]`."""
+        slots = slots.unflatten(1, (-1, self.num_experts)).transpose(1, 2)
+        return self.experts(slots).transpose(1, 2).flatten(1, 2)
+
+    def _expert_by_expert(self, weights: Tensor) -> Tensor:
+        """Weights `[B, N, P * E]` in the order `E * P`."""
+        return weights.unflatten(-1, (-1, self.num_experts)).transpose(-1, -2).flatten(-2)
 
     def routing(
         self,
@@ -328,6 +335,7 @@ class _SoftMixture(nn.Module):
         """The dispatch weights, `[B, 1, E * P, N]` expert by expert: what each slot reads, 1 in sum over the tokens."""
         keys = self._keys(tokens, mask)
         weights = dispatch_weights(keys.token_keys, keys.slot_keys, keys.mask, keys.slot_mask)
+        weights = self._expert_by_expert(weights)
         grid = (tokens.shape[2], tokens.shape[3]) if tokens.ndim == 4 else None
         return Routing(weights.mT[:, None], carriers="expert slots", grid=grid)
 
@@ -341,7 +349,8 @@ class _SoftMixture(nn.Module):
         Takes what `forward` takes; pixels are in rows. With the dispatch weights of `routing` it is the whole mixture.
         """
         keys = self._keys(tokens, mask)
-        return combine_weights(keys.token_keys, keys.slot_keys, keys.mask, keys.slot_mask)
+        weights = combine_weights(keys.token_keys, keys.slot_keys, keys.mask, keys.slot_mask)
+        return self._expert_by_expert(weights)
 
     def expert_shares(
         self,
@@ -438,7 +447,8 @@ class SoftMoE(_SoftMixture):
         draw_(self.slots, partial(nn.init.normal_, std=self.dim**-0.5))
 
     def _slots(self, values: Tensor, mask: Tensor | None) -> Segments:
-        return Segments(detached_under_no_grad(self.slots).flatten(0, 1), None)
+        slots = detached_under_no_grad(self.slots)  # cat: its gradient lies in memory as the parameter does
+        return Segments(slots.flatten(0, 1) if slots.shape[1] == 1 else torch.cat(slots.unbind(1)), None)
 
 
 class DynamicSlotsSoftMoE(_SoftMixture):
@@ -517,8 +527,9 @@ class DynamicSlotsSoftMoE(_SoftMixture):
             means, means_mask = segments_of_length(values, self.segment_length, mask)
         else:
             means, means_mask = segments_in_number(values, self.slots_per_expert, mask)
-        slots = self.to_slots(means).unflatten(-1, (self.num_experts, self.dim)).transpose(1, 2).flatten(1, 2)
-        return Segments(slots, None if means_mask is None else means_mask.repeat(1, self.num_experts))
+        slots = self.to_slots(means).unflatten(-1, (self.num_experts, self.dim)).flatten(1, 2)
+        slot_mask = None if means_mask is None else means_mask.repeat_interleave(self.num_experts, dim=1)
+        return Segments(slots, slot_mask)
 
 
 def _check_capacity(capacity_factor: float) -> None:

@@ -42,11 +42,17 @@ def segments_of_length(
     check_tokens("tokens", tokens)
     check_mask("mask", mask, tokens.shape[:2])
     check_positive(length=length)
-    num_tokens = tokens.shape[1]
+    num_tokens, wide = tokens.shape[1], accumulation_dtype(tokens)
+    if mask is None and not torch.compiler.is_compiling():  # whose graph fits every number of tokens
+        whole = num_tokens - num_tokens % length
+        means = tokens[:, :whole].unflatten(1, (-1, length)).mean(2, dtype=wide) if whole else tokens[:, :0].to(wide)
+        if whole < num_tokens:
+            means = torch.cat((means, tokens[:, whole:].mean(1, keepdim=True, dtype=wide)), 1)
+        return Segments(means.to(tokens.dtype), None)
     count = (num_tokens + length - 1) // length
     tokens = tokens if mask is None else _compacted(tokens, mask)
     padded = F.pad(tokens, (0, 0, 0, count * length - num_tokens)).unflatten(1, (count, length))
-    sums = padded.sum(2, dtype=accumulation_dtype(tokens))
+    sums = padded.sum(2, dtype=wide)
     starts = torch.arange(count, device=tokens.device) * length
     if mask is None:
         return Segments((sums / (num_tokens - starts).clamp(max=length)[:, None]).to(tokens.dtype), None)

@@ -1,0 +1,52 @@
+"""Memory on a GPU against the packages people use today."""
+
+from collections.abc import Callable
+
+import pytest
+import soft_moe_pytorch
+import torch
+from torch import nn
+
+from narrows import from_upstream
+from tests.memory import peak_on_a_gpu
+
+
+def fixed(dim: int, num_experts: int, slots: int, **options: bool) -> Callable[[], nn.Module]:
+    return lambda: soft_moe_pytorch.SoftMoE(
+        dim, num_experts=num_experts, num_slots=slots, offload_unused_experts_to_cpu=False, **options
+    )
+
+
+def dynamic(dim: int, num_experts: int, **options: bool) -> Callable[[], nn.Module]:
+    return lambda: soft_moe_pytorch.DynamicSlotsSoftMoE(dim, num_experts=num_experts, **options)
+
+
+SOFT_MIXTURES = {
+    "fixed": (fixed(768, 128, 2), (64, 256, 768)),
+    "fixed, few rows": (fixed(384, 32, 1), (8, 196, 384)),
+    "fixed, many rows": (fixed(256, 4, 16), (64, 256, 256)),
+    "fixed, gated": (fixed(256, 8, 8, geglu=True), (16, 256, 256)),
+    "fixed, gated, many rows": (fixed(256, 8, 8, geglu=True), (256, 256, 256)),
+    "dynamic": (dynamic(384, 28), (64, 196, 384)),
+    "dynamic, few rows": (dynamic(768, 16), (8, 512, 768)),
+    "dynamic, 4 experts": (dynamic(384, 4), (8, 196, 384)),
+    "dynamic, gated": (dynamic(384, 14, geglu=True), (8, 196, 384)),
+    "dynamic, gated, many rows": (dynamic(256, 8, geglu=True), (64, 256, 256)),
+    "dynamic, many tokens": (dynamic(64, 4), (1, 1024, 64)),
+}
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "training"])
+@pytest.mark.parametrize("name", SOFT_MIXTURES)
+def test_a_soft_mixture_takes_no_more_memory_than_upstream(name: str, backward: bool) -> None:
+    rival, shape = SOFT_MIXTURES[name]
+    with torch.device("meta"):
+        theirs = rival()
+        ours = from_upstream(theirs)
+
+    def call(module: nn.Module, device: torch.device) -> torch.Tensor:
+        return module(torch.empty(shape, device=device, dtype=torch.bfloat16, requires_grad=True))
+
+    assert peak_on_a_gpu(lambda: ours, call, backward=backward) <= peak_on_a_gpu(
+        lambda: theirs, call, backward=backward
+    )
