@@ -124,9 +124,15 @@ def _as_rows(rows: Tensor, width: int) -> Tensor:
     return rows.new_empty(rows.shape[1], rows.shape[0], width).transpose(0, 1)
 
 
-def _is_plain(*tensors: Tensor) -> bool:
-    """Whether results may be written where they belong: nothing differentiates, vectorises or traces what is done."""
-    return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed(*tensors))
+def _is_plain(grad: Tensor) -> bool:
+    """Whether gradients may be written where they belong: nothing differentiates, vectorises or traces what is done."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed(grad):
+        return False
+    try:
+        grad.untyped_storage()
+    except NotImplementedError:  # one tensor for many, of torch.autograd.grad(is_grads_batched=True)
+        return False
+    return True
 
 
 class _StackedLinear(torch.autograd.Function):
@@ -142,7 +148,7 @@ class _StackedLinear(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad,), (rows, weight) = grad_outputs, ctx.saved_tensors
         of_rows, of_weight, of_bias = ctx.needs_input_grad
-        room = _as_rows(rows, rows.shape[2]) if of_rows and _is_plain(grad, rows, weight) else None
+        room = _as_rows(rows, rows.shape[2]) if of_rows and _is_plain(grad) else None
         return (
             torch.bmm(grad, weight, out=room) if of_rows else None,
             torch.bmm(grad.mT, rows) if of_weight else None,
@@ -171,7 +177,7 @@ class _ActivatedLinear(torch.autograd.Function):
         grad_hidden = None
         if of_hidden:
             grad_active = torch.bmm(grad, weight)
-            backward = _activation_backward if _is_plain(grad, hidden, weight) else _plain_activation_backward
+            backward = _activation_backward if _is_plain(grad) else _plain_activation_backward
             grad_hidden = backward(grad_active, hidden, ctx.gated)
         return grad_hidden, grad_weight, grad.sum(1) if of_bias else None, None
 
@@ -193,7 +199,7 @@ class _FeedForward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad,), (rows, weight_in, bias_in, weight_out) = grad_outputs, ctx.saved_tensors
-        if not _is_plain(grad, rows, weight_in, weight_out):
+        if not _is_plain(grad):
             hidden = torch.baddbmm(bias_in[:, None], rows, weight_in.mT)
             grad_hidden = _plain_activation_backward(torch.bmm(grad, weight_out), hidden, ctx.gated)
             grad_weight_out = torch.bmm(grad.mT, activation(hidden, gated=ctx.gated))
