@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from narrows.adapters.token_reduction import METHODS, Merge, Signals
-from narrows.adapters.token_reduction.methods import ATS, EViT, Random, ToMe, TopK
+from narrows.adapters.token_reduction import METHODS, Merging, Signals
+from narrows.adapters.token_reduction.methods import ATS, EViT, MergedTokens, Random, ToMe, TopK
 from narrows.adapters.token_reduction.tokens import Padded
 from tests.support import assert_close
 
@@ -114,26 +114,26 @@ def test_topk_keeps_the_most_attended() -> None:
     assert sample.mask.all()
 
 
-def shares_of(merge: Merge) -> Tensor:
-    """`[B, K, n]`: what part each token has in each slot."""
-    slots = torch.arange(merge.ids.shape[1])[:, None]
-    return (merge.into[:, None] == slots) * merge.share[:, None]
+def shares_of(method: Merging, given: Signals, count: int) -> tuple[Tensor, MergedTokens]:
+    """`[B, K, n]`: what part each token has in each slot, as tokens that are rows of the identity show."""
+    batch, _, width = given.attention.shape
+    merged = method.merged(given, torch.eye(width).expand(batch, -1, -1), count)
+    return merged.tokens, merged
 
 
 def test_evit_fuses_the_others_by_their_attention() -> None:
     attention = torch.rand(4, 2, 17, generator=torch.Generator().manual_seed(0))
-    merge = EViT().merge(signals(attention), 5)
+    shares, merged = shares_of(EViT(), signals(attention), 5)
     kept = TopK().choose(signals(attention), 5).ids + 1
-    shares = shares_of(merge)
-    assert merge.ids.shape == (4, 7)
+    assert shares.shape == (4, 7, 17)
     for row in range(4):
-        assert merge.ids[row].tolist() == [0, *kept[row].tolist(), -1]
+        assert merged.ids[row].tolist() == [0, *kept[row].tolist()]  # the fused token has no position
         others = [i for i in range(1, 17) if i not in kept[row].tolist()]
         means = attention[row].mean(0)
         fused = torch.zeros(17)
         fused[others] = means[others] / means[others].sum()
         assert_close(shares[row, 6], fused)
-        assert torch.equal(shares[row, :6], torch.eye(17)[merge.ids[row, :6]])
+        assert torch.equal(shares[row, :6], torch.eye(17)[merged.ids[row]])
 
 
 def naive_bipartite(keys: Tensor, sizes: list[float], prefix: int, count: int) -> list[list[int]]:
@@ -160,8 +160,8 @@ def test_tome_merges_the_most_similar_pairs(prefix: int) -> None:
     keys = torch.randn(5, 15 + prefix, 2, 8, generator=generator)
     sizes = torch.randint(1, 4, (5, 15 + prefix), generator=generator).float()
     for count in (14, 10, 7):
-        merge = ToMe().merge(signals(torch.ones(5, 2, 15 + prefix), keys=keys, sizes=sizes, prefix=prefix), count)
-        shares = shares_of(merge)
+        given = signals(torch.ones(5, 2, 15 + prefix), keys=keys, sizes=sizes, prefix=prefix)
+        shares, merge = shares_of(ToMe(), given, count)
         for row in range(5):
             groups = naive_bipartite(keys[row], sizes[row].tolist(), prefix, count)
             assert merge.ids[row].tolist() == [group[0] for group in groups]

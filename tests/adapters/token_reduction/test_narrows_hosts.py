@@ -6,7 +6,6 @@ from torch import Tensor, nn
 
 import narrows
 from narrows.adapters.token_reduction import Signals, reduce_tokens
-from narrows.adapters.token_reduction.hosts.base import linear_part
 from narrows.adapters.token_reduction.methods import TopK
 from narrows.errors import InvalidType
 from narrows.ops.token_sampling import TokenSample
@@ -75,8 +74,7 @@ def test_max_pooling_scores_tokens_by_every_channel() -> None:
     assert_close(listener.attention, shares.mean(0)[:, None], 1e-5)
 
 
-def test_a_hooked_projection_is_called_whole() -> None:
-    """Queries, keys and values are parts of one weight, unless somebody looks at what the layer returns."""
+def test_a_projection_is_called_once_as_in_the_untouched_block() -> None:
     model = HOSTS["narrows vit"]()
     arguments = inputs(model, 2)
     widths: list[int] = []
@@ -84,7 +82,7 @@ def test_a_hooked_projection_is_called_whole() -> None:
         expected = run(model, arguments)
         model.blocks[1].attention.qkv.register_forward_hook(lambda _, __, output: widths.append(output.shape[-1]))
         assert_all_close(run(model, arguments), expected)
-    assert widths == 3 * [3 * 64]  # keys and values of all tokens, queries of all for their mean, queries of those kept
+    assert widths == [3 * 64]
 
 
 def test_training_draws_what_the_untouched_model_draws() -> None:
@@ -106,13 +104,3 @@ def test_images_of_another_size() -> None:
             results.append(run(model, arguments))
             assert reduction.routing[0].grid == (12, 12)
     assert_all_close(*results)
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_a_part_of_a_linear_map(bias: bool) -> None:
-    module, rows = nn.Linear(4, 6, bias=bias), torch.randn(2, 5, 4)
-    assert_close(linear_part(module, rows, 2, 5), module(rows)[..., 2:5])
-    calls: list[None] = []
-    module.register_forward_hook(lambda *_: calls.append(None))
-    assert_close(linear_part(module, rows, 2, 5), module(rows)[..., 2:5])
-    assert len(calls) == 2

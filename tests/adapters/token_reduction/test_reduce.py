@@ -103,7 +103,7 @@ def test_a_state_that_cannot_be_handled_is_refused() -> None:
         reduce_tokens(nn.ModuleList([vit(), vit()]))
 
 
-@pytest.mark.parametrize("piece", ["attention_update", "feed_forward_update", "normed", "query", "query_key_value"])
+@pytest.mark.parametrize("piece", ["attention_update", "feed_forward_update", "normed", "query_key_value"])
 def test_the_self_test_finds_a_wrong_step(piece: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By one in a hundred, in a model whose layer scale makes updates small beside the tokens."""
     model = vit(init_values=1.0)
@@ -272,26 +272,24 @@ def test_hooks_and_adapters_inside_a_block_are_honoured() -> None:
 
 
 def test_measure_counts_the_tokens_that_were_kept() -> None:
-    """By arithmetic: a block is 12 D^2 for each token and 2 D for each pair, a dropped token costs key and value."""
+    """By arithmetic: a block is 12 D^2 for each token and 2 D for each pair, a dropped token costs its projections."""
     model = vit(num_classes=0)
     dim, depth, hidden = 48, 4, 4 * 48
     stem = 64 * 8 * 8 * 3 * dim
 
     def block(read: int, kept: int) -> int:
-        projections = 2 * dim * dim * read + 2 * dim * dim * kept
+        projections = 3 * dim * dim * read + dim * dim * kept
         return projections + 2 * dim * read * kept + 2 * dim * hidden * kept
 
     assert narrows.measure(model, images(2), repeats=1).macs == stem + depth * block(65, 65)
-    query = (
-        dim * dim
-    )  # of the class token, for the scores; its row of attention is a sum of products and counts nothing
+    # The row of attention for the scores is a sum of products and counts nothing.
     for execution in ("static", "ragged"):
         with reduce_tokens(model, method="topk", budget={1: 20, 3: 10}, execution=execution):
-            expected = stem + block(65, 65) + block(65, 21) + block(21, 21) + block(21, 11) + 2 * query
+            expected = stem + block(65, 65) + block(65, 21) + block(21, 21) + block(21, 11)
             assert narrows.measure(model, images(2), repeats=1).macs == expected
         with reduce_tokens(model, method="ats", budget={1: 40}, execution=execution) as reduction:
             model(images(2))
             counts = reduction.routing[0].weights.sum((1, 2, 3)).int().tolist()
             assert counts[0] != counts[1]
-            each = [stem + block(65, 65) + block(65, kept) + 2 * block(kept, kept) + query for kept in counts]
+            each = [stem + block(65, 65) + block(65, kept) + 2 * block(kept, kept) for kept in counts]
             assert narrows.measure(model, images(2), repeats=1).macs == sum(each) / 2

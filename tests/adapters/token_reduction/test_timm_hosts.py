@@ -11,6 +11,7 @@ from timm.layers.pos_embed_sincos import apply_keep_indices_nlc
 from torch import Tensor, nn
 
 from narrows.adapters.token_reduction import reduce_tokens, self_test
+from narrows.adapters.token_reduction.hosts.timm import _first_part
 from narrows.adapters.token_reduction.methods import METHODS
 from tests.adapters.token_reduction.families import FAMILIES, SMALL, awake, eva, images, vit
 from tests.support import assert_close
@@ -225,3 +226,13 @@ def test_half_precision_and_autocast() -> None:
             model = vit()
             with reduce_tokens(model, method=method), torch.autocast("cpu", dtype=torch.bfloat16):
                 assert torch.isfinite(model(images())).all()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_part_of_a_linear_map(bias: bool) -> None:
+    module, rows = nn.Linear(4, 6, bias=bias), torch.randn(2, 5, 4)
+    assert_close(_first_part(module, rows, 3), module(rows)[..., :3])
+    calls: list[None] = []
+    module.register_forward_hook(lambda *_: calls.append(None))
+    assert_close(_first_part(module, rows, 3), module(rows)[..., :3])
+    assert len(calls) == 2

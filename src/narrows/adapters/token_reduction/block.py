@@ -1,7 +1,11 @@
-"""The forward that takes a block's place, and what it shares with the other reduced blocks of the model."""
+"""What reduced blocks do: those that choose or merge tokens are taken apart, the others run their own forward on fewer.
 
-from collections.abc import Callable
-from dataclasses import dataclass
+Of a block that is taken apart only attention is written here, in the steps of its `HostBlock`; its modules are called.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,30 +13,37 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from narrows.adapters.token_reduction.budget import Entry, count_of
+from narrows.adapters.token_reduction.calls import current_call, tracing
 from narrows.adapters.token_reduction.hosts.base import BlockCall, HostBlock, HostModel
 from narrows.adapters.token_reduction.methods import (
     Merging,
     Pruning,
     ReductionMethod,
+    Scoring,
     Signals,
     attention_of_logits,
     attention_of_query,
+    greatest_with_prefix,
     mean_attention,
 )
 from narrows.adapters.token_reduction.tokens import (
+    Kept,
+    Merged,
     Packed,
+    Padded,
     TokenState,
-    attach_kept_mask,
-    attach_state,
     attend,
+    call_of,
     gather_rows,
+    mark,
     state_of,
+    with_kept_mask,
+    with_state,
 )
 from narrows.errors import InvalidArgument, NarrowsError
-from narrows.ops.token_sampling import TokenSample
 
 
-@dataclass
+@dataclass(frozen=True)
 class Plan:
     """What the reduced blocks of a model share.
 
@@ -41,250 +52,381 @@ class Plan:
         method: chooses or merges tokens.
         execution: "auto", "static" or "ragged".
         generator: source of randomness for methods that draw while training.
-        record: told by every block that reduces, by its number, which tokens go on; not while a graph is traced.
+        first: number of the first block that reduces.
+        record: told by every block that reduces, by its number, what became of the tokens; not while a graph is traced.
     """
 
     host: HostModel
     method: ReductionMethod
     execution: str
     generator: torch.Generator | None
-    record: Callable[[int, TokenState], None]
+    first: int
+    record: Callable[[int, TokenState, torch.device], None]
 
 
 @dataclass(frozen=True)
-class Step:
-    """One call of one block: attention and updates of tokens that know their positions in the image.
+class Visit:
+    """One call of one block with the tokens that came in.
 
     Args:
-        model: the host.
-        block: its block.
+        plan: of the reduction.
+        block: of the host.
         call: what the block was called with.
-        state: the tokens that came in.
+        state: what became of the tokens so far.
+        tokens: those that are carried.
     """
 
-    model: HostModel
+    plan: Plan
     block: HostBlock
     call: BlockCall
     state: TokenState
+    tokens: Float[Tensor, "R n D"]
 
     @property
     def positions(self) -> int:
         """How many tokens the image had after the prefix before any were dropped."""
-        return self.call.grid.shape[1] - self.model.prefix
+        return self.state.width - self.plan.host.prefix
 
-    def apply_rotary(self, heads: Float[Tensor, "R n H d"], state: TokenState) -> Float[Tensor, "R n H d"]:
-        """Rotary position embedding of queries or keys, by the positions that their tokens have in the image."""
-        rotary = self.call.rotary
-        if rotary is None:
-            return heads
-        images, positions = rotary.shape[:2]
-        rows = state.ids.where(state.ids >= 0, positions - 1)
-        if images > 1:
-            rows = rows + state.layout.per_row(torch.arange(images, device=rows.device) * positions)
-        return self.block.rotate(heads, gather_rows(rotary, rows))
+    @property
+    def rotary(self) -> Tensor | None:
+        """`[B or 1, n, H or 1, R]`: rotary embeddings of the tokens, by the positions that they have in the image."""
+        return self.gathered(self.call.rotary, self._rotary, self.state)
 
-    def attention_update(
-        self,
-        query: Float[Tensor, "S m H d"],
-        key: Float[Tensor, "R n H d"],
-        value: Float[Tensor, "R n H d"],
-        normed: Float[Tensor, "S m D"],
-        queries: TokenState,
-    ) -> Float[Tensor, "S m D"]:
-        """What attention to the tokens that came in adds to the tokens `queries`, whose attention input is `normed`."""
-        attended = attend(
-            query,
-            key,
-            value,
-            queries.layout,
-            self.state.layout,
-            scale=self.block.scale,
-            bias=self._bias(queries),
-            dropout=self.block.dropout,
+    @property
+    def mask(self) -> Tensor | None:
+        """`[B or 1, H or 1, n, n]`: the mask of the host for these tokens."""
+        return self.gathered(self.call.bias, self._mask, self.state)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """What attention is to add or may read: the host's mask, padding, log sizes of merged tokens."""
+        mask, bias = self.mask, self.state.bias
+        if mask is None or bias is None:
+            return bias if mask is None else mask
+        if bias.dtype == torch.bool:
+            return mask & bias if mask.dtype == torch.bool else mask.masked_fill(~bias, -torch.inf)
+        return bias.where(mask, -torch.inf) if mask.dtype == torch.bool else mask + bias
+
+    def gathered(self, source: Any, gather: Callable[[Any, TokenState], Tensor], state: TokenState) -> Tensor | None:
+        """What a call's argument is for the tokens of `state`: gathered once for all blocks that are given the same."""
+        if source is None:
+            return None
+        for known, found in state.gathered:
+            if known is source:
+                return found
+        found = gather(source, state)
+        if not found.requires_grad:
+            state.gathered.append((source, found))
+        return found
+
+    def _rotary(self, source: Any, state: TokenState) -> Tensor:
+        rows = self.block.rotary_rows(source, state.width, self.plan.host.prefix)
+        if not state.steps:
+            return rows[:, :-1]
+        ids = state.positions(rows.device)
+        if rows.shape[0] == 1:
+            return rows[0][ids]
+        if isinstance(state.layout, Packed):
+            ids = ids + state.layout.per_row(torch.arange(rows.shape[0], device=ids.device) * rows.shape[1])
+            return rows.flatten(0, 1)[ids]
+        return gather_rows(rows, ids)
+
+    def _mask(self, source: Any, state: TokenState) -> Tensor:
+        mask = self.block.mask_of(source, state.width)
+        if not state.steps:
+            return mask
+        ids = state.positions(mask.device)
+        return torch.take_along_dim(torch.take_along_dim(mask, ids[:, None, :, None], 2), ids[:, None, None, :], 3)
+
+    def signals(self, query: Tensor, key: Tensor, value: Tensor, rotated_key: Tensor) -> Signals:
+        """What a method may look at; queries are rotated."""
+        return Signals(
+            rows=(self.tokens, key, value),
+            layout=self.state.layout,
+            attention_received=partial(self._attention_received, query, rotated_key),
+            prefix=self.plan.host.prefix,
+            positions=self.positions,
+            row_sizes=self.state.sizes,
+            training=self.block.module.training,
+            generator=self.plan.generator,
         )
-        return self.block.attention_update(attended.flatten(2), normed)
 
-    def attention_received(self, normed: Tensor, query: Tensor | None, key: Tensor) -> Float[Tensor, "B G n"]:
-        """Attention weights that each token receives: from the class token, else from the pooling query, else the mean.
-
-        Args:
-            normed: the input of attention.
-            query: rotated; None: to be projected from `normed`, as far as it is needed.
-            key: rotated.
-        """
-        layout, scale, bias = self.state.layout, self.block.scale, self._bias(self.state)
-        if self.model.class_token:
-            first = layout.flat(self.state.ids.new_zeros(layout.batch, 1))
-            class_query = self.block.query(gather_rows(normed, first)) if query is None else gather_rows(query, first)
-            return attention_of_query(
-                class_query, key, layout, scale=scale, bias=None if bias is None else bias[:, :, 0]
-            )
-        logits = self.model.pooling_logits(self.state.tokens)
+    def _attention_received(self, query: Tensor, key: Tensor) -> Float[Tensor, "B G n"]:
+        """Attention that each token receives: from the class token, else from the pooling query, else the mean."""
+        host, layout, scale, bias = self.plan.host, self.state.layout, self.block.scale, self.bias
+        if host.class_token:
+            of_first = bias if bias is None else bias[:, :, 0]
+            return attention_of_query(layout.first(query), key, layout, scale=scale, bias=of_first)
+        logits = host.pooling_logits(self.state.call.tower or host.module, self.tokens)
         if logits is not None:
             return attention_of_logits(logits, layout, bias=bias)
-        queries = self.apply_rotary(self.block.query(normed), self.state) if query is None else query
-        return mean_attention(queries, key, layout, scale=scale, bias=bias)
+        return mean_attention(query, key, layout, scale=scale, bias=bias)
 
-    def added(self, state: TokenState, update: Float[Tensor, "R n D"], drop_path: nn.Module) -> TokenState:
-        """The tokens plus an update, which stochastic depth leaves out for some images."""
-        if isinstance(state.layout, Packed) and not isinstance(drop_path, nn.Identity):
-            factors = drop_path(update.new_ones(state.layout.batch, 1, 1))
-            update = update * state.layout.per_row(factors[:, 0])
-        else:
-            update = drop_path(update)
-        return state.with_tokens(state.tokens + update)
+    def heads(self, normed: Float[Tensor, "R n D"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Queries, keys, values and keys without rotary positions, in this order."""
+        query, key, value = self.block.query_key_value(normed)
+        rotary = self.rotary
+        if rotary is None:
+            return query, key, value, key
+        return self.block.rotate(query, rotary), self.block.rotate(key, rotary), value, key
 
-    def _bias(self, queries: TokenState) -> Tensor | None:
-        """What is added to the logits: log sizes of merged tokens, or the host's mask for these queries and keys."""
-        keys = self.state
-        if keys.sizes is not None:  # proportional attention: a token counts as often as the tokens merged into it
-            return keys.sizes.log().to(keys.tokens.dtype)[:, None, None]
-        if self.call.bias is None:
-            return None
-        by_query = torch.take_along_dim(self.call.bias, queries.ids[:, None, :, None], 2)
-        return torch.take_along_dim(by_query, keys.ids[:, None, None, :], 3)
+    def packs(self) -> bool:
+        """Whether rows without a token are left out, not masked."""
+        layout, execution, masked = self.state.layout, self.plan.execution, self.call.bias is not None
+        if isinstance(layout, Packed) or (self.state.call.packed and layout.batch == 1):
+            return True
+        if layout.batch == 0:
+            return False
+        if execution == "ragged" and masked:
+            raise InvalidArgument(
+                "attn_mask",
+                expected="none with execution='ragged'",
+                got="one",
+                hint="Use execution='auto' or 'static'.",
+            )
+        if execution == "auto":
+            # Lengths of packed rows are read back to the host, which a GPU would have to wait for.
+            return not masked and layout.mask is None and not tracing() and self.tokens.device.type == "cpu"
+        return execution == "ragged"
 
 
 class ReducedBlock:
-    """One block of the host, from the first that reduces on; `forward` is bound into the block's `__dict__`.
-
-    A bound method of a plain object: copying the model copies it with the block it belongs to.
+    """One block of the host, from the first on.
 
     Args:
-        host: the block, taken apart.
+        host: the block.
         plan: what it shares with the other blocks.
         entry: how many tokens, or what share of the grid's, go on; None for all that come.
         index: of the block.
-        first: no block before it is reduced.
-        last: no block after it is.
+        last: whether no block comes after it.
+        in_steps: take the block apart although it keeps every token; otherwise only where its own forward cannot run.
     """
 
-    def __init__(self, host: HostBlock, plan: Plan, entry: Entry, *, index: int, first: bool, last: bool) -> None:
+    def __init__(
+        self, host: HostBlock, plan: Plan, entry: Entry, *, index: int, last: bool, in_steps: bool = False
+    ) -> None:
         self.host, self.plan, self.entry = host, plan, entry
-        self.index, self.first, self.last = index, first, last
+        self.index, self.last, self.in_steps = index, last, in_steps
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the block's own `forward` takes and returns."""
-        return self.host.call(self._forward, *args, **kwargs)
+    def run(self, _: str, module: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The block's `forward`."""
+        tokens, state = self._incoming(args, kwargs)
+        block = self._of(module)
+        call = block.arguments(*args, **kwargs)
+        visit = Visit(self.plan, block, call, state, tokens)
+        readable = isinstance(state.layout, Padded) and (state.bias is None or block.takes_bias)
+        if self.entry is None and readable and not self.in_steps:
+            args, kwargs = self._narrowed(visit, args, kwargs)
+            return self._returned(block, own(*args, **kwargs), tokens, state)
+        block.check_unobserved(self.index)
+        tokens, state = self._attention(visit)
+        update = block.feed_forward_update(tokens)
+        tokens = _added(tokens, update, block.drop_paths()[1], state)
+        if self.entry is not None and not tracing():
+            self.plan.record(self.index, state, tokens.device)
+        return block.result(self._outgoing(tokens, state))
 
-    def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        call = self.host.arguments(*args, **kwargs)
-        state = TokenState.all_of(call.grid) if self.first else state_of(call.grid)
-        if state is None:
+    def enter(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """A forward pre-hook of a block that keeps every token: its arguments for the tokens that are carried."""
+        if self.index < self.plan.first:
+            tokens = _first_of(args, kwargs)
+            if call_of(tokens) is None:
+                mark(tokens, current_call())
+            return None
+        tokens, state = self._incoming(args, kwargs)
+        block = self._of(module)
+        return self._narrowed(Visit(self.plan, block, block.arguments(*args, **kwargs), state, tokens), args, kwargs)
+
+    def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
+        """A forward hook of such a block: what becomes of the tokens goes with them."""
+        block, tokens = self._of(module), _first_of(args, kwargs)
+        call, state = call_of(tokens), state_of(tokens)
+        if state is not None:
+            return self._returned(block, result, tokens, state)
+        if call is not None:
+            mark(block.tokens(result), call)
+        return None
+
+    def _returned(self, block: HostBlock, result: Any, tokens: Tensor, state: TokenState) -> Any:
+        """What the block's own forward returned, with what became of the tokens attached."""
+        returned = block.tokens(result)
+        if returned.shape[:2] != tokens.shape[:2]:
+            raise NarrowsError(
+                f"block {self.index} of the reduced model was given {tokens.shape[1]} tokens and returned "
+                f"{returned.shape[1]}: it is a bottleneck itself. Reduce after it."
+            )
+        return block.with_tokens(result, self._outgoing(returned, state))
+
+    def _of(self, module: nn.Module) -> HostBlock:
+        return self.host if module is self.host.module else self.host.of(module)
+
+    def _incoming(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, TokenState]:
+        """The tokens that are carried, and what became of the others."""
+        tokens = _first_of(args, kwargs)
+        state = state_of(tokens)
+        if state is not None:
+            return (tokens if state.tokens is None else state.tokens), replace(state, tokens=None)
+        if self.index > self.plan.first:
             raise NarrowsError(
                 f"block {self.index} of the reduced model was not given what the reduced block before it returned: "
                 "something replaced the tokens between the two (a hook, a wrapper around single blocks, reentrant "
                 "gradient checkpointing, a call of one block alone). Take it away, or remove() the reduction."
             )
-        step = Step(self.plan.host, self.host, call, state)
-        attended = self._attention(step)
-        update = self.host.feed_forward_update(attended.tokens)
-        state = step.added(attended, update, self.host.drop_paths()[1])
-        if self.entry is not None and not tracing():
-            self.plan.record(self.index, state)
-        return self.host.result(attach_kept_mask(state) if self.last else attach_state(state))
+        call = call_of(tokens) or current_call()
+        mark(tokens, call)
+        batch, width = tokens.shape[:2]
+        self.plan.host.check_count(width, call)
+        return tokens, TokenState(call, width, Padded(batch, width))
 
-    def _attention(self, step: Step) -> TokenState:
+    def _outgoing(self, tokens: Tensor, state: TokenState) -> Tensor:
+        if not self.last:
+            return with_state(tokens, state)
+        if state.call.reader != "special":
+            return with_kept_mask(tokens, state)
+        return state.layout.to_padded(tokens)
+
+    def _narrowed(self, visit: Visit, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The block's own arguments, for fewer tokens."""
+        if not visit.state.steps:
+            return args, kwargs
+        args = (visit.tokens, *args[1:]) if args else args
+        kwargs = kwargs if args else {**kwargs, next(iter(kwargs)): visit.tokens}
+        return visit.block.narrowed(args, kwargs, visit.rotary, visit.bias, self.plan.host.prefix)
+
+    def _attention(self, visit: Visit) -> tuple[Tensor, TokenState]:
         """The tokens that this block keeps, after attention."""
-        method, prefix = self.plan.method, self.plan.host.prefix
+        method, prefix, state = self.plan.method, self.plan.host.prefix, visit.state
         if self.entry is None:
-            return self._all(step)[0]
-        count = count_of(self.entry, step.positions)
-        sampled_anyway = method.adaptive and count == step.positions
-        if step.state.layout.width - prefix <= count and not sampled_anyway:
-            return self._all(step)[0]
+            return self._all(visit)[0], state
+        count = count_of(self.entry, visit.positions)
+        sampled_anyway = method.adaptive and count >= visit.positions
+        if state.layout.width - prefix <= count and not sampled_anyway:
+            return self._all(visit)[0], state
         if isinstance(method, Pruning):
-            return self._pruned(step, method, count)
+            return self._pruned(visit, method, min(count, visit.positions))
         assert isinstance(method, Merging)
-        return self._merged(step, method, count)
+        left = state.layout.width - prefix
+        if count < int(left * (1 - method.removes_at_most)):
+            raise InvalidArgument(
+                "budget",
+                expected=f"at least {left - int(left * method.removes_at_most)} of the {left} tokens that come to "
+                f"block {self.index}: {method.name} removes at most {method.removes_at_most:.0%} at once",
+                got=self.entry,
+                hint="Give shares in place of counts for images larger than the model's own.",
+            )
+        return self._merged(visit, method, count)
 
-    def _all(self, step: Step) -> tuple[TokenState, Signals]:
+    def _all(self, visit: Visit) -> tuple[Tensor, Signals]:
         """All tokens after attention, and what a method may look at."""
-        state = step.state
-        normed = self.host.normed(state.tokens)
-        query, key, value = self.host.query_key_value(normed)
-        rotated_key, rotated_query = step.apply_rotary(key, state), step.apply_rotary(query, state)
-        update = step.attention_update(rotated_query, rotated_key, value, normed, state)
-        signals = self._signals(step, key, value, normed, rotated_query, rotated_key)
-        return step.added(state, update, self.host.drop_paths()[0]), signals
+        block, state = visit.block, visit.state
+        normed = block.normed(visit.tokens)
+        query, key, value, plain_key = visit.heads(normed)
+        attended = _attend(visit, query, key, value, state, visit.bias)
+        update = block.attention_update(attended, normed if block.gated else None)
+        tokens = _added(visit.tokens, update, block.drop_paths()[0], state)
+        return tokens, visit.signals(query, plain_key, value, key)
 
-    def _pruned(self, step: Step, method: Pruning, count: int) -> TokenState:
-        """Tokens chosen by their keys and values; only their queries are projected, and attend to all."""
-        state = step.state
-        normed = self.host.normed(state.tokens)
-        key, value = self.host.key_value(normed)
-        rotated_key = step.apply_rotary(key, state)
+    def _pruned(self, visit: Visit, method: Pruning, count: int) -> tuple[Tensor, TokenState]:
+        """Tokens chosen by their keys and values attend to all."""
+        block = visit.block
+        normed = block.normed(visit.tokens)
+        query, key, value, plain_key = visit.heads(normed)
         with torch.no_grad():
-            sample = method.choose(self._signals(step, key, value, normed, None, rotated_key), count)
-        sample = _with_prefix(sample, self.plan.host.prefix)
-        kept, rows = state.kept(sample, adaptive=method.adaptive, pack=self._packs(step), last=step.call.grid)
-        normed = gather_rows(normed, rows)
-        query = step.apply_rotary(self.host.query(normed), kept)
-        update = step.attention_update(query, rotated_key, value, normed, kept)
-        return step.added(kept, update, self.host.drop_paths()[0])
+            step = self._chosen(visit, method, visit.signals(query, plain_key, value, key), count)
+            after = self._after(visit, step)
+        tokens, query = step.gather(visit.tokens), step.gather(query)
+        bias = visit.bias
+        if bias is not None and bias.shape[2] > 1:
+            bias = torch.take_along_dim(bias, step.rows[:, None, :, None], 2)
+        attended = _attend(visit, query, key, value, after, bias)
+        update = block.attention_update(attended, step.gather(normed) if block.gated else None)
+        return _added(tokens, update, block.drop_paths()[0], after), after
 
-    def _merged(self, step: Step, method: Merging, count: int) -> TokenState:
-        """All tokens attend; what comes out is merged by one product with a matrix of shares."""
-        if step.call.bias is not None:
+    def _chosen(self, visit: Visit, method: Pruning, signals: Signals, count: int) -> Kept:
+        """The tokens that go on, as rows of the layout they will have."""
+        prefix, before = self.plan.host.prefix, visit.state.layout
+        batch = before.batch
+        if isinstance(method, Scoring) and type(method).choose is Scoring.choose and not method.adaptive:
+            rows = greatest_with_prefix(method.scores(signals), count, prefix)
+            return Kept(rows, before, Padded(batch, prefix + count))
+        ids, mask = method.choose(signals, count)
+        ids = ids + prefix
+        if prefix:
+            ids = torch.cat((torch.arange(prefix, device=ids.device).expand(batch, -1), ids), 1)
+        if not method.adaptive:
+            return Kept(ids, before, Padded(batch, ids.shape[1]))
+        if prefix:
+            mask = torch.cat((mask.new_ones(batch, prefix), mask), 1)
+        if not visit.packs():
+            return Kept(ids, before, Padded(batch, ids.shape[1], mask))
+        lengths = mask.sum(1).cpu()
+        kept = torch.nonzero_static(mask.flatten(), size=int(lengths.sum()))[:, 0]
+        if batch == 1:  # a single image needs no padding
+            return Kept(ids[0, kept][None], before, Padded(1, kept.shape[0]))
+        rows = (ids + before.starts(ids.device)).flatten()[kept][None]
+        return Kept(rows, before, Packed(lengths, rows.device))
+
+    def _after(self, visit: Visit, step: Kept) -> TokenState:
+        ids = None
+        if visit.call.rotary is not None or visit.call.bias is not None:
+            ids = step.gather(visit.state.positions(step.rows.device))
+        mask = step.after.mask if isinstance(step.after, Padded) else None
+        return visit.state.after(step, visit.tokens, ids=ids, bias=None if mask is None else mask[:, None, None])
+
+    def _merged(self, visit: Visit, method: Merging, count: int) -> tuple[Tensor, TokenState]:
+        """All tokens attend; what comes out is merged."""
+        if visit.call.bias is not None:
             raise InvalidArgument(
                 "attn_mask",
                 expected=f"none: a mask does not say what the tokens merged by {method.name} may attend to",
-                got=f"shape {tuple(step.call.bias.shape)}",
+                got="one",
                 hint="Reduce by a method that keeps tokens as they are: 'ats' or 'topk'.",
             )
-        attended, signals = self._all(step)
+        attended, signals = self._all(visit)
+        merged = method.merged(signals, attended, count)
+        after = Padded(merged.tokens.shape[0], merged.tokens.shape[1])
+        ids = bias = None
         with torch.no_grad():
-            merge = method.merge(signals, count)
-            slots = torch.arange(merge.ids.shape[1], device=merge.into.device)
-            belongs = merge.into[:, None] == slots[:, None]  # [B, K, n]
-            sizes = None
-            if method.proportional:
-                before = torch.ones_like(merge.share) if attended.sizes is None else attended.sizes
-                sizes = (belongs * before[:, None]).sum(-1)
-        # A product, not index_add, which sums in no fixed order on a GPU and which few runtimes can export.
-        shares = (belongs * merge.share[:, None]).to(attended.tokens.dtype)
-        ids = attended.ids.gather(1, merge.ids.clamp_min(0)).where(merge.ids >= 0, -1)
-        return attended.merged(shares @ attended.tokens, ids, sizes, merge.into)
-
-    def _signals(
-        self, step: Step, key: Tensor, value: Tensor, normed: Tensor, query: Tensor | None, rotated_key: Tensor
-    ) -> Signals:
-        return Signals(
-            rows=(step.state.tokens, key, value),
-            layout=step.state.layout,
-            attention_received=lambda: step.attention_received(normed, query, rotated_key),
-            prefix=self.plan.host.prefix,
-            positions=step.positions,
-            row_sizes=step.state.sizes,
-            training=self.host.module.training,
-            generator=self.plan.generator,
-        )
-
-    def _packs(self, step: Step) -> bool:
-        """Whether rows without a token are left out, not masked."""
-        layout, bias, execution = step.state.layout, step.call.bias, self.plan.execution
-        if isinstance(layout, Packed):
-            return True
-        if execution == "ragged" and bias is not None:
-            raise InvalidArgument(
-                "attn_mask",
-                expected="none with execution='ragged'",
-                got=f"shape {tuple(bias.shape)}",
-                hint="Use execution='auto' or 'static'.",
-            )
-        if execution == "auto":
-            return bias is None and layout.mask is None and not tracing()
-        return execution == "ragged"
+            if visit.call.rotary is not None:
+                positions, width = visit.state.positions(merged.ids.device), visit.state.width
+                without = positions.new_full((positions.shape[0], 1), width)
+                ids = torch.cat((positions, without), 1).gather(1, merged.ids)
+                ids = torch.cat((ids, without.expand(-1, after.width - ids.shape[1])), 1)
+            if merged.sizes is not None:  # proportional attention: a token counts as often as the tokens merged into it
+                bias = merged.sizes.log().to(attended.dtype)[:, None, None]
+        if merged.into is None:
+            step = Kept(merged.ids, visit.state.layout, after)
+        else:
+            step = Merged(merged.into, merged.placed, after.width)
+        return merged.tokens, visit.state.after(step, attended, ids=ids, sizes=merged.sizes, bias=bias)
 
 
-def tracing() -> bool:
-    """Whether a compiler or an exporter traces: shapes must not depend on values then."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+def _first_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """The tokens that a block was called with."""
+    return args[0] if args else next(iter(kwargs.values()))
 
 
-def _with_prefix(sample: TokenSample, prefix: int) -> TokenSample:
-    """A sample of the tokens after the prefix as one of all tokens, the prefix first."""
-    before = torch.arange(prefix, device=sample.ids.device).expand(sample.ids.shape[0], -1)
-    present = sample.mask.new_ones(before.shape)
-    ids = torch.cat((before, (sample.ids + prefix).where(sample.mask, 0)), 1)
-    return TokenSample(ids, torch.cat((present, sample.mask), 1))
+def _attend(
+    visit: Visit, query: Tensor, key: Tensor, value: Tensor, queries: TokenState, bias: Tensor | None
+) -> Tensor:
+    return attend(
+        query,
+        key,
+        value,
+        queries.layout,
+        visit.state.layout,
+        scale=visit.block.scale,
+        bias=bias,
+        dropout=visit.block.dropout,
+        fused=visit.block.fused,
+    )
+
+
+def _added(tokens: Tensor, update: Tensor, drop_path: nn.Module, state: TokenState) -> Tensor:
+    """The tokens plus an update, which stochastic depth leaves out for some images."""
+    if isinstance(state.layout, Packed) and not isinstance(drop_path, nn.Identity):
+        factors = drop_path(update.new_ones(state.layout.batch, 1, 1))
+        return tokens + update * state.layout.per_row(factors[:, 0])
+    return tokens + drop_path(update)

@@ -11,9 +11,8 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
-from narrows.adapters.token_reduction.tokens import Layout
+from narrows.adapters.token_reduction.tokens import Layout, Packed, gather_rows
 from narrows.ops.token_sampling import TokenSample, inverse_transform_sample, significance
-from narrows.ops.token_sampling.common import compact
 from narrows.precision import at_least_float32, autocast_off
 
 
@@ -91,7 +90,8 @@ class Signals:
             norms = torch.linalg.vector_norm(at_least_float32(self.rows[2]), dim=-1)
         norms = self.layout.to_padded(norms).transpose(1, 2)
         attention = self.attention.expand_as(norms)
-        return significance(attention[..., self.prefix :], norms[..., self.prefix :], self.grid_mask)
+        # No mask: attention is 0 at padding.
+        return significance(attention[..., self.prefix :], norms[..., self.prefix :])
 
 
 class Merge(NamedTuple):
@@ -108,8 +108,28 @@ class Merge(NamedTuple):
     ids: Int[Tensor, "B K"]
 
 
+class MergedTokens(NamedTuple):
+    """Tokens after a merge.
+
+    Args:
+        tokens: `[B, K, D]`; one that nothing was merged into is the same bit for bit.
+        ids: `[B, K']`, the token (of the n) whose position each of the first K' new tokens keeps, n for one without;
+            those after them have none.
+        into: `[B, n]`, the new token that each token went into; some number for one that was dropped. None if no token
+            but those of `ids` is in a new one with a position.
+        placed: `[B, n]`, False where a token was dropped or went into one without a position; None if nowhere.
+        sizes: `[B, K]`, how many tokens of the image each new token holds; None for methods not `proportional`.
+    """
+
+    tokens: Float[Tensor, "B K D"]
+    ids: Int[Tensor, "B J"]
+    into: Int[Tensor, "B n"] | None = None
+    placed: Bool[Tensor, "B n"] | None = None
+    sizes: Float[Tensor, "B K"] | None = None
+
+
 class ReductionMethod:
-    """Says which tokens a block carries on. Subclass `Pruning` or `Merging` and pass an instance as `method=`.
+    """Says which tokens a block carries on. Subclass `Scoring`, `Pruning` or `Merging`, pass an instance as `method=`.
 
     Methods see the prefix tokens (class token, distillation token, registers) only in `Signals`, and cannot drop them.
     They hold settings and no state: what they need comes in with the signals.
@@ -127,7 +147,7 @@ class ReductionMethod:
 
 
 class Pruning(ReductionMethod, ABC):
-    """Base class of methods that choose tokens. Dropped tokens still give a key and a value, and cost no more."""
+    """Base class of methods that choose tokens. Dropped tokens are still read by the attention of that block."""
 
     @abstractmethod
     def choose(self, signals: Signals, count: int) -> TokenSample:
@@ -142,13 +162,33 @@ class Pruning(ReductionMethod, ABC):
         """
 
 
-class Merging(ReductionMethod, ABC):
-    """Base class of methods that merge tokens, after attention: all attend, fewer go through the feed-forward."""
+class Scoring(Pruning):
+    """Base class of methods that keep the `count` tokens of the greatest scores, of equal ones any."""
+
+    @abstractmethod
+    def scores(self, signals: Signals) -> Float[Tensor, "B n"]:
+        """A score for every token; those of the prefix are not looked at."""
+
+    def choose(self, signals: Signals, count: int) -> TokenSample:
+        """The greatest, in their order."""
+        ids = greatest(self.scores(signals)[:, signals.prefix :], count)
+        return TokenSample(ids, torch.ones_like(ids, dtype=torch.bool))
+
+
+def greatest(scores: Float[Tensor, "B m"], count: int) -> Int[Tensor, "B K"]:
+    """The positions of the `count` greatest scores, ascending."""
+    return scores.topk(count, dim=1, sorted=False).indices.sort(dim=1).values
+
+
+class Merging(ReductionMethod):
+    """Base class of methods that merge tokens, after attention: all attend, fewer go through the feed-forward.
+
+    A subclass says by `merge` which tokens become one; or it merges them itself, in `merged`.
+    """
 
     # Whether attention counts a merged token as often as the tokens in it (Bolya et al. 2023, section 3).
     proportional: bool = False
 
-    @abstractmethod
     def merge(self, signals: Signals, count: int) -> Merge:
         """Merge the tokens after the prefix to `count` tokens, or one more where the method adds a fused token.
 
@@ -159,24 +199,45 @@ class Merging(ReductionMethod, ABC):
         Returns:
             Where each of the n tokens goes; those of the prefix stay first and unmerged.
         """
+        raise NotImplementedError(f"{self.name} has neither merge nor merged")
+
+    def merged(self, signals: Signals, tokens: Float[Tensor, "B n D"], count: int) -> MergedTokens:
+        """Merge these tokens, the block's after attention, as `merge` says.
+
+        The gradient passes through the tokens and not through the choice.
+        """
+        with torch.no_grad():
+            merge = self.merge(signals, count)
+            owned, width = merge.ids >= 0, merge.into.shape[1]
+            slots = torch.arange(merge.ids.shape[1], device=merge.into.device)[:, None]
+            belongs = merge.into[:, None] == slots  # [B, K, n]
+            own = merge.ids.clamp_min(0)
+            share = (belongs * merge.share[:, None]).to(tokens.dtype)
+            # A new token's own share is applied to the token itself: multiplied by 1, it keeps its bits.
+            is_own = (torch.arange(width, device=own.device) == own[..., None]) & owned[..., None]
+            own_share = (share * is_own).sum(-1, keepdim=True)
+            placed = (merge.into >= 0) & owned.gather(1, merge.into.clamp_min(0))
+            sizes = None
+            if self.proportional:
+                before = torch.ones_like(merge.share) if signals.sizes is None else signals.sizes
+                sizes = (belongs * before[:, None]).sum(-1)
+        with autocast_off(tokens):
+            # A product, not index_add, which sums in no fixed order on a GPU and which few runtimes can export.
+            others = share.masked_fill(is_own, 0) @ tokens
+            new = gather_rows(tokens, own) * own_share + others
+        return MergedTokens(new, merge.ids.where(owned, width), merge.into.clamp_min(0), placed, sizes)
 
 
-class TopK(Pruning):
+class TopK(Scoring):
     """The `count` tokens that receive most attention, mean over heads.
 
     The choice of EViT (Liang et al. 2022, arXiv 2202.07800) without its fused token; a strong baseline among ten
     methods (Haurum et al. 2023, arXiv 2308.04657).
     """
 
-    def choose(self, signals: Signals, count: int) -> TokenSample:
-        """The greatest."""
-        return greatest(signals.attention[..., signals.prefix :].mean(1), count)
-
-
-def greatest(scores: Float[Tensor, "B m"], count: int) -> TokenSample:
-    """The positions of the `count` greatest scores, ascending."""
-    best = scores.topk(count, dim=1).indices
-    return compact(scores.new_zeros(scores.shape, dtype=best.dtype).scatter(1, best, 1).bool(), count)
+    def scores(self, signals: Signals) -> Float[Tensor, "B n"]:
+        """The attention received."""
+        return signals.attention.mean(1)
 
 
 class ATS(Pruning):
@@ -201,21 +262,26 @@ class EViT(Merging):
     does not normalise the weights, so that its fused token shrinks with the attention that is left.
     """
 
-    def merge(self, signals: Signals, count: int) -> Merge:
+    def merged(self, signals: Signals, tokens: Float[Tensor, "B n D"], count: int) -> MergedTokens:
         """Kept tokens in their order, the fused one last."""
         prefix = signals.prefix
-        attention = signals.attention.mean(1)
-        kept = greatest(attention[:, prefix:], count).ids + prefix
-        before = torch.arange(prefix, device=kept.device).expand(kept.shape[0], -1)
-        ids = torch.cat((before, kept, kept.new_full((kept.shape[0], 1), -1)), 1)
+        with torch.no_grad():
+            attention = signals.attention.mean(1)
+            attention[:, :prefix] = torch.inf
+            kept = greatest(attention, prefix + count)
+            # Without any attention, equal weights.
+            weight = attention.clamp_min(torch.finfo(attention.dtype).tiny).scatter(1, kept, 0.0)
+            share = (weight / weight.sum(1, keepdim=True)).to(tokens.dtype)
+        with autocast_off(tokens):
+            fused = share[:, None] @ tokens
+        return MergedTokens(torch.cat((gather_rows(tokens, kept), fused), 1), kept)
 
-        fused = prefix + count
-        into = ids.new_full(attention.shape, fused)
-        into = into.scatter(1, ids[:, :fused], torch.arange(fused, device=ids.device).expand(ids.shape[0], -1))
-        # Without any attention, equal weights.
-        weight = attention.clamp_min(torch.finfo(attention.dtype).tiny).where(into == fused, 0.0)
-        share = torch.where(into == fused, weight / weight.sum(1, keepdim=True), 1.0)
-        return Merge(into, share, ids)
+
+def greatest_with_prefix(scores: Float[Tensor, "B n"], count: int, prefix: int) -> Int[Tensor, "B K"]:
+    """The positions of the prefix and of the `count` greatest scores after it, ascending."""
+    if prefix:
+        scores = torch.cat((scores.new_full((scores.shape[0], prefix), torch.inf), scores[:, prefix:]), 1)
+    return greatest(scores, prefix + count)
 
 
 class ToMe(Merging):
@@ -228,42 +294,46 @@ class ToMe(Merging):
     proportional = True
     removes_at_most = 0.5
 
-    def merge(self, signals: Signals, count: int) -> Merge:
+    def merged(self, signals: Signals, tokens: Float[Tensor, "B n D"], count: int) -> MergedTokens:
         """Tokens that are left in their order; the prefix takes no part."""
-        prefix, num_tokens = signals.prefix, signals.keys.shape[1]
-        similarity = _similarity(signals.keys[:, prefix:])  # [B, sources, targets]
-        best, target = similarity.max(-1)
-        removed = greatest(best, num_tokens - prefix - count).ids  # of the sources
-
-        goes = torch.zeros_like(best, dtype=torch.bool).scatter(1, removed, True)
-        # Positions after the prefix: sources are 0, 2, 4 ..., targets 1, 3, 5 ...
-        stays = torch.ones_like(signals.keys[:, prefix:, 0, 0], dtype=torch.bool)
-        stays[:, ::2] = ~goes
-        stays = torch.cat((stays.new_ones(stays.shape[0], prefix), stays), 1)
-        slot = stays.cumsum(1) - 1
-        into = slot.clone()
-        into[:, prefix::2] = torch.where(goes, slot[:, prefix + 1 :: 2].gather(1, target), slot[:, prefix::2])
-
-        ids = greatest(stays.float(), prefix + count).ids
-        return Merge(into, _shares(into, prefix + count, signals.sizes), ids)
+        prefix, width = signals.prefix, tokens.shape[1]
+        with torch.no_grad():
+            similarity = _similarity(signals.keys[:, prefix:])  # [B, sources, targets]
+            best, target = similarity.max(-1)
+            # Positions after the prefix: sources are 0, 2, 4 ..., targets 1, 3, 5 ...
+            removed = best.topk(width - prefix - count, dim=1).indices
+            place = torch.arange(width, device=target.device)
+            stays = torch.ones_like(place, dtype=torch.bool).expand(target.shape[0], -1)
+            stays = stays.scatter(1, removed * 2 + prefix, False)
+            # Numbers that all differ, so that a plain sort keeps the order: ONNX has no stable one.
+            ids = torch.where(stays, place, place + width).sort(dim=1).values[:, : prefix + count]
+            goes_to = target.gather(1, removed) * 2 + (prefix + 1)
+            slot = (stays.cumsum(1) - 1).clamp_min(0)
+            into = slot.scatter(1, removed * 2 + prefix, slot.gather(1, goes_to))
+            sizes = torch.ones_like(place, dtype=torch.float32).expand_as(into)
+            sizes = sizes if signals.sizes is None else signals.sizes
+            total = torch.zeros_like(ids, dtype=sizes.dtype).scatter_add(1, into, sizes)
+            own = gather_rows(sizes, ids) / total  # exactly 1 where nothing was merged: such a token keeps its bits
+            of_removed = into.gather(1, removed * 2 + prefix)
+            belongs = of_removed[:, None] == torch.arange(prefix + count, device=ids.device)[:, None]
+            share = belongs * (gather_rows(sizes, removed * 2 + prefix) / total.gather(1, of_removed))[:, None]
+        with autocast_off(tokens):
+            kept = gather_rows(tokens, ids) * own[..., None].to(tokens.dtype)
+            # A product, not index_add, which sums in no fixed order on a GPU and which few runtimes can export.
+            merged = torch.baddbmm(kept, share.to(tokens.dtype), gather_rows(tokens, removed * 2 + prefix))
+        return MergedTokens(merged, ids, into, None, total)
 
 
 def _similarity(keys: Float[Tensor, "B m H d"]) -> Float[Tensor, "B s t"]:
-    keys = F.normalize(keys.mean(2).float(), dim=-1)
-    return keys[:, ::2] @ keys[:, 1::2].transpose(1, 2)
-
-
-def _shares(into: Tensor, num_slots: int, sizes: Tensor | None) -> Float[Tensor, "B n"]:
-    """The weight of each token in the mean of those it is merged with, by the number of tokens already in it."""
-    sizes = torch.ones(into.shape, device=into.device) if sizes is None else sizes
-    total = sizes.new_zeros(into.shape[0], num_slots).scatter_add(1, into, sizes)
-    return sizes / total.gather(1, into)
+    with autocast_off(keys):
+        keys = F.normalize(keys.mean(2).float(), dim=-1)
+        return keys[:, ::2] @ keys[:, 1::2].transpose(1, 2)
 
 
 _PRIME = 2**31 - 1
 
 
-class Random(Pruning):
+class Random(Scoring):
     """`count` tokens at random: drawn anew for each image while training, the same for every image in evaluation.
 
     Args:
@@ -273,17 +343,19 @@ class Random(Pruning):
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
 
-    def choose(self, signals: Signals, count: int) -> TokenSample:
-        """The drawn tokens."""
+    def scores(self, signals: Signals) -> Float[Tensor, "B n"]:
+        """Random numbers, or a hash of the place."""
         batch, num_tokens = signals.tokens.shape[:2]
         shape, device = (batch, num_tokens - signals.prefix), signals.tokens.device
         if signals.training:
-            return greatest(torch.rand(shape, generator=signals.generator, device=device), count)
-        # A hash of the position in place of a generator: it can be traced, and integers are exact on every device.
-        place = torch.arange(1, shape[1] + 1, device=device)
-        hashed = (place * 48271 + self.seed) % _PRIME
-        hashed = (hashed * hashed % _PRIME * 16807 + place) % _PRIME
-        return greatest((hashed * hashed % _PRIME).double().expand(shape), count)
+            drawn = torch.rand(shape, generator=signals.generator, device=device)
+        else:
+            # A hash in place of a generator: it can be traced, and integers are exact on every device.
+            place = torch.arange(1, shape[1] + 1, device=device)
+            hashed = (place * 48271 + self.seed) % _PRIME
+            hashed = (hashed * hashed % _PRIME * 16807 + place) % _PRIME
+            drawn = (hashed * hashed % _PRIME).double().expand(shape)
+        return F.pad(drawn, (signals.prefix, 0))
 
 
 METHODS: Mapping[str, type[ReductionMethod]] = MappingProxyType(
@@ -292,7 +364,7 @@ METHODS: Mapping[str, type[ReductionMethod]] = MappingProxyType(
 
 
 def attention_of_query(
-    query: Float[Tensor, "B 1 H d"],
+    query: Float[Tensor, "B H d"],
     key: Float[Tensor, "R r H d"],
     layout: Layout,
     *,
@@ -302,8 +374,8 @@ def attention_of_query(
     """The attention weights of one query for each image; `bias` as in `attend`."""
     with autocast_off(key):
         # A sum of products reads the keys once; a batched matrix product would copy them first.
-        query = layout.per_row(at_least_float32(query[:, 0]))
-        logits = layout.to_padded((at_least_float32(key) * query).sum(-1)).transpose(1, 2) * scale
+        query = layout.per_row(at_least_float32(query) * scale)
+        logits = layout.to_padded((key * query).sum(-1)).transpose(1, 2)
         return _weights(logits, layout, bias)
 
 
@@ -313,8 +385,7 @@ def attention_of_logits(
     """The attention weights that these logits give, mean over heads; 0 at tokens that no query may attend to."""
     with autocast_off(logits):
         padded = layout.to_padded(at_least_float32(logits)).transpose(1, 2)
-        readable = None if bias is None else bias.amax((1, 2))[:, None]
-        return _weights(padded, layout, readable).mean(1, keepdim=True)
+        return _weights(padded, layout, None if bias is None else bias.amax((1, 2))[:, None]).mean(1, keepdim=True)
 
 
 def mean_attention(
@@ -325,24 +396,30 @@ def mean_attention(
     scale: float,
     bias: Shaped[Tensor, "Bb Hb q m"] | None = None,
 ) -> Float[Tensor, "B H n"]:
-    """The mean of the attention weights over all queries, one head after another to save memory."""
-    mask = layout.mask
+    """The mean of the attention weights over all queries that are tokens, one head after another to save memory.
+
+    A token that no query may attend to is padding, and has no say.
+    """
     with autocast_off(key):
         queries, keys = at_least_float32(layout.to_padded(query)), at_least_float32(layout.to_padded(key))
-        query_weights = None if mask is None else (mask / mask.sum(1, keepdim=True)).to(queries.dtype)[..., None]
+        says = layout.mask
+        if bias is not None:
+            read = bias.amax((1, 2)) if bias.dtype == torch.bool else bias.amax((1, 2)) > torch.finfo(bias.dtype).min
+            says = read if says is None else read & says
+        shares = None if says is None else (says / says.sum(1, keepdim=True).clamp_min(1)).to(queries.dtype)[..., None]
         heads = []
         for head in range(queries.shape[2]):
             logits = queries[:, :, head] @ keys[:, :, head].transpose(1, 2) * scale
             of_head = None if bias is None else bias[:, head % bias.shape[1]]
             weights = _weights(logits, layout, of_head)
-            heads.append(weights.mean(1) if query_weights is None else (weights * query_weights).sum(1))
+            heads.append(weights.mean(1) if shares is None else (weights * shares).sum(1))
     return torch.stack(heads, 1)
 
 
 def _weights(logits: Tensor, layout: Layout, bias: Tensor | None) -> Tensor:
-    """Softmax of logits `[B, m, n]` over the tokens of each image."""
+    """Softmax of logits `[B, m, n]` over the tokens of each image; of padded rows, `bias` masks the padding."""
     if bias is not None:
-        logits = logits.masked_fill(~bias, -torch.inf) if bias.dtype == torch.bool else logits + bias
-    if layout.mask is None:
-        return logits.softmax(-1)
-    return logits.masked_fill(~layout.mask[:, None], -torch.inf).softmax(-1)
+        logits = torch.where(bias, logits, -torch.inf) if bias.dtype == torch.bool else logits + bias
+    if isinstance(layout, Packed):
+        logits = logits.masked_fill(~layout.mask[:, None], -torch.inf)
+    return logits.softmax(-1)

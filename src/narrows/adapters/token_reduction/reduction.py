@@ -2,17 +2,20 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from narrows.adapters.token_reduction.block import Plan, ReducedBlock, tracing
+from narrows.adapters.token_reduction.block import Plan, ReducedBlock
 from narrows.adapters.token_reduction.budget import Schedule, count_of
-from narrows.adapters.token_reduction.hosts.base import HostModel
-from narrows.adapters.token_reduction.methods import ReductionMethod
-from narrows.adapters.token_reduction.tokens import TokenState, copy_kept_mask
+from narrows.adapters.token_reduction.calls import Pool, Tower, drive, release, without_padding
+from narrows.adapters.token_reduction.hosts.base import HostBlock, HostModel, RunsItself
+from narrows.adapters.token_reduction.methods import Merging, ReductionMethod
+from narrows.adapters.token_reduction.tokens import Packed, TokenState, copy_kept_mask
+from narrows.errors import InvalidArgument, InvalidType
 from narrows.routing import Routing
 
 
@@ -41,21 +44,37 @@ class Reduction:
         generator: torch.Generator | None = None,
     ) -> None:
         self.model, self.host, self.method, self.schedule = model, host, method, schedule
-        self.plan = Plan(host, method, execution, generator, self._record)
         self.error: float | None = None  # of the self-test
         self.target: str | None = None  # what was asked of a target and what was reached
         first = next(index for index, entry in enumerate(schedule) if entry is not None)
-        last = host.depth - 1
-        self.blocks = tuple(
-            ReducedBlock(
-                host.block(index), self.plan, schedule[index], index=index, first=index == first, last=index == last
+        self.plan = Plan(host, method, execution, generator, first, self._record)
+        # Rows without padding, and masks that a block's own forward does not take, need the steps of all later blocks.
+        packs = method.adaptive and execution != "static"
+        biased = method.adaptive or (isinstance(method, Merging) and method.proportional)
+        self.blocks: list[ReducedBlock] = []
+        self.taken_apart: list[ReducedBlock] = []
+        for index, entry in enumerate(schedule):
+            in_steps = entry is not None or (index > first and biased)
+            block = ReducedBlock(
+                self._host_block(index, in_steps), self.plan, entry, index=index, last=index == host.depth - 1
             )
-            for index in range(first, host.depth)
-        )
+            self.blocks.append(block)
+            if entry is not None or (index > first and (packs or (biased and not block.host.takes_bias))):
+                self.taken_apart.append(block)
+        self._tower = Tower(host)
+        self._hooks: list[Any] = []
+        self._driven: list[nn.Module] = []
         self._names = {module: name for name, module in model.named_modules()}
-        # For each block: the slot that holds each position, and the number of slots.
-        self._last_call: dict[int, tuple[Tensor, int]] = {}
-        self._image_size: tuple[int, int] | None = None
+        # For each block that reduces, what became of the tokens in the last call, and where they are.
+        self._last_call: dict[int, tuple[TokenState, torch.device]] = {}
+
+    def _host_block(self, index: int, in_steps: bool) -> HostBlock:
+        try:
+            return self.host.block(index)
+        except InvalidType:
+            if in_steps:
+                raise
+            return RunsItself(self.host.blocks[index])
 
     @staticmethod
     def of(model: nn.Module) -> "Reduction | None":
@@ -69,28 +88,60 @@ class Reduction:
         return Reduction.of(self.model) is self
 
     def attach(self) -> None:
-        """Put the reduced blocks in the place of the host's."""
+        """Let the model run reduced. Whatever fails, every module is as it was before."""
+        try:
+            self._attach()
+        except BaseException:
+            self._detach()
+            raise
+
+    def check_replaceable(self) -> None:
+        """Raise if somebody else has put a forward in the place of that of a block that is taken apart."""
+        for block in self.taken_apart:
+            if "forward" in block.host.module.__dict__:
+                raise InvalidArgument(
+                    "model",
+                    expected="blocks that run their own forward",
+                    got=f"block {block.index} with {block.host.module.__dict__['forward']!r} in its place",
+                    hint="Undo what replaced it first.",
+                )
+
+    def _attach(self) -> None:
+        self.check_replaceable()
+        for block in self.taken_apart:
+            self._drive(block.host.module, block, "forward")
         for block in self.blocks:
-            block.host.module.forward = block.forward
-        self._hooks = [self.host.embedding.register_forward_pre_hook(self._note_image_size, with_kwargs=True)]
-        self._readout = self.host.readout
-        for module, name, function in self._readout:
-            setattr(module, name, function)
-        if self._readout:
-            self._hooks += [module.register_forward_hook(copy_kept_mask) for module in self.host.between]
+            if block not in self.taken_apart:
+                module = block.host.module
+                self._hooks.append(module.register_forward_pre_hook(block.enter, with_kwargs=True))
+                self._hooks.append(module.register_forward_hook(block.leave, with_kwargs=True, prepend=True))
+        tower, pools = self.host.module, self.host.pools
+        own = [name for module, name in pools if module is tower]
+        self._drive(tower, self._tower, *self.host.entries, *own)
+        for module, name in pools:
+            if module is not tower:
+                self._drive(module, Pool(self.host), name)
+        self._hooks += [module.register_forward_hook(copy_kept_mask) for module in self.host.between]
+        embedding = self.host.embedding
+        self._hooks.append(embedding.register_forward_pre_hook(self._tower.note_images, with_kwargs=True))
         self.model.__dict__["without_padding"] = self.without_padding
+
+    def _drive(self, module: nn.Module, driver: object, *names: str) -> None:
+        drive(module, driver, names)
+        self._driven.append(module)
 
     def remove(self) -> None:
         """Give the model back as it was, bit for bit; a second call does nothing."""
-        if not self.attached:
-            return
-        for block in self.blocks:
-            del block.host.module.__dict__["forward"]
-        for module, name, _ in self._readout:
-            del module.__dict__[name]
+        if self.attached:
+            self._detach()
+
+    def _detach(self) -> None:
+        for module in self._driven:
+            release(module)
         for hook in self._hooks:
             hook.remove()
-        del self.model.__dict__["without_padding"]
+        self._driven, self._hooks = [], []
+        self.model.__dict__.pop("without_padding", None)
 
     def __enter__(self) -> "Reduction":
         return self
@@ -116,17 +167,13 @@ class Reduction:
         """
         return tuple(self._routing_of(block) for block in self.blocks if block.index in self._last_call)
 
-    def _record(self, index: int, state: TokenState) -> None:
-        """Remember which positions the block at `index` carries on."""
-        # Rows are numbered over the batch; slots within each image.
-        start = state.layout.flat(state.holder.new_zeros(state.holder.shape[0], 1))
-        slots = (state.holder - start).where(state.holder >= 0, -1)
-        self._last_call[index] = slots, state.layout.width
+    def _record(self, index: int, state: TokenState, device: torch.device) -> None:
+        """Remember what became of the tokens up to the block at `index`, without the tokens themselves."""
+        self._last_call[index] = replace(state, fills=(), gathered=[], call=replace(state.call, tower=None)), device
 
     def forget(self) -> None:
         """Drop the record of the last call."""
         self._last_call.clear()
-        self._image_size = None
 
     def without_padding(self, *inputs: Any, **keywords: Any) -> Iterator[Callable[[], object]]:
         """For each image a call that runs it alone, without padding: what `narrows.measure` counts."""
@@ -138,34 +185,26 @@ class Reduction:
 
         for image in range(batch):
             arguments = [of(image, value) for value in inputs]
-            yield partial(self._packed, arguments, {name: of(image, value) for name, value in keywords.items()})
-
-    def _packed(self, inputs: list[Any], keywords: dict[str, Any]) -> object:
-        """One image alone, without rows that hold no token, whatever the execution."""
-        execution, self.plan.execution = self.plan.execution, "ragged"
-        try:
-            return self.model(*inputs, **keywords)
-        finally:
-            self.plan.execution = execution
-
-    def _note_image_size(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Remember the size of the images, which gives the grid of their tokens."""
-        if not tracing():
-            images = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-            self._image_size = images.shape[-2], images.shape[-1]
+            named = {name: of(image, value) for name, value in keywords.items()}
+            yield partial(without_padding, self.model, *arguments, **named)
 
     def _routing_of(self, block: ReducedBlock) -> Routing:
-        holder, width = self._last_call[block.index]
-        slots = torch.arange(width, device=holder.device)[:, None]
-        weights = (holder[:, None] == slots)[:, None].float()
+        state, device = self._last_call[block.index]
+        layout = state.layout
+        slots = torch.arange(layout.width, device=device)
+        if isinstance(layout, Packed):
+            slots = slots.expand(layout.batch, -1)[layout.mask][None]
+        else:
+            slots = slots.expand(layout.batch, -1)
+        holder = state.on_grid(slots, -1)  # the slot that holds each position
+        weights = (holder[:, None] == torch.arange(layout.width, device=device)[:, None])[:, None].float()
         prefix, name = self.host.prefix, self._names[block.host.module]
         routing = Routing(weights, carriers="kept tokens", prefix=prefix, name=name)
-        if self._image_size is None:
-            return routing
-        height, width = self.host.token_grid(*self._image_size)
+        grid = state.call.grid
         # In training, a model may have dropped patches of its own before the first block.
-        fits = prefix + height * width == holder.shape[1]
-        return routing.with_grid((height, width), prefix=prefix) if fits else routing
+        if grid is None or prefix + grid[0] * grid[1] != state.width:
+            return routing
+        return routing.with_grid(grid, prefix=prefix)
 
     def __str__(self) -> str:
         tokens = self.host.num_tokens
@@ -181,9 +220,15 @@ class Reduction:
                 f"{type(self.host.module).__name__} reduced by {self.method.name}" + " (removed)" * (not self.attached),
                 f"tokens      {tokens} after {self.host.prefix} special ones",
                 f"kept        {'at most ' if self.method.adaptive else ''}{kept}",
-                f"blocks      {self.blocks[0].index} to {last} of 0 to {last} run reduced",
+                f"blocks      {self.plan.first} to {last} of 0 to {last} run reduced",
                 *target,
-                f"execution   {self.plan.execution}",
+                f"execution   {self._execution()}",
                 f"self-test   all tokens kept: differs from the untouched model by {self.error:.1e}",
             )
         )
+
+    def _execution(self) -> str:
+        """What runs, and where `auto` chooses."""
+        if self.plan.execution != "auto" or not self.method.adaptive:
+            return self.plan.execution if self.plan.execution != "auto" else "static: as many tokens of every image"
+        return "auto: ragged on the CPU, static on other devices, under masks and in graphs"

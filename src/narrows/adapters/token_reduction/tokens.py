@@ -1,24 +1,24 @@
-"""The tokens that blocks still carry, in padded or packed rows, and the full grid that everything else sees.
+"""The tokens that blocks still carry, in padded or packed rows, and how the full grid is made of them again.
 
-A reduced block returns the full grid `[B, N, D]`, as the block it replaces would: carried tokens in place, dropped
-ones as they were when they were dropped. So features, intermediates and hidden states need to know nothing of a
-reduction. What the next block works on, fewer tokens, is attached to that tensor as an attribute. State thereby belongs
-to the tensors of one call: nothing is stored in a module, so that exceptions, threads, several calls before a backward
-pass, and the second forward of gradient checkpointing cannot mix it up.
+Between blocks tokens travel reduced. What became of the others, a `TokenState`, is attached to the tensor that a block
+returns: state belongs to the tensors of one call and to no module, so that exceptions, threads, replicas, several calls
+before a backward pass, and the second forward of activation checkpointing cannot mix it up.
 
 Padded rows have static shapes and trace into one graph; packed rows spend nothing on padding. Both hold the same tokens
 in the same order. Norms, projections and feed-forwards act on rows and need not know which it is.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from narrows.ops.ragged_attention import ragged_attention
-from narrows.ops.token_sampling import TokenSample
+from narrows.precision import is_transformed
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,10 @@ class Padded:
     width: int
     mask: Bool[Tensor, "B n"] | None = None
 
-    def flat(self, slots: Int[Tensor, "B K"]) -> Int[Tensor, "B K"]:
-        """Row numbers, counted over the batch, of the tokens in these slots of each image."""
-        return torch.arange(self.batch, device=slots.device)[:, None] * self.width + slots
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the rows."""
+        return self.batch, self.width
 
     def to_padded(self, rows: Shaped[Tensor, "B n *rest"]) -> Shaped[Tensor, "B n *rest"]:
         """The rows padded to one length, as they are."""
@@ -51,6 +52,14 @@ class Padded:
         """One value for each image, to be broadcast over its rows."""
         return values[:, None]
 
+    def starts(self, device: torch.device) -> Int[Tensor, "B 1"]:
+        """The number, counted over the batch, of the first row of each image."""
+        return torch.arange(self.batch, device=device)[:, None] * self.width
+
+    def first(self, rows: Shaped[Tensor, "B n *rest"]) -> Shaped[Tensor, "B *rest"]:
+        """The first row of each image."""
+        return rows[:, 0]
+
 
 @dataclass(frozen=True)
 class Packed:
@@ -63,6 +72,11 @@ class Packed:
 
     lengths: Int[Tensor, "B"]
     device: torch.device
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the rows."""
+        return 1, int(self.lengths.sum())
 
     @property
     def batch(self) -> int:
@@ -79,10 +93,6 @@ class Packed:
         """`[B, width]`: which entries of `to_padded` are tokens."""
         return (torch.arange(self.width) < self.lengths[:, None]).to(self.device)
 
-    def flat(self, slots: Int[Tensor, "B K"]) -> Int[Tensor, "B K"]:
-        """Row numbers of the tokens in these slots of each image."""
-        return (self.lengths.cumsum(0) - self.lengths)[:, None].to(self.device) + slots
-
     def to_padded(self, rows: Shaped[Tensor, "1 T *rest"]) -> Shaped[Tensor, "B n *rest"]:
         """The rows padded with zeros to `width` for each image."""
         mask = self.mask
@@ -98,190 +108,224 @@ class Packed:
         """One value for each image, repeated for its rows."""
         return values.repeat_interleave(self.lengths.to(self.device), 0)[None]
 
+    def starts(self, device: torch.device) -> Int[Tensor, "B 1"]:
+        """The number of the first row of each image."""
+        return (self.lengths.cumsum(0) - self.lengths)[:, None].to(device)
+
+    def first(self, rows: Shaped[Tensor, "1 T *rest"]) -> Shaped[Tensor, "B *rest"]:
+        """The first row of each image."""
+        return rows[0, self.starts(rows.device)[:, 0]]
+
 
 Layout = Padded | Packed
 
 
-def select_rows(
-    layout: Layout, sample: TokenSample, *, adaptive: bool, pack: bool
-) -> tuple[Int[Tensor, "S m"], Layout]:
-    """Row numbers, counted over the batch, of the tokens in `sample`, and the layout of these rows alone.
+def gather_rows(rows: Shaped[Tensor, "B n *rest"], ids: Int[Tensor, "B m"]) -> Shaped[Tensor, "B m *rest"]:
+    """The rows at positions `ids` of their image."""
+    if rows.device.type != "cpu" or rows.shape[0] == 0:
+        index = ids.reshape(*ids.shape, *(1,) * (rows.ndim - 2))
+        return rows.gather(1, index.expand(-1, -1, *rows.shape[2:]))
+    # There, whole rows are copied quicker than entries are looked up.
+    flat = ids + torch.arange(rows.shape[0])[:, None] * rows.shape[1]
+    return rows.flatten(0, 1).index_select(0, flat.flatten()).unflatten(0, ids.shape)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a block that chose tokens did: `restore` puts them back among those it had.
 
     Args:
-        layout: of the rows that the ids of `sample` number for each image.
-        sample: tokens, and slots that are padding.
-        adaptive: whether there may be padding; it is masked then, or left out.
-        pack: leave padding out.
-
-    Returns:
-        Row numbers in the shape of the new rows, `[B, K]` or `[1, T]`, and their layout.
+        rows: `[B, K]`, the numbers of the kept tokens in their image; `[1, T]`, counted over the batch, if those that
+            went on are packed. Tokens after these K, if any, come from no single token.
+        before: layout of the tokens that came in.
+        after: layout of those that went on.
     """
-    flat = layout.flat(sample.ids)
-    if not adaptive:
-        return flat, Padded(flat.shape[0], flat.shape[1])
-    if not pack:
-        return flat, Padded(flat.shape[0], flat.shape[1], sample.mask)
-    rows = flat[sample.mask][None]
-    if flat.shape[0] == 1:  # a single image needs no padding
-        return rows, Padded(1, rows.shape[1])
-    return rows, Packed(sample.mask.sum(1).cpu(), rows.device)
+
+    rows: Int[Tensor, "B K"]
+    before: Layout
+    after: Layout
+
+    def gather(self, rows: Shaped[Tensor, "R n *rest"]) -> Shaped[Tensor, "S m *rest"]:
+        """The rows of the tokens that went on."""
+        if isinstance(self.after, Packed):
+            return rows.flatten(0, 1)[self.rows]
+        return gather_rows(rows, self.rows)
+
+    def restore(
+        self, values: Shaped[Tensor, "S m *rest"], fill: Shaped[Tensor, "R n *rest"]
+    ) -> Shaped[Tensor, "R n *rest"]:
+        """`fill`, with the rows of the tokens that went on replaced by `values`."""
+        values, after = values[:, : self.rows.shape[1]].to(fill.dtype), self.after
+        if isinstance(after, Packed):
+            return fill.flatten(0, 1).index_copy(0, self.rows[0], values[0]).view_as(fill)
+        rows = self.rows
+        if after.mask is not None:  # slots that hold no token go to one row more, which is cut off
+            rows = rows.where(after.mask, fill.shape[1])
+            fill = torch.cat((fill, fill[:, :1]), 1)
+        index = rows.reshape(*rows.shape, *(1,) * (fill.ndim - 2)).expand_as(values)
+        restored = fill.scatter(1, index, values)
+        return restored if after.mask is None else restored[:, :-1]
 
 
-def gather_rows(rows: Shaped[Tensor, "R n *rest"], flat: Int[Tensor, "S m"]) -> Shaped[Tensor, "S m *rest"]:
-    """The rows with these numbers, counted over the batch."""
-    return rows.flatten(0, 1).index_select(0, flat.flatten()).unflatten(0, flat.shape)
-
-
-def attend(
-    query: Float[Tensor, "R m H d"],
-    key: Float[Tensor, "S n H d"],
-    value: Float[Tensor, "S n H d"],
-    query_layout: Layout,
-    key_layout: Layout,
-    *,
-    scale: float,
-    bias: Tensor | None = None,
-    dropout: float = 0.0,
-) -> Float[Tensor, "R m H d"]:
-    """Scaled dot-product attention of the queries of each image over its own keys.
+@dataclass(frozen=True)
+class Merged:
+    """What a block that merged tokens did: `restore` copies each new token to all positions merged into it.
 
     Args:
-        query: rows of `query_layout`.
-        key: rows of `key_layout`.
-        value: rows of `key_layout`.
-        query_layout: padded or packed.
-        key_layout: of keys and values; not packed where the queries are padded.
-        scale: what logits are multiplied by.
-        bias: `[B, 1 or H, 1 or m, n]`, boolean or added to the logits; padded rows only.
-        dropout: probability at which attention weights are dropped.
+        into: `[B, n]`, the new token that each token went into.
+        placed: `[B, n]`, whether it is there; not if it was dropped, or fused into a token without a position. None if
+            all are.
+        width: K, how many new tokens there are.
     """
-    if isinstance(query_layout, Packed):
-        assert bias is None, "packed rows take no bias"
-        if isinstance(key_layout, Packed):
-            key_lengths = key_layout.lengths
-        else:
-            assert key_layout.mask is None, "rows that may be packed are packed at once"
-            key_lengths = torch.full_like(query_layout.lengths, key_layout.width)
-        return ragged_attention(
-            query[0],
-            key_layout.to_packed(key),
-            key_layout.to_packed(value),
-            query_layout.lengths,
-            key_lengths,
-            scale=scale,
-            dropout=dropout,
-        )[None]
-    assert isinstance(key_layout, Padded), "padded queries read padded keys"
-    if key_layout.mask is not None:
-        readable = key_layout.mask[:, None, None]
-        if bias is None:
-            bias = readable
-        else:
-            bias = bias & readable if bias.dtype == torch.bool else bias.masked_fill(~readable, -torch.inf)
-    query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout, scale=scale)
-    return attended.transpose(1, 2)
+
+    into: Int[Tensor, "B n"]
+    placed: Bool[Tensor, "B n"] | None
+    width: int
+
+    @property
+    def before(self) -> Padded:
+        """Layout of the tokens that came in."""
+        return Padded(self.into.shape[0], self.into.shape[1])
+
+    @property
+    def after(self) -> Padded:
+        """Layout of the new tokens."""
+        return Padded(self.into.shape[0], self.width)
+
+    def restore(
+        self, values: Shaped[Tensor, "B K *rest"], fill: Shaped[Tensor, "B n *rest"]
+    ) -> Shaped[Tensor, "B n *rest"]:
+        """`values` at all positions merged into them, `fill` at the others."""
+        copied = gather_rows(values, self.into).to(fill.dtype)
+        if self.placed is None:
+            return copied
+        return torch.where(self.placed.reshape(*self.placed.shape, *(1,) * (fill.ndim - 2)), copied, fill)
+
+
+Step = Kept | Merged
+
+
+@dataclass(frozen=True)
+class Call:
+    """What is known of a call of the model before its first block.
+
+    Args:
+        reader: who reads the tokens: "blocks", each block's output (intermediates); "grid", all positions after the
+            last block; "special", nothing but special tokens after the last block.
+        grid: `(height, width)` of the tokens of the images; None if unknown.
+        packed: whether rows without a token are left out whatever the execution: so multiply-accumulates are counted.
+        tower: the model that is called, which may be a replica of the one that was reduced.
+    """
+
+    reader: str = "grid"
+    grid: tuple[int, int] | None = None
+    packed: bool = False
+    tower: nn.Module | None = None
 
 
 @dataclass(frozen=True)
 class TokenState:
-    """The tokens that a reduced block passes to the next, and what became of all others.
+    """What became of the tokens of a call so far.
 
     Args:
-        tokens: `[B, K, D]` or packed `[1, T, D]`.
-        layout: padded or packed.
-        ids: shaped like the rows: the position in the image of each token, -1 for a fused token, which has none.
-        sizes: shaped like the rows: how many tokens of the image were merged into each; None if one each.
-        holder: `[B, N]`, the row (counted over the batch) that holds each position now; -1 where it was dropped.
-        last: `[B, N, D]`, every position as it was when tokens were last dropped.
+        call: of the model.
+        width: N, how many positions there are, the prefix included.
+        layout: of the tokens that are carried.
+        ids: shaped like the rows: the position of each token, N for a fused token, which has none. None where the host
+            has neither rotary positions nor a mask, or before the first reduction.
+        sizes: `[B, K]`, how many tokens of the image were merged into each; None if one each.
+        bias: `[B, 1, 1, K]`: what every query's attention is to add or, boolean, may read; None if all alike.
+        steps: what each block that reduced did, the first first.
+        fills: for each step the rows that it reduced; empty where nobody reads the grid.
+        tokens: the tokens that are carried, where the tensor that carries this state is the whole grid.
+        gathered: arguments of the call at the carried positions: pairs of the argument and what was gathered from it.
     """
 
-    tokens: Float[Tensor, "R n D"]
+    call: Call
+    width: int
     layout: Layout
-    ids: Int[Tensor, "R n"]
-    sizes: Float[Tensor, "R n"] | None
-    holder: Int[Tensor, "B N"]
-    last: Float[Tensor, "B N D"]
+    ids: Int[Tensor, "R n"] | None = None
+    sizes: Float[Tensor, "R n"] | None = None
+    bias: Tensor | None = None
+    steps: tuple[Step, ...] = ()
+    fills: tuple[Tensor, ...] = ()
+    tokens: Float[Tensor, "R n D"] | None = None
+    gathered: list[tuple[Any, Any]] = field(default_factory=list)
 
-    @staticmethod
-    def all_of(grid: Float[Tensor, "B N D"]) -> "TokenState":
-        """Every token, none dropped yet."""
-        layout = Padded(grid.shape[0], grid.shape[1])
-        ids = torch.arange(grid.shape[1], device=grid.device).expand(grid.shape[:2])
-        return TokenState(grid, layout, ids, None, layout.flat(ids), grid)
-
-    @property
-    def whole(self) -> bool:
-        """Whether no token was dropped or merged yet: the rows are the grid."""
-        return self.last is self.tokens
-
-    def with_tokens(self, tokens: Float[Tensor, "R n D"]) -> "TokenState":
-        """The same with updated tokens."""
-        return replace(self, tokens=tokens, last=tokens if self.whole else self.last)
-
-    def kept(
-        self, sample: TokenSample, *, adaptive: bool, pack: bool, last: Float[Tensor, "B N D"]
-    ) -> tuple["TokenState", Int[Tensor, "S m"]]:
-        """The state with these tokens alone, and the rows they had."""
-        rows, layout = select_rows(self.layout, sample, adaptive=adaptive, pack=pack)
-        numbers = torch.arange(rows.numel(), device=rows.device)
-        # A slot that is padding carries the row number of some real token: it scatters to one row beyond the end.
-        beyond = self.ids.numel()
-        own = rows.where(layout.mask, beyond) if isinstance(layout, Padded) and layout.mask is not None else rows
-        into = rows.new_full((beyond + 1,), -1).scatter(0, own.flatten(), numbers)[:beyond]
-        sizes = None if self.sizes is None else gather_rows(self.sizes, rows)
-        tokens, ids = gather_rows(self.tokens, rows), gather_rows(self.ids, rows)
-        return TokenState(tokens, layout, ids, sizes, self._held_by(into), last), rows
-
-    def merged(
+    def after(
         self,
-        tokens: Float[Tensor, "B K D"],
-        ids: Int[Tensor, "B K"],
-        sizes: Float[Tensor, "B K"] | None,
-        into: Int[Tensor, "B n"],
+        step: Step,
+        fill: Float[Tensor, "R n D"],
+        *,
+        ids: Tensor | None = None,
+        sizes: Tensor | None = None,
+        bias: Tensor | None = None,
     ) -> "TokenState":
-        """The state with these tokens instead; slot n was merged into slot `into` of its image, or dropped (-1)."""
-        layout = Padded(tokens.shape[0], tokens.shape[1])
-        # Positions merged into a fused token, which has no position, count as dropped.
-        placed = (into >= 0) & (ids.gather(1, into.clamp_min(0)) >= 0)
-        into = layout.flat(into).where(placed, -1)
-        return TokenState(tokens, layout, ids, sizes, self._held_by(into.flatten()), self.on_grid())
+        """The state after one more step, which reduced the rows `fill`."""
+        fills = () if self.call.reader == "special" else (*self.fills, fill)
+        steps = (*self.steps, step)
+        return TokenState(self.call, self.width, step.after, ids, sizes, bias, steps, fills)
 
-    def _held_by(self, into: Int[Tensor, "T"]) -> Int[Tensor, "B N"]:
-        """The row that holds each position once row r has become row `into[r]`."""
-        return into[self.holder.clamp_min(0)].where(self.holder >= 0, -1)
+    def positions(self, device: torch.device) -> Int[Tensor, "R n"]:
+        """The position of each token."""
+        if self.ids is not None:
+            return self.ids
+        assert not self.steps, "positions are known from the first reduction on, or not asked for"
+        assert isinstance(self.layout, Padded)
+        return torch.arange(self.width, device=device).expand(self.layout.batch, -1)
 
-    def on_grid(self) -> Float[Tensor, "B N D"]:
-        """Every position of the image: carried tokens in place, dropped ones as they were when dropped."""
-        if self.whole:
-            return self.tokens
-        # One gather of whole rows: `where` would compare every number.
-        rows = torch.cat((self.tokens.flatten(0, 1), self.last.flatten(0, 1)))
-        own = torch.arange(self.holder.numel(), device=rows.device).view_as(self.holder) + self.ids.numel()
-        return gather_rows(rows[None], self.holder.where(self.holder >= 0, own))
+    def restore(self, rows: Shaped[Tensor, "R n *rest"]) -> Shaped[Tensor, "B N *rest"]:
+        """Every position of the image: carried tokens in place, dropped ones as they were when they were dropped."""
+        for step, fill in zip(reversed(self.steps), reversed(self.fills), strict=True):
+            rows = step.restore(rows, fill)
+        return rows
+
+    def on_grid(self, rows: Shaped[Tensor, "R n"], absent: int) -> Shaped[Tensor, "B N"]:
+        """A number of each token at all positions that the token holds, `absent` where none is."""
+        for step in reversed(self.steps):
+            rows = step.restore(rows, rows.new_full(step.before.shape, absent))
+        return rows
+
+    def kept(self, like: Tensor) -> Bool[Tensor, "B N"]:
+        """Which positions are carried, alone or merged."""
+        return self.on_grid(torch.ones(like.shape[:2], dtype=torch.bool, device=like.device), 0)
 
 
-_STATE = "narrows_carried"
+_STATE = "narrows_state"
+_CALL = "narrows_call"
 _KEPT = "narrows_kept"
 
 
-def attach_state(state: TokenState) -> Float[Tensor, "B N D"]:
-    """The full grid, with the state that the next block goes on with attached to it."""
-    grid = state.on_grid()
-    setattr(grid, _STATE, state)
+def state_of(tokens: Tensor) -> TokenState | None:
+    """What a reduced block attached to the tokens it returned; None where no block has reduced them."""
+    return getattr(tokens, _STATE, None)
+
+
+def with_state(tokens: Float[Tensor, "R n D"], state: TokenState) -> Tensor:
+    """The tokens with the state attached or, where blocks are read one by one, the whole grid with both attached."""
+    setattr(tokens, _STATE, state)
+    if state.call.reader != "blocks" or not state.steps:
+        return tokens
+    grid = state.restore(tokens)
+    setattr(grid, _STATE, replace(state, tokens=tokens))
     return grid
 
 
-def state_of(grid: Float[Tensor, "B N D"]) -> TokenState | None:
-    """The state that the block before attached, or None where `grid` comes from no reduced block."""
-    return getattr(grid, _STATE, None)
+def call_of(tokens: Tensor) -> Call | None:
+    """What `mark` attached."""
+    return getattr(tokens, _CALL, None)
 
 
-def attach_kept_mask(state: TokenState) -> Float[Tensor, "B N D"]:
-    """The full grid after the last block, with the mask of kept positions, for what averages over tokens, attached."""
-    grid = state.on_grid()
-    if not state.whole:
-        setattr(grid, _KEPT, state.holder >= 0)
+def mark(tokens: Tensor, call: Call) -> None:
+    """Attach what is known of the call to tokens that are not reduced yet."""
+    setattr(tokens, _CALL, call)
+
+
+def with_kept_mask(tokens: Float[Tensor, "R n D"], state: TokenState) -> Float[Tensor, "B N D"]:
+    """The whole grid after the last block, with the mask of kept positions, for what averages over tokens, attached."""
+    grid = state.restore(tokens)
+    if state.steps:
+        setattr(grid, _KEPT, state.kept(tokens))
     return grid
 
 
@@ -295,6 +339,58 @@ def copy_kept_mask(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> No
     kept = kept_mask_of(args[0])
     if kept is not None:
         setattr(output, _KEPT, kept)
+
+
+def attend(
+    query: Float[Tensor, "R m H d"],
+    key: Float[Tensor, "S n H d"],
+    value: Float[Tensor, "S n H d"],
+    query_layout: Layout,
+    key_layout: Layout,
+    *,
+    scale: float,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+    fused: bool = True,
+) -> Float[Tensor, "R m HD"]:
+    """Scaled dot-product attention of the queries of each image over its own keys.
+
+    Args:
+        query: rows of `query_layout`.
+        key: rows of `key_layout`.
+        value: rows of `key_layout`.
+        query_layout: padded or packed.
+        key_layout: of keys and values; not packed where the queries are padded.
+        scale: what logits are multiplied by.
+        bias: `[B, 1 or H, 1 or m, n]`, boolean or added to the logits, padding masked; padded rows only.
+        dropout: probability at which attention weights are dropped.
+        fused: whether a fused kernel may run: they have no second derivative.
+    """
+    if isinstance(query_layout, Packed):
+        assert bias is None, "packed rows take no bias"
+        if isinstance(key_layout, Packed):
+            key_lengths = key_layout.lengths
+        else:
+            assert key_layout.mask is None, "rows that may be packed are packed at once"
+            key_lengths = torch.full_like(query_layout.lengths, key_layout.width)
+        attended = ragged_attention(
+            query[0],
+            key_layout.to_packed(key),
+            key_layout.to_packed(value),
+            query_layout.lengths,
+            key_lengths,
+            scale=scale,
+            dropout=dropout,
+        )
+        return attended.flatten(1)[None]
+    assert isinstance(key_layout, Padded), "padded queries read padded keys"
+    query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    if fused and not is_transformed(query, key, value):
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout, scale=scale)
+    else:
+        with sdpa_kernel(SDPBackend.MATH):
+            attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout, scale=scale)
+    return attended.transpose(1, 2).flatten(2)
 
 
 def pool_kept(features: Float[Tensor, "B N D"], kept: Bool[Tensor, "B N"], kind: str) -> Float[Tensor, "B D"]:

@@ -1,31 +1,55 @@
-"""The interface through which a reduction runs the blocks of another library's model step by step."""
+"""The interface through which a reduction finds the blocks of another library's model and takes attention apart.
+
+A block that keeps every token runs its own `forward`, so a host says little: where the blocks are and what stands
+before the grid (`HostModel`), and, for blocks that choose or merge, the steps of one block (`HostBlock`).
+
+    class MyBlock(HostBlock):
+        @property
+        def scale(self): return self.module.attn.head_dim ** -0.5
+        def arguments(self, x): return BlockCall()
+        def normed(self, tokens): return self.module.norm1(tokens)
+        def query_key_value(self, normed):
+            attn = self.module.attn
+            return QueryKeyValue(*attn.qkv(normed).unflatten(-1, (3, attn.heads, -1)).unbind(-3))
+        def attention_update(self, attended, normed): return self.module.attn.proj(attended)
+        def feed_forward_update(self, tokens): return self.module.mlp(self.module.norm2(tokens))
+
+    class MyModel(HostModel):
+        def block(self, index): return MyBlock(self.blocks[index])
+        def token_grid(self, height, width): return height // 16, width // 16
+        def example(self, batch): return {"images": self.random_images(batch, 3)}
+
+    reduce_tokens(MyModel(model, blocks=model.blocks, prefix=1, embedding=model.patch_embed, image_size=(224, 224)))
+
+That is a whole host. Besides, a model may have rotary positions and masks (`BlockCall`, `rotary_rows`, `mask_of`,
+`narrowed`), heads that average over tokens (`pool`, `pools`, `pooling_logits`) and callers that read the tokens after
+each block (`entries`, `reader`). The self-test compares each step with the block's own `forward` and names the block
+whose steps forgot something.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from copy import copy
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from narrows.errors import InvalidType
-from narrows.validation import why_not_plain
+from narrows.adapters.token_reduction.tokens import Call
+from narrows.errors import InvalidArgument, InvalidType
 
 
 class BlockCall(NamedTuple):
-    """The arguments that a block was called with, in one form for all libraries.
+    """The arguments of a block beside its tokens, as the host gives them.
 
     Args:
-        grid: `[B, N, D]`, the tokens.
-        rotary: `[B or 1, N + 1, H or 1, R]`: rotary embeddings of query and key at each position, prefix included; the
-            last row, for a fused token without a position, does not rotate. None without rotary positions.
-        bias: `[B or 1, H or 1, N, N]`, boolean or added to the logits; None without an attention mask.
+        rotary: rotary embeddings, which `HostBlock.rotary_rows` brings to one form; None without.
+        bias: the attention mask, which `HostBlock.mask_of` brings to one form; None without.
     """
 
-    grid: Float[Tensor, "B N D"]
-    rotary: Tensor | None = None
-    bias: Tensor | None = None
+    rotary: Any = None
+    bias: Any = None
 
 
 class QueryKeyValue(NamedTuple):
@@ -40,62 +64,113 @@ class HostBlock(ABC):
     """One transformer block as separate steps, which composed with attention compute what its own `forward` does.
 
     Steps call the block's own modules, so that hooks, adapters (LoRA) and quantised layers keep working. Rows are
-    `[R, n, ...]`, padded (R images) or packed (R = 1): a step treats every row for itself.
+    `[R, n, ...]`, padded (R images) or packed (R = 1): a step treats every row for itself. Everything is read from
+    `module` when it is needed, which may be a replica.
 
     Args:
         module: the block.
-        scale: of the attention logits.
     """
 
-    def __init__(self, module: nn.Module, *, scale: float) -> None:
-        self.module, self.scale = module, scale
+    # Whether the block's own forward takes a mask: padding, and how often merged tokens count, reach it that way.
+    takes_bias: bool = True
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module: Any = module
+
+    def of(self, module: nn.Module) -> "HostBlock":
+        """The same for a replica of the block."""
+        other = copy(self)
+        other.module = module
+        return other
+
+    @property
+    @abstractmethod
+    def scale(self) -> float:
+        """Factor of the attention logits."""
 
     @property
     def dropout(self) -> float:
         """Dropout probability of attention weights, 0 in evaluation."""
         return 0.0
 
-    def call(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run `forward` in place of the block's own; blocks that use activation checkpointing wrap it here."""
-        return forward(*args, **kwargs)
+    @property
+    def fused(self) -> bool:
+        """Whether attention may run by a fused kernel."""
+        return True
+
+    @property
+    def gated(self) -> bool:
+        """Whether `attention_update` reads the normalised tokens."""
+        return False
+
+    @property
+    def bypassed(self) -> Sequence[nn.Module]:
+        """Modules that the block calls and that its steps do not: what hooks on them wait for does not happen."""
+        return ()
 
     @abstractmethod
     def arguments(self, *args: Any, **kwargs: Any) -> BlockCall:
-        """The call's arguments; raises for one that a reduction cannot honour."""
+        """The call's arguments, the tokens first; raises for one that a reduction cannot honour."""
 
-    def result(self, grid: Float[Tensor, "B N D"]) -> Any:
+    def narrowed(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], rotary: Tensor | None, bias: Tensor | None, prefix: int
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments for the block's own forward on fewer tokens, which are in their place already.
+
+        Args:
+            args: as the block was called.
+            kwargs: as the block was called.
+            rotary: `[B or 1, K, H or 1, R]`: `rotary_rows` of these tokens.
+            bias: `[B or 1, H or 1, 1 or K, K]`, boolean or added to the logits.
+            prefix: tokens before the grid.
+        """
+        assert rotary is None
+        assert bias is None
+        return args, kwargs
+
+    def result(self, tokens: Float[Tensor, "B N D"]) -> Any:
         """What the block returns."""
-        return grid
+        return tokens
 
     def tokens(self, result: Any) -> Float[Tensor, "B N D"]:
-        """The tokens in what the block returns."""
+        """The tokens in what the block returned."""
         return result
+
+    def with_tokens(self, result: Any, tokens: Float[Tensor, "B N D"]) -> Any:
+        """What the block returned, with other tokens."""
+        return tokens
 
     @abstractmethod
     def normed(self, tokens: Float[Tensor, "R n D"]) -> Float[Tensor, "R n D"]:
         """The input of attention: the normalised tokens."""
 
     @abstractmethod
-    def query(self, normed: Float[Tensor, "R m D"]) -> Float[Tensor, "R m H d"]:
-        """Queries, after the query norm if the host has one, before rotary positions."""
-
-    @abstractmethod
-    def key_value(self, normed: Float[Tensor, "R n D"]) -> tuple[Tensor, Tensor]:
-        """Keys and values `[R, n, H, d]`, after the key norm if the host has one, before rotary positions."""
-
     def query_key_value(self, normed: Float[Tensor, "R n D"]) -> QueryKeyValue:
-        """All three of the same rows."""
-        return QueryKeyValue(self.query(normed), *self.key_value(normed))
+        """Queries, keys and values after their norms, before rotary positions."""
 
-    def rotate(self, heads: Float[Tensor, "R n H d"], rotary: Tensor) -> Float[Tensor, "R n H d"]:
-        """Queries or keys with the rotary embeddings of their positions, `[R, n, H or 1, R]`, applied."""
+    def rotary_rows(self, rotary: Any, width: int, prefix: int) -> Float[Tensor, "B M H R"]:
+        """`[B or 1, width + 1, H or 1, R]`: the rotary embedding of each position, prefix included.
+
+        Those of the prefix and the last row, for a fused token without a position, do not rotate.
+        """
         raise NotImplementedError
+
+    def rotate(self, heads: Float[Tensor, "R n H d"], rotary: Float[Tensor, "R n H R"]) -> Float[Tensor, "R n H d"]:
+        """Queries or keys with the rotary embeddings of their positions applied."""
+        raise NotImplementedError
+
+    def mask_of(self, bias: Any, width: int) -> Tensor:
+        """The mask as `[B or 1, H or 1, N, N]`, boolean or added to the logits."""
+        return bias
 
     @abstractmethod
     def attention_update(
-        self, attended: Float[Tensor, "R m HD"], normed: Float[Tensor, "R m D"]
+        self, attended: Float[Tensor, "R m HD"], normed: Float[Tensor, "R m D"] | None
     ) -> Float[Tensor, "R m D"]:
-        """What attention adds to the tokens: gate, output projection, norm, layer scale; without stochastic depth."""
+        """What attention adds to the tokens: gate, output projection, norm, layer scale; without stochastic depth.
+
+        `normed` is what `normed` gave for these tokens, None unless the block is `gated`.
+        """
 
     @abstractmethod
     def feed_forward_update(self, tokens: Float[Tensor, "R m D"]) -> Float[Tensor, "R m D"]:
@@ -105,8 +180,62 @@ class HostBlock(ABC):
         """Stochastic depth of the two updates: modules that keep or drop each image (axis 0)."""
         return _KEEP, _KEEP
 
+    def check_unobserved(self, index: int) -> None:
+        """Raise if somebody waits for a call of a module that the steps of this block do without."""
+        for module in self.bypassed:
+            hooks = [
+                *module._forward_hooks.values(),
+                *module._forward_pre_hooks.values(),
+                *module._backward_hooks.values(),
+                *module._backward_pre_hooks.values(),
+            ]
+            # Hooks of transformers that collect outputs stay once they were asked for; they do nothing by themselves.
+            waiting = [hook for hook in hooks if "output_capturing" not in getattr(hook, "__module__", "")]
+            what = f"a hook ({waiting[0]!r})" if waiting else "a forward in place of its own"
+            if waiting or "forward" in module.__dict__:
+                raise InvalidArgument(
+                    "model",
+                    expected=f"nothing on the {type(module).__name__} of block {index}, which reduces: it computes "
+                    "attention of the tokens that go on and calls the parts of this module, not the module",
+                    got=what,
+                    hint="Put it on the block or on the projections, or reduce in another block.",
+                )
+
 
 _KEEP = nn.Identity()
+
+
+class RunsItself(HostBlock):
+    """A block of any class that keeps every token: it is called with fewer, and with nothing else that is per token."""
+
+    takes_bias = False
+
+    @property
+    def scale(self) -> float:
+        raise NotImplementedError
+
+    def arguments(self, tokens: Tensor, *args: Any, **kwargs: Any) -> BlockCall:
+        for name, value in (*enumerate(args, 1), *kwargs.items()):
+            if isinstance(value, Tensor | tuple | list):
+                raise InvalidArgument(
+                    f"argument {name}",
+                    expected=f"none of {type(self.module).__name__}, a class that narrows does not know",
+                    got=type(value).__name__,
+                    hint="Reduce after this block.",
+                )
+        return BlockCall()
+
+    def normed(self, tokens: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def query_key_value(self, normed: Tensor) -> QueryKeyValue:
+        raise NotImplementedError
+
+    def attention_update(self, attended: Tensor, normed: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def feed_forward_update(self, tokens: Tensor) -> Tensor:
+        raise NotImplementedError
 
 
 class HostModel(ABC):
@@ -118,8 +247,10 @@ class HostModel(ABC):
         prefix: tokens before the grid: class token, distillation token, registers.
         embedding: the module that turns images into tokens, called with the images as its first argument.
         image_size: `(height, width)` of the images it was trained on.
-        class_token: whether the first token is a class token that the head reads.
     """
+
+    # Methods of `module` by which it is called.
+    entries: Sequence[str] = ("forward",)
 
     def __init__(
         self,
@@ -129,10 +260,15 @@ class HostModel(ABC):
         prefix: int,
         embedding: nn.Module,
         image_size: tuple[int, int],
-        class_token: bool,
     ) -> None:
-        self.module, self.blocks, self.prefix = module, tuple(blocks), prefix
-        self.embedding, self.image_size, self.class_token = embedding, image_size, class_token
+        self.module: Any = module
+        self.blocks, self.prefix = tuple(blocks), prefix
+        self.embedding, self.image_size = embedding, image_size
+
+    @property
+    def class_token(self) -> bool:
+        """Whether the first token is a class token that the head reads, so that its attention says what matters."""
+        return self.prefix > 0
 
     @property
     def depth(self) -> int:
@@ -153,35 +289,77 @@ class HostModel(ABC):
             InvalidType: it is of a class that is not supported.
         """
 
-    def pooling_logits(self, tokens: Float[Tensor, "R n D"]) -> Float[Tensor, "R n H"] | None:
-        """Logits that pooling after the last block would give these tokens; None where it weighs all equally.
+    @abstractmethod
+    def token_grid(self, height: int, width: int) -> tuple[int, int]:
+        """`(height, width)` of the grid after the prefix for images of this height and width."""
 
-        Attention pooling has one query for each of H heads. Max pooling is hard attention with one head for each
-        channel: its logits are the channels.
-        """
-        return None
+    def grid_of(self, images: Tensor) -> tuple[int, int] | None:
+        """The grid that these images become, as the embedding is given them."""
+        return self.token_grid(images.shape[-2], images.shape[-1])
+
+    @abstractmethod
+    def example(self, batch: int) -> dict[str, Tensor]:
+        """Random inputs the model can be called with, on its device and in its precision; see `random_images`."""
+
+    def random_images(self, batch: int, channels: int, *size: int) -> Tensor:
+        """`[batch, channels, *size]`, by default of the model's own size; always the same."""
+        like = next(self.module.parameters())
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(batch, channels, *(size or self.image_size), generator=generator).to(like.device, like.dtype)
+
+    def reader(self, module: Any, name: str, kwargs: dict[str, Any]) -> str:
+        """Who reads the tokens when the model is called by the method `name`: see `Call.reader`."""
+        return "grid"
 
     @property
-    def readout(self) -> Sequence[tuple[nn.Module, str, Callable[..., Any]]]:
-        """Methods that pool all tokens of the grid, with their replacements: `(module, name, function)`.
+    def pools(self) -> Sequence[tuple[nn.Module, str]]:
+        """Methods that pool all tokens of the grid and must see kept ones only, as `(module, name)`; see `pool`.
 
-        Replacements pool kept tokens only (`kept_mask_of`): tokens dropped early were never brought to the last block,
-        and including them in the mean costs accuracy. Empty where the head reads special tokens only.
+        Tokens dropped early were never brought to the last block, and including them in the mean costs accuracy.
         """
         return ()
+
+    def pool(self, module: Any, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Answers a method of `pools`: pool the tokens that `kept_mask_of` names; `own` is the method itself."""
+        return own(*args, **kwargs)
 
     @property
     def between(self) -> Sequence[nn.Module]:
         """Modules between the last block and the pooling, through which the mask of kept tokens is passed on."""
         return ()
 
-    @abstractmethod
-    def token_grid(self, height: int, width: int) -> tuple[int, int]:
-        """`(height, width)` of the grid after the prefix for images of this height and width."""
+    def pooling_logits(self, module: Any, tokens: Float[Tensor, "R n D"]) -> Float[Tensor, "R n H"] | None:
+        """Logits that pooling after the last block would give these tokens; None where it weighs all equally.
 
-    @abstractmethod
-    def example(self, batch: int) -> dict[str, torch.Tensor]:
-        """Random inputs the model can be called with, on its device and in its precision."""
+        Attention pooling has one query for each of H heads. Max pooling is hard attention with one head for each
+        channel: its logits are the channels. `module` is the model, or a replica of it.
+        """
+        return None
+
+    @property
+    def stale_heads(self) -> str | None:
+        """What in the model averages over tokens by itself and would see dropped ones, in the state they had then."""
+        return None
+
+    @property
+    def drops_patches(self) -> bool:
+        """Whether the model itself leaves out patches in this call, so that their number cannot be foretold."""
+        return False
+
+    def check_count(self, width: int, call: Call) -> None:
+        """Raise unless so many tokens came to the first block that reduces as prefix and grid make."""
+        if isinstance(width, torch.SymInt) or self.drops_patches:
+            return
+        grid = self.token_grid(*self.image_size) if call.grid is None else call.grid
+        expected = self.prefix + grid[0] * grid[1]
+        if width != expected:
+            raise InvalidArgument(
+                "tokens",
+                expected=f"{self.prefix} special ones and a grid of {grid[0]} x {grid[1]}",
+                got=f"{width} tokens",
+                hint="Something adds or leaves out tokens that narrows does not know of (prompts, registers, masks): "
+                "it cannot tell which may be dropped. Pass a HostModel that counts them to its prefix.",
+            )
 
 
 def unsupported(argument: str, module: nn.Module, known: str) -> InvalidType:
@@ -192,12 +370,3 @@ def unsupported(argument: str, module: nn.Module, known: str) -> InvalidType:
         got=f"{type(module).__module__}.{type(module).__qualname__}, which is not supported",
         hint="To support it, write a HostBlock (narrows.adapters.token_reduction.hosts.base).",
     )
-
-
-def linear_part(
-    module: nn.Module, rows: Float[Tensor, "*batch D"], start: int, stop: int
-) -> Float[Tensor, "*batch out"]:
-    """`module(rows)[..., start:stop]`; of a plain `nn.Linear` nothing else is computed."""
-    if not isinstance(module, nn.Linear) or why_not_plain((("", module),), kinds=(nn.Linear,)) is not None:
-        return module(rows)[..., start:stop]
-    return F.linear(rows, module.weight[start:stop], None if module.bias is None else module.bias[start:stop])

@@ -12,16 +12,11 @@ from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from narrows.adapters.token_reduction.hosts.base import (
-    BlockCall,
-    HostBlock,
-    HostModel,
-    QueryKeyValue,
-    linear_part,
-    unsupported,
-)
+from narrows.adapters.token_reduction.hosts.base import BlockCall, HostBlock, HostModel, QueryKeyValue, unsupported
 from narrows.adapters.token_reduction.tokens import kept_mask_of, pool_kept
+from narrows.validation import why_not_plain
 
 
 def recognise(module: nn.Module) -> HostModel | None:
@@ -32,7 +27,7 @@ def recognise(module: nn.Module) -> HostModel | None:
 class TimmModel(HostModel):
     """A `VisionTransformer` (ViT, DeiT, AugReg, DINOv2, CLIP, SigLIP) or `Eva` (EVA-02, DINOv3, PE) of timm."""
 
-    module: Any
+    entries = ("forward", "forward_features", "forward_intermediates")
 
     def __init__(self, module: Any) -> None:
         super().__init__(
@@ -41,8 +36,13 @@ class TimmModel(HostModel):
             prefix=module.num_prefix_tokens,
             embedding=module.patch_embed,
             image_size=module.patch_embed.img_size,
-            class_token=module.cls_token is not None and module.global_pool in ("token", "", "prr"),
         )
+
+    @property
+    def class_token(self) -> bool:
+        module = self.module
+        pooled = module.global_pool not in ("token", "", "prr") or getattr(module, "attn_pool", None) is not None
+        return getattr(module, "cls_token", None) is not None and not pooled
 
     def block(self, index: int) -> HostBlock:
         module = self.blocks[index]
@@ -51,103 +51,149 @@ class TimmModel(HostModel):
                 return host(module)
         raise unsupported(f"blocks.{index}", module, _names(_BLOCKS))
 
-    def pooling_logits(self, tokens: Float[Tensor, "R n D"]) -> Float[Tensor, "R n H"] | None:
+    def reader(self, module: Any, name: str, kwargs: dict[str, Any]) -> str:
+        if name == "forward_intermediates":
+            return "blocks"
+        own = module.global_pool == "token" and self.stale_heads is None
+        return "special" if name == "forward" and own and getattr(module, "attn_pool", None) is None else "grid"
+
+    @property
+    def stale_heads(self) -> str | None:
+        """Methods that somebody wrote anew: they may average, and there is no telling."""
+        kind = type(self.module)
+        for name in ("forward", "forward_features", "forward_head", "pool"):
+            if not getattr(kind, name).__module__.startswith("timm."):
+                return f"{kind.__name__}.{name}"
+        return None
+
+    def pooling_logits(self, module: Any, tokens: Float[Tensor, "R n D"]) -> Float[Tensor, "R n H"] | None:
         """Under attention pooling, logits of its latent query; under max pooling, the channels."""
-        pool: Any = self.module.attn_pool
-        if pool is None and self.module.global_pool == "max":
-            return self.module.norm(tokens)
+        pool: Any = getattr(module, "attn_pool", None)
+        pool: Any = getattr(module, "attn_pool", None)
+        if pool is None and module.global_pool == "max":
+            return module.norm(tokens)
         if not isinstance(pool, AttentionPoolLatent) or pool.pos_embed is not None or pool.latent_len != 1:
             return None
         query = pool.q_norm(pool.q(pool.latent).unflatten(-1, (pool.num_heads, -1)).transpose(1, 2)).transpose(1, 2)
-        keys = linear_part(pool.kv, self.module.norm(tokens), 0, pool.num_heads * pool.head_dim)
+        keys = _first_part(pool.kv, module.norm(tokens), pool.num_heads * pool.head_dim)
         keys = pool.k_norm(keys.unflatten(-1, (pool.num_heads, -1)))
         return (keys * query).sum(-1) * pool.scale
 
     @property
-    def readout(self) -> Sequence[tuple[nn.Module, str, Callable[..., Any]]]:
-        """`pool`, unless the class token is read."""
-        return () if self.class_token else ((self.module, "pool", self.pool),)
+    def pools(self) -> Sequence[tuple[nn.Module, str]]:
+        return ((self.module, "pool"),)
 
     @property
     def between(self) -> Sequence[nn.Module]:
-        return (self.module.norm,)
+        norm = getattr(self.module, "norm", None)
+        return () if norm is None else (norm,)
 
-    def pool(self, x: Float[Tensor, "B N D"], pool_type: str | None = None) -> Tensor:
+    def pool(
+        self, module: Any, own: Callable[..., Tensor], x: Float[Tensor, "B N D"], pool_type: str | None = None
+    ) -> Tensor:
         """The model's own `pool`, of kept tokens only."""
-        module = self.module
         kept, kind = kept_mask_of(x), module.global_pool if pool_type is None else pool_type
         attends: bool = isinstance(module.attn_pool, AttentionPoolLatent)
         if kept is None or (not attends and kind not in ("avg", "max", "avgmax")):
-            return type(module).pool(module, x, pool_type)
+            return own(x, pool_type)
         # The two families differ in whether special tokens are pooled too.
         prefix = 0 if getattr(module, "pool_include_prefix", attends and isinstance(module, Eva)) else self.prefix
         x, kept = x[:, prefix:], kept[:, prefix:]
         if not attends:
             return pool_kept(x, kept, kind)
-        bias = x.new_zeros(kept.shape).masked_fill(~kept, -torch.inf)
-        pool: Any = module.attn_pool
-        return pool(x, attn_mask=bias[:, None, None])
+        attn_pool: Any = module.attn_pool
+        return attn_pool(x, attn_mask=x.new_zeros(kept.shape).masked_fill(~kept, -torch.inf)[:, None, None])
+
+    @property
+    def drops_patches(self) -> bool:
+        patch_drop = getattr(self.module, "patch_drop", None)
+        return self.module.training and patch_drop is not None and not isinstance(patch_drop, nn.Identity)
 
     def token_grid(self, height: int, width: int) -> tuple[int, int]:
         return self.module.patch_embed.dynamic_feat_size((height, width))
 
     def example(self, batch: int) -> dict[str, Tensor]:
-        weight = next(self.module.parameters())
-        generator = torch.Generator().manual_seed(0)
-        images = torch.randn(batch, self.module.in_chans, *self.image_size, generator=generator)
-        return {"x": images.to(weight.device, weight.dtype)}
+        return {"x": self.random_images(batch, self.module.in_chans)}
 
 
 class _TimmBlock(HostBlock):
     """Base class of all blocks: attention of one of three classes, and a feed-forward."""
 
-    module: Any
     parameters: tuple[str, ...] = ("attn_mask", "is_causal")  # of the block's forward, after the tokens
 
     def __init__(self, module: Any) -> None:
-        super().__init__(module, scale=module.attn.scale)
-        for kind, projections in _ATTENTIONS.items():
+        super().__init__(module)
+        for kind, biased in _ATTENTIONS.items():
             if type(module.attn).forward is kind.forward:
-                self.projections = projections
+                self._projections = biased
                 return
         raise unsupported(f"{type(module).__name__}.attn", module.attn, _names(_ATTENTIONS))
+
+    @property
+    def scale(self) -> float:
+        return self.module.attn.scale
 
     @property
     def dropout(self) -> float:
         return self.module.attn.attn_drop.p if self.module.attn.training else 0.0
 
+    @property
+    def fused(self) -> bool:
+        return self.module.attn.fused_attn
+
+    @property
+    def gated(self) -> bool:
+        return self.module.attn.gate is not None
+
+    @property
+    def bypassed(self) -> Sequence[nn.Module]:
+        return (self.module.attn, self.module.attn.attn_drop)
+
     def arguments(self, x: Float[Tensor, "B N D"], *args: Any, **kwargs: Any) -> BlockCall:
         given = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
-        rope, bias = given.get("rope"), given.get("attn_mask")
-        if given.get("is_causal"):
-            bias = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
+        causal = "causal" if given.get("is_causal") else None
+        return BlockCall(given.get("rope"), causal or given.get("attn_mask"))
+
+    def mask_of(self, bias: Any, width: int) -> Tensor:
+        if isinstance(bias, str):
+            bias = torch.ones(width, width, dtype=torch.bool, device=self.module.norm1.weight.device).tril()
+        return bias.reshape((1,) * (4 - bias.ndim) + bias.shape).expand(-1, -1, width, width)
+
+    def narrowed(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], rotary: Tensor | None, bias: Tensor | None, prefix: int
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        given = {**dict(zip(self.parameters, args[1:], strict=False)), **kwargs}
+        given.update({name: value for name, value in (("attn_mask", bias), ("is_causal", False)) if name in given})
         if bias is not None:
-            bias = bias.reshape((1,) * (4 - bias.ndim) + bias.shape).expand(-1, -1, x.shape[1], x.shape[1])
-        return BlockCall(x, None if rope is None else _rotary(rope, self.module.attn.num_prefix_tokens), bias)
-
-    def query(self, normed: Float[Tensor, "R m D"]) -> Float[Tensor, "R m H d"]:
-        (query,) = self.projections(self.module.attn, normed, 0, 1)
-        return self.module.attn.q_norm(query)
-
-    def key_value(self, normed: Float[Tensor, "R n D"]) -> tuple[Tensor, Tensor]:
-        key, value = self.projections(self.module.attn, normed, 1, 3)
-        return self._grouped(self.module.attn.k_norm(key)), self._grouped(value)
+            given["attn_mask"] = bias
+        if rotary is not None:
+            given["rope"] = rotary[:, self.module.attn.num_prefix_tokens :].transpose(1, 2)
+        return args[:1], given
 
     def query_key_value(self, normed: Float[Tensor, "R n D"]) -> QueryKeyValue:
-        query, key, value = self.projections(self.module.attn, normed, 0, 3)
-        key = self._grouped(self.module.attn.k_norm(key))
-        return QueryKeyValue(self.module.attn.q_norm(query), key, self._grouped(value))
+        attention = self.module.attn
+        query, key, value = self._projections(attention, normed)
+        return QueryKeyValue(attention.q_norm(query), self._grouped(attention.k_norm(key)), self._grouped(value))
+
+    def rotary_rows(self, rotary: Tensor, width: int, prefix: int) -> Float[Tensor, "B N H R"]:
+        """Sines and cosines of all positions; for the prefix and for fused tokens, the identity: sine 0, cosine 1."""
+        rows = rotary[:, None] if rotary.ndim == 2 else rotary.movedim(-3, -2)  # [N, R]; [H, N, R] or [B, H, N, R]
+        rows = rows[None] if rows.ndim == 3 else rows
+        identity = torch.zeros_like(rows[:, :1])
+        identity[..., rows.shape[-1] // 2 :] = 1
+        return torch.cat((identity.expand(-1, self.module.attn.num_prefix_tokens, -1, -1), rows, identity), 1)
 
     def rotate(self, heads: Float[Tensor, "R n H d"], rotary: Tensor) -> Float[Tensor, "R n H d"]:
         """Rotated as the attention module does."""
-        return apply_rot_embed_cat(heads, rotary, half=getattr(self.module.attn, "rotate_half", False))
+        rotated = apply_rot_embed_cat(heads, rotary, half=getattr(self.module.attn, "rotate_half", False))
+        return rotated.to(heads.dtype)
 
     def _grouped(self, heads: Float[Tensor, "R n G d"]) -> Float[Tensor, "R n H d"]:
         """Grouped-query attention: each key or value repeated for the query heads of its group."""
         groups = getattr(self.module.attn, "num_kv_groups", 1)
         return heads if groups == 1 else heads.repeat_interleave(groups, 2)
 
-    def _attended(self, attended: Float[Tensor, "R m HD"], normed: Float[Tensor, "R m D"]) -> Float[Tensor, "R m D"]:
+    def _attended(self, attended: Float[Tensor, "R m HD"], normed: Tensor | None) -> Float[Tensor, "R m D"]:
         """Norm, gate and projection of the attention module."""
         attention = self.module.attn
         attended = attention.norm(attended)
@@ -166,7 +212,7 @@ class _PreNorm(_TimmBlock):
         return self.module.norm1(tokens)
 
     def attention_update(
-        self, attended: Float[Tensor, "R m HD"], normed: Float[Tensor, "R m D"]
+        self, attended: Float[Tensor, "R m HD"], normed: Float[Tensor, "R m D"] | None
     ) -> Float[Tensor, "R m D"]:
         return self._scaled(1, self._attended(attended, normed))
 
@@ -186,7 +232,7 @@ class _PostNorm(_TimmBlock):
         return tokens
 
     def attention_update(
-        self, attended: Float[Tensor, "R m HD"], normed: Float[Tensor, "R m D"]
+        self, attended: Float[Tensor, "R m HD"], normed: Float[Tensor, "R m D"] | None
     ) -> Float[Tensor, "R m D"]:
         return self.module.norm1(self._attended(attended, normed))
 
@@ -210,40 +256,35 @@ class _EvaPostNorm(_PostNorm):
     parameters = ("rope", "attn_mask", "is_causal")
 
 
-def _rotary(rope: Tensor, prefix: int) -> Float[Tensor, "B N H R"]:
-    """Sines and cosines of all positions; for the prefix and for fused tokens, the identity: sine 0, cosine 1."""
-    rows = rope[:, None] if rope.ndim == 2 else rope.movedim(-3, -2)  # [N, R]; [H, N, R] or [B, H, N, R]
-    rows = rows[None] if rows.ndim == 3 else rows
-    identity = torch.zeros_like(rows[:, :1])
-    identity[..., rows.shape[-1] // 2 :] = 1
-    return torch.cat((identity.expand(-1, prefix, -1, -1), rows, identity), 1)
-
-
-def _fused(attention: Any, normed: Tensor, first: int, last: int) -> list[Tensor]:
-    """Query, key and value projections number `first` to `last - 1`, by a part of `qkv` or by separate layers."""
+def _plain(attention: Any, normed: Tensor) -> list[Tensor]:
+    """Queries, keys and values, by `qkv` or by separate layers."""
     if attention.qkv is None:
-        layers = (attention.q_proj, attention.k_proj, attention.v_proj)[first:last]
+        layers = (attention.q_proj, attention.k_proj, attention.v_proj)
         return [layer(normed).unflatten(-1, (-1, attention.head_dim)) for layer in layers]
-    width = attention.num_heads * attention.head_dim
-    part = linear_part(attention.qkv, normed, first * width, last * width)
-    return list(part.unflatten(-1, (last - first, attention.num_heads, -1)).unbind(-3))
+    return list(attention.qkv(normed).unflatten(-1, (3, attention.num_heads, -1)).unbind(-3))
 
 
-def _eva(attention: Any, normed: Tensor, first: int, last: int) -> list[Tensor]:
+def _biased(attention: Any, normed: Tensor) -> list[Tensor]:
     """The same with separate biases of query and value."""
-    parts = _fused(attention, normed, first, last)
-    if attention.q_bias is None:
-        return parts
-    biases = (attention.q_bias, attention.k_bias, attention.v_bias)[first:last]
-    return [part + bias.unflatten(-1, (attention.num_heads, -1)) for part, bias in zip(parts, biases, strict=True)]
+    if attention.qkv is None or attention.q_bias is None:
+        return _plain(attention, normed)
+    bias = torch.cat((attention.q_bias, attention.k_bias, attention.v_bias)).unflatten(-1, (3, attention.num_heads, -1))
+    return list((attention.qkv(normed).unflatten(-1, (3, attention.num_heads, -1)) + bias).unbind(-3))
+
+
+def _first_part(module: nn.Module, rows: Float[Tensor, "*batch D"], width: int) -> Float[Tensor, "*batch width"]:
+    """`module(rows)[..., :width]`; of a plain `nn.Linear` nothing else is computed."""
+    if not isinstance(module, nn.Linear) or why_not_plain((("", module),), kinds=(nn.Linear,)) is not None:
+        return module(rows)[..., :width]
+    return F.linear(rows, module.weight[:width], None if module.bias is None else module.bias[:width])
 
 
 def _names(known: Mapping[type[nn.Module], Any]) -> str:
     return f"one of {', '.join(kind.__name__ for kind in known)}"
 
 
-_ATTENTIONS: Mapping[type[nn.Module], Callable[[Any, Tensor, int, int], list[Tensor]]] = MappingProxyType(
-    {Attention: _fused, AttentionRope: _fused, EvaAttention: _eva}
+_ATTENTIONS: Mapping[type[nn.Module], Callable[[Any, Tensor], list[Tensor]]] = MappingProxyType(
+    {Attention: _plain, AttentionRope: _plain, EvaAttention: _biased}
 )
 _BLOCKS: Mapping[type[nn.Module], type[_TimmBlock]] = MappingProxyType(
     {Block: _PreNorm, ResPostBlock: _PostNorm, EvaBlock: _EvaPreNorm, EvaBlockPostNorm: _EvaPostNorm}

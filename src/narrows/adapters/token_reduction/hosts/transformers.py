@@ -6,7 +6,6 @@ differ, and what stands between them.
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from narrows.adapters.token_reduction.hosts.base import BlockCall, HostBlock, HostModel, unsupported
+from narrows.adapters.token_reduction.hosts.base import BlockCall, HostBlock, HostModel, QueryKeyValue, unsupported
 from narrows.adapters.token_reduction.tokens import kept_mask_of
 from narrows.errors import InvalidArgument
 
@@ -100,15 +99,13 @@ class TransformersModel(HostModel):
     def __init__(self, module: Any, family: Family) -> None:
         # The first list of modules in a tower is that of its layers.
         layers = next(child for child in module.modules() if isinstance(child, nn.ModuleList))
-        self._family = family
-        self._tower, self._config = module, module.config
+        self._family, self._config = family, module.config
         super().__init__(
             module,
             blocks=layers,
             prefix=family.prefix + (getattr(module.config, "num_register_tokens", 0) if family.prefix else 0),
             embedding=module.embeddings,
             image_size=self._image_size(),
-            class_token=family.prefix > 0,
         )
 
     def block(self, index: int) -> "TransformersBlock":
@@ -119,47 +116,63 @@ class TransformersModel(HostModel):
         """
         layer = self.blocks[index]
         attention = getattr(layer, self._family.parts.attention, None)
-        if type(layer).__name__ != self._family.layer or not hasattr(attention, "q_proj"):
+        kinds = {kind.__name__ for kind in type(layer).__mro__}
+        if self._family.layer not in kinds or not hasattr(attention, "q_proj"):
             raise unsupported(f"layer {index}", layer, f"{self._family.layer}, as in transformers 5.23")
         return TransformersBlock(layer, self._family.parts)
 
-    def pooling_logits(self, tokens: Float[Tensor, "R n D"]) -> Float[Tensor, "R n H"] | None:
+    def reader(self, module: Any, name: str, kwargs: dict[str, Any]) -> str:
+        states = kwargs.get("output_hidden_states")
+        states = getattr(module.config, "output_hidden_states", False) if states is None else states
+        return "blocks" if states is not False or hasattr(module, "out_features") else "grid"
+
+    def pooling_logits(self, module: Any, tokens: Float[Tensor, "R n D"]) -> Float[Tensor, "R n H"] | None:
         """Under attention pooling, logits of its probe."""
-        attention = self._pooling
+        attention = self._pooling(module)
         if attention is None:
             return None
         (query_weight, key_weight, _), (query_bias, key_bias, _) = (
             stacked.chunk(3) for stacked in (attention.in_proj_weight, attention.in_proj_bias)
         )
         heads = (attention.num_heads, attention.head_dim)
-        query = F.linear(self._tower.head.probe[0, 0], query_weight, query_bias).unflatten(0, heads)
-        key = F.linear(self._tower.post_layernorm(tokens), key_weight, key_bias).unflatten(-1, heads)
+        query = F.linear(module.head.probe[0, 0], query_weight, query_bias).unflatten(0, heads)
+        key = F.linear(module.post_layernorm(tokens), key_weight, key_bias).unflatten(-1, heads)
         return (key * query).sum(-1) / math.sqrt(attention.head_dim)
 
     @property
-    def readout(self) -> Sequence[tuple[nn.Module, str, Callable[..., Any]]]:
+    def pools(self) -> Sequence[tuple[nn.Module, str]]:
         """Attention pooling. A mean taken inside the `forward` of a head cannot be replaced."""
-        return () if self._pooling is None else ((self._pooling, "forward", self.pool),)
+        attention = self._pooling(self.module)
+        return () if attention is None else ((attention, "forward"),)
 
     @property
     def between(self) -> Sequence[nn.Module]:
-        return (self._tower.post_layernorm,)
+        return (self.module.post_layernorm,) if self.pools else ()
 
-    def pool(self, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    def pool(
+        self, module: Any, own: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
         """The head's attention pooling, over kept tokens only."""
-        assert self._pooling is not None
         kept = kept_mask_of(key)
         if kept is not None:
             kwargs["key_padding_mask"] = key.new_zeros(kept.shape).masked_fill(~kept, -torch.inf)
-        return nn.MultiheadAttention.forward(self._pooling, query, key, value, **kwargs)
+        return own(query, key, value, **kwargs)
 
     def token_grid(self, height: int, width: int) -> tuple[int, int]:
         of_patch = _pair(self._config.patch_size)
         return height // of_patch[0], width // of_patch[1]
 
+    def grid_of(self, images: Tensor) -> tuple[int, int] | None:
+        """None of patches that are cut already: each image has its own grid, and padding."""
+        return super().grid_of(images) if images.ndim == 4 else None
+
     @property
-    def _pooling(self) -> nn.MultiheadAttention | None:
-        return None if self.class_token or not hasattr(self._tower, "head") else self._tower.head.attention
+    def drops_patches(self) -> bool:
+        """Patches that are cut already come in any number."""
+        return hasattr(self._config, "num_patches")
+
+    def _pooling(self, module: Any) -> nn.MultiheadAttention | None:
+        return None if self.class_token or not hasattr(module, "head") else module.head.attention
 
     def _image_size(self) -> tuple[int, int]:
         if hasattr(self._config, "image_size"):
@@ -168,35 +181,44 @@ class TransformersModel(HostModel):
         return side, side
 
     def example(self, batch: int) -> dict[str, Tensor]:
-        like = next(self.module.parameters())
         channels, (height, width) = self._config.num_channels, _pair(self._config.patch_size)
-        if hasattr(self._config, "num_patches"):  # takes patches, and the grid of each image
-            num_patches = self._config.num_patches
-            return {
-                "pixel_values": torch.randn(batch, num_patches, channels * height * width).to(like),
-                "pixel_attention_mask": torch.ones(batch, num_patches, dtype=torch.long, device=like.device),
-                "spatial_shapes": torch.full((batch, 2), math.isqrt(num_patches), device=like.device),
-            }
-        return {"pixel_values": torch.randn(batch, channels, *self.image_size).to(like)}
+        if not hasattr(self._config, "num_patches"):
+            return {"pixel_values": self.random_images(batch, channels)}
+        num_patches = self._config.num_patches  # takes patches, and the grid of each image
+        patches = self.random_images(batch, num_patches, channels * height * width)
+        return {
+            "pixel_values": patches,
+            "pixel_attention_mask": torch.ones(batch, num_patches, dtype=torch.long, device=patches.device),
+            "spatial_shapes": torch.full((batch, 2), math.isqrt(num_patches), device=patches.device),
+        }
 
 
 class TransformersBlock(HostBlock):
     """One layer of a model of transformers."""
 
     def __init__(self, module: Any, parts: Parts) -> None:
-        self._parts, self._layer = parts, module
-        self._attention = getattr(module, parts.attention)
-        super().__init__(module, scale=getattr(self._attention, parts.scale))
+        super().__init__(module)
+        self._parts = parts
+
+    @property
+    def _attention(self) -> Any:
+        return getattr(self.module, self._parts.attention)
+
+    @property
+    def scale(self) -> float:
+        return getattr(self._attention, self._parts.scale)
 
     @property
     def dropout(self) -> float:
         return getattr(self._attention, self._parts.dropout) if self.module.training else 0.0
 
-    def call(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """`forward` in place of the layer's own, under activation checkpointing where that is on."""
-        if self.module.training and getattr(self.module, "gradient_checkpointing", False):
-            return self._layer._gradient_checkpointing_func(partial(forward, **kwargs), *args)
-        return forward(*args, **kwargs)
+    @property
+    def fused(self) -> bool:
+        return self._attention.config._attn_implementation != "eager"
+
+    @property
+    def bypassed(self) -> Sequence[nn.Module]:
+        return (self._attention,)
 
     def arguments(
         self,
@@ -228,17 +250,39 @@ class TransformersBlock(HostBlock):
                 got=f"a {type(attention_mask).__name__} for {self._attention.config._attn_implementation!r}",
                 hint="Use model.set_attn_implementation('sdpa').",
             )
-        rotary = None if position_embeddings is None else _whole(position_embeddings, hidden_states.shape[1])
-        return BlockCall(hidden_states, rotary, attention_mask)
+        return BlockCall(position_embeddings, attention_mask)
+
+    def narrowed(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], rotary: Tensor | None, bias: Tensor | None, prefix: int
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        given = {**dict(zip(("attention_mask", "position_embeddings"), args[1:], strict=False)), **kwargs}
+        if bias is not None:
+            if bias.dtype == torch.bool and not self.fused:
+                like = self._attention.q_proj.weight
+                bias = torch.where(bias, 0.0, torch.finfo(like.dtype).min).to(like.dtype)
+            given["attention_mask"] = bias.expand(-1, -1, bias.shape[-1], -1)
+        if rotary is not None:
+            given["position_embeddings"] = tuple(rotary[:, None, prefix:, 0].chunk(2, -1))
+        return args[:1], given
+
+    def mask_of(self, bias: Any, width: int) -> Tensor:
+        return bias.expand(-1, -1, width, -1)
 
     def normed(self, tokens: Float[Tensor, "R n D"]) -> Float[Tensor, "R n D"]:
         return self._part(self._parts.norms[0], tokens)
 
-    def query(self, normed: Float[Tensor, "R m D"]) -> Float[Tensor, "R m H d"]:
-        return self._heads(self._attention.q_proj(normed))
+    def query_key_value(self, normed: Float[Tensor, "R n D"]) -> QueryKeyValue:
+        attention = self._attention
+        layers = (attention.q_proj, attention.k_proj, attention.v_proj)
+        heads = attention.config.num_attention_heads
+        return QueryKeyValue(*(layer(normed).unflatten(-1, (heads, -1)) for layer in layers))
 
-    def key_value(self, normed: Float[Tensor, "R n D"]) -> tuple[Tensor, Tensor]:
-        return self._heads(self._attention.k_proj(normed)), self._heads(self._attention.v_proj(normed))
+    def rotary_rows(self, rotary: tuple[Tensor, Tensor], width: int, prefix: int) -> Float[Tensor, "1 M 1 R"]:
+        """Cosines beside sines for the prefix, the grid, and fused tokens; the identity where there is no position."""
+        cosine, sine = rotary
+        around = (0, 0, width - len(cosine), 1)
+        rows = torch.cat((F.pad(cosine, around, value=1.0), F.pad(sine, around)), -1)
+        return rows[None, :, None]
 
     def rotate(self, heads: Float[Tensor, "R n H d"], rotary: Tensor) -> Float[Tensor, "R n H d"]:
         """Queries or keys with rotary embeddings applied; `rotary` holds cosines beside sines."""
@@ -247,7 +291,7 @@ class TransformersBlock(HostBlock):
         return heads * cosine + torch.cat((-second, first), -1) * sine
 
     def attention_update(
-        self, attended: Float[Tensor, "R m HD"], normed: Float[Tensor, "R m D"]
+        self, attended: Float[Tensor, "R m HD"], normed: Float[Tensor, "R m D"] | None
     ) -> Float[Tensor, "R m D"]:
         return self._after(0, getattr(self._attention, self._parts.output)(attended))
 
@@ -265,20 +309,9 @@ class TransformersBlock(HostBlock):
     def _after(self, update: int, tokens: Tensor) -> Tensor:
         return self._part(self._parts.after[update], tokens) if self._parts.after else tokens
 
-    def _heads(self, projected: Tensor) -> Tensor:
-        return projected.unflatten(-1, (self._attention.config.num_attention_heads, -1))
-
 
 # Arguments that do not change what a layer computes.
 _HARMLESS = {"output_hidden_states", "output_attentions", "return_dict", "num_items_in_batch"}
-
-
-def _whole(position_embeddings: tuple[Tensor, Tensor], num_tokens: int) -> Float[Tensor, "1 M 1 R"]:
-    """Cosines beside sines for the prefix, the grid, and fused tokens; the identity where there is no position."""
-    cosine, sine = position_embeddings
-    around = (0, 0, num_tokens - len(cosine), 1)
-    rows = torch.cat((F.pad(cosine, around, value=1.0), F.pad(sine, around)), -1)
-    return rows[None, :, None]
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:

@@ -1,0 +1,142 @@
+"""Calls of a model while it is reduced: its own methods are answered, and what is known of a call is noted."""
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache, partial, wraps
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from narrows.adapters.token_reduction.hosts.base import HostModel
+from narrows.adapters.token_reduction.tokens import Call
+
+_DRIVER = "narrows_driver"
+
+
+def tracing() -> bool:
+    """Whether a compiler or an exporter traces: shapes must not depend on values then."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+
+
+def drive(module: nn.Module, driver: Any, names: Sequence[str]) -> None:
+    """Let `driver.run(name, module, own, *args, **kwargs)` answer calls of these methods of the module.
+
+    By a subclass of its class, so that replicas (`DataParallel`), copies and classes put on top (FSDP2) pass themselves
+    as `module`: `own` is the method that was replaced, of the module that is called.
+    """
+    module.__dict__[_DRIVER] = driver
+    module.__class__ = _driven(type(module), tuple(names))
+
+
+def release(module: nn.Module) -> None:
+    """Undo `drive`; under a class that was put on top since, methods are the module's own again."""
+    del module.__dict__[_DRIVER]
+    if "_narrows_undriven" in vars(type(module)):
+        module.__class__ = type(module)._narrows_undriven  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def is_driven(module: nn.Module) -> bool:
+    """Whether a reduction answers calls of the module."""
+    return _DRIVER in vars(module)
+
+
+@cache
+def _driven(kind: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+    def pickled(self: nn.Module, _: object) -> Any:
+        return _rebuilt, (kind, names), dict(vars(self))
+
+    methods: dict[str, Any] = {name: _answered(name, getattr(kind, name)) for name in names}
+    named = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+    return type(kind.__name__, (kind,), {**named, **methods, "__reduce_ex__": pickled, "_narrows_undriven": kind})
+
+
+def _rebuilt(kind: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+    """A module of the class that `_driven` makes, before its state is set: classes made by hand are not pickled."""
+    driven = _driven(kind, names)
+    return driven.__new__(driven)
+
+
+def _answered(name: str, own: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(own)
+    def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        driver = getattr(self, _DRIVER, None)
+        if driver is None:
+            return own(self, *args, **kwargs)
+        return driver.run(name, self, partial(own, self), *args, **kwargs)
+
+    return method
+
+
+# What the current call of a model in this thread is known by, until its first block attaches it to the tokens.
+_CURRENT = threading.local()
+
+
+def current_call() -> Call:
+    """What is known of the call of the model that this thread is in."""
+    return getattr(_CURRENT, "call", _UNKNOWN)
+
+
+_UNKNOWN = Call()
+
+
+def note(**known: Any) -> None:
+    """Add to what is known of the current call."""
+    _CURRENT.call = replace(current_call(), **known)
+
+
+def without_padding(model: nn.Module, *args: Any, **kwargs: Any) -> object:
+    """Call the model with one image, whatever the execution without rows that hold no token."""
+    before = current_call()
+    note(packed=True)
+    try:
+        return model(*args, **kwargs)
+    finally:
+        _CURRENT.call = before
+
+
+class Tower:
+    """Answers the methods of a host by which it is called, and those that pool its tokens.
+
+    Args:
+        host: the model.
+    """
+
+    def __init__(self, host: HostModel) -> None:
+        self.host = host
+
+    def run(self, name: str, module: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call the module's own method, with a note of who reads its tokens."""
+        if name not in self.host.entries:
+            return self.host.pool(module, own, *args, **kwargs)
+        if getattr(_CURRENT, "inside", None) is self:
+            return own(*args, **kwargs)
+        before = current_call(), getattr(_CURRENT, "inside", None)
+        _CURRENT.inside = self
+        note(reader=self.host.reader(module, name, kwargs), grid=None, tower=None if tracing() else module)
+        try:
+            return own(*args, **kwargs)
+        finally:
+            _CURRENT.call, _CURRENT.inside = before
+
+    def note_images(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A forward pre-hook of the embedding: the grid of the tokens that the images become."""
+        if not tracing():
+            images = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+            note(grid=self.host.grid_of(images))
+
+
+class Pool:
+    """Answers `forward` of a module that pools the tokens of a host.
+
+    Args:
+        host: the model.
+    """
+
+    def __init__(self, host: HostModel) -> None:
+        self.host = host
+
+    def run(self, _: str, module: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Pool kept tokens only."""
+        return self.host.pool(module, own, *args, **kwargs)
