@@ -231,7 +231,7 @@ class RunsItself(HostBlock):
     def query_key_value(self, normed: Tensor) -> QueryKeyValue:
         raise NotImplementedError
 
-    def attention_update(self, attended: Tensor, normed: Tensor) -> Tensor:
+    def attention_update(self, attended: Tensor, normed: Tensor | None) -> Tensor:
         raise NotImplementedError
 
     def feed_forward_update(self, tokens: Tensor) -> Tensor:
