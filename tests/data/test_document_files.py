@@ -92,12 +92,115 @@ def test_images_are_squares_of_the_size_and_channels_asked_for(tmp_path):
 
 
 def test_an_image_that_cannot_be_read_is_named_with_its_row(tmp_path):
-    records = read_jsonl(write_folder(tmp_path, entry("fine"), entry("<image>", "broken")))
+    records = read_jsonl(write_folder(tmp_path, entry("<image>", "broken"), entry("<image>two", "broken")))
     with pytest.raises(DataError, match=r"train.jsonl, line 2: images/broken.png cannot be read as an image: it is n"):
         StoredDocuments(records, image_size=8).documents([0, 1])
     shard = write_shard(tmp_path / "a.tar", {"7.txt": "a cat", "7.jpg": b"\xff\xd8 cut off"})
-    with pytest.raises(DataError, match=r"a.tar, sample 7: 7.jpg cannot be read as an image"):
+    with pytest.raises(DataError, match="no image of 1 documents can be read"):
         StoredDocuments(read_shards([shard]), image_size=8).documents([0])
+
+
+def test_documents_with_unreadable_images_are_skipped_up_to_a_share_and_named_once(tmp_path, caplog):
+    lines = [entry(f"<image>{number}", "broken" if number == 3 else "red") for number in range(10)]
+    documents = StoredDocuments(read_jsonl(write_folder(tmp_path, *lines)), image_size=8)
+    for _ in range(2):
+        assert [document.text[7:] for document in documents.documents(range(10))] == list("0124456789")
+    assert caplog.text.count("line 4: images/broken.png cannot be read") == 1
+    lines[9] = entry("<image>9", "broken")
+    documents = StoredDocuments(read_jsonl(write_folder(tmp_path, *lines)), image_size=8)
+    with pytest.raises(DataError, match=r"2 of 10 documents have an image that cannot be read.*line 4: .*line 10: "):
+        documents.documents(range(10))
+
+
+def test_only_a_line_feed_ends_a_line_and_a_byte_order_mark_is_none(tmp_path):
+    text = "one\u2028two\u2029three\x85four"
+    path = write_folder(tmp_path)
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps({"text": text}, ensure_ascii=False).encode() + b'\r\n{"text": "b"}\n')
+    assert [record.text for record in read_jsonl(path)] == [text, "b"]
+
+
+@pytest.mark.parametrize(
+    ("line", "text", "colours"),
+    [
+        ({"text": "none", "images": None}, "none", []),
+        ({"text": "<image>one", "images": "images/red.png"}, "<image>one", ["red"]),
+        (
+            {"texts": ["A", None, "B", None], "images": [None, "images/red.png", None, "images/blue.png"]},
+            "A<image>B<image>",
+            ["red", "blue"],
+        ),
+        (
+            {
+                "text_list": ["First.", "Second."],
+                "image_info": [
+                    {"image_name": "images/blue.png", "matched_text_index": 1},
+                    {"image_name": "images/red.png", "matched_text_index": 0},
+                    {"image_name": "images/green.png", "matched_text_index": 1},
+                ],
+                "similarity_matrix": [],
+            },
+            "<image>First. <image><image>Second.",
+            ["red", "blue", "green"],
+        ),
+    ],
+)
+def test_records_as_they_are_published(tmp_path, line, text, colours):
+    (record,) = read_jsonl(write_folder(tmp_path, line))
+    assert record.text == text
+    assert [image.name for image in record.images] == [f"images/{colour}.png" for colour in colours]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"texts": ["A", None], "images": ["images/red.png"]},
+        {"texts": ["A", 3], "images": [None, None]},
+        {"text_list": ["A"], "image_info": [{"image_name": "images/red.png", "matched_text_index": 1}]},
+        {"text_list": ["A"], "image_info": [{"matched_text_index": 0}]},
+    ],
+)
+def test_records_that_do_not_fit_together_are_named(tmp_path, line):
+    with pytest.raises(DataError, match=r"line 1: expected \{\"text\".*OBELICS.*MMC4"):
+        read_jsonl(write_folder(tmp_path, line))
+
+
+def test_addresses_in_place_of_files_are_named(tmp_path):
+    line = {"texts": [None], "images": ["https://example.org/a.png"]}
+    with pytest.raises(DataError, match=r"line 1: the image https://example.org/a.png is an address. Download"):
+        read_jsonl(write_folder(tmp_path, line))
+
+
+def test_triples_of_img2dataset_and_members_of_no_sample(tmp_path, caplog):
+    about = json.dumps({"caption": "a red one", "url": "https://example.org", "key": "000", "status": "success"})
+    members = {
+        "._000.png": b"resource fork",
+        "README.md": "about",
+        "readme.txt": "about",
+        "000.json": about,
+        "000.png": png("red"),
+        "000.txt": " a red one",
+    }
+    (record,) = read_shards([write_shard(tmp_path / "00000.tar", members)])
+    assert record.text == "<image> a red one"
+    assert [image.name for image in record.images] == ["000.png"]
+    assert "left out 3 members that belong to no sample" in caplog.text
+
+
+def test_an_archive_that_is_cut_anywhere_is_an_error(tmp_path):
+    members = {
+        f"{number}.{kind}": png("red") if kind == "png" else "x" for number in range(3) for kind in ("png", "txt")
+    }
+    path = write_shard(tmp_path / "a.tar", members)
+    whole = path.read_bytes()
+    end = 6 * 1024
+    assert len(read_shards([path])) == 3
+    for length in (*range(1, end, 300), end, end + 100):
+        path.write_bytes(whole[:length])
+        with pytest.raises(DataError, match=r"a\.tar"):
+            read_shards([path])
+    path.write_bytes(whole + whole)
+    with pytest.raises(DataError, match="holds a second archive after its end"):
+        read_shards([path])
 
 
 @pytest.mark.parametrize(
@@ -161,9 +264,10 @@ def test_images_outside_the_folder_are_read_by_option_only(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"\xff\xfe", "cannot be read as text"),
+        (b"\xff\xfe", "is in UTF-16. Save it in UTF-8"),
+        (b'{"text": "caf\xe9"}', "line 1: the text is not UTF-8"),
         (b'{"text": "a", "images": 5}', "line 1: expected"),
-        (b'{"text": "a", "images": "x.png"}', "line 1: expected"),
+        (b'{"text": "a", "images": "x.png"}', "line 1: the image x.png does not exist"),
         (b'{"text": "<image>", "images": ["' + b"w" * 5000 + b'"]}', "does not exist"),
         (b'{"text": "<image>", "images": ["a\\u0000b"]}', "does not exist"),
         (b"[" * 10**5, "line 1: not JSON"),

@@ -67,3 +67,17 @@ def test_data_that_cannot_be_used_are_explained(tmp_path, name, kind, message):
     write_folder(tmp_path, entry("a"))
     with pytest.raises(kind, match=message):
         load_interleaved(tmp_path / name, image_size=8)
+
+
+def test_files_are_held_out_by_whole_words(tmp_path):
+    for name in ("train.jsonl", "valentine.jsonl", "val-0.jsonl", "._val.jsonl"):
+        write_folder(tmp_path, entry(name), name=name)
+    data = load_interleaved(tmp_path)
+    assert data.held_out_rule == "the files val-0.jsonl"
+    assert len(data.train) == 2
+
+
+def test_documents_that_are_all_without_text_are_an_error(tmp_path):
+    write_folder(tmp_path, *(entry("<image>", "red") for _ in range(4)))
+    with pytest.raises(DataError, match="all 3 documents to train on are without text"):
+        load_interleaved(tmp_path)

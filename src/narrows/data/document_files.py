@@ -1,7 +1,9 @@
 """Interleaved documents in files: JSONL beside its images, or webdataset shards."""
 
+import codecs
 import io
 import json
+import logging
 import os
 import re
 import tarfile
@@ -16,8 +18,11 @@ from torch import Tensor
 
 from narrows.data.decoding import EXTENSIONS, decode_image
 from narrows.data.documents import IMAGE, Document, InterleavedSet
-from narrows.data.folder import image_transform
+from narrows.data.folder import UNREADABLE_SHARE, image_transform
+from narrows.data.listing import say_once
 from narrows.errors import DataError
+
+log = logging.getLogger(__name__)
 
 _TEXT = 2**24
 """Bytes of a text in a shard, at most."""
@@ -77,6 +82,7 @@ class StoredDocuments(InterleavedSet):
     def __init__(self, records: Sequence[Record], *, image_size: int, channels: int = 3) -> None:
         self.records, self.image_size, self.channels = tuple(records), image_size, channels
         self._transform = image_transform(image_size, channels, normalised=False)
+        self._broken: dict[str, str] = {}
 
     def __len__(self) -> int:
         return len(self.records)
@@ -86,17 +92,36 @@ class StoredDocuments(InterleavedSet):
         return self.records[index].row
 
     def documents(self, indices: Sequence[int], epoch: int = 0) -> list[Document]:
-        """These documents.
+        """These documents; in place of one whose image cannot be read, the next one that can.
 
         Raises:
-            DataError: an image that cannot be read; it names the row and the file.
+            DataError: more documents than may be skipped have an image that cannot be read; it names some.
         """
-        return [self._document(self.records[index]) for index in indices]
+        return [self._document(index) for index in indices]
 
-    def _document(self, record: Record) -> Document:
-        images = [self._image(record.row, image) for image in record.images]
-        empty = torch.zeros(0, self.channels, self.image_size, self.image_size)
-        return Document(record.text, torch.stack(images) if images else empty)
+    def _document(self, index: int) -> Document:
+        for step in range(len(self.records)):
+            record = self.records[(index + step) % len(self.records)]
+            try:
+                images = [self._image(record.row, image) for image in record.images]
+            except DataError as error:
+                self._skip(record.row, error)
+                continue
+            empty = torch.zeros(0, self.channels, self.image_size, self.image_size)
+            return Document(record.text, torch.stack(images) if images else empty)
+        raise DataError(f"no image of {len(self.records)} documents can be read")
+
+    def _skip(self, row: str, error: DataError) -> None:
+        if row in self._broken:
+            return
+        self._broken[row] = str(error)
+        if len(self._broken) > max(1, UNREADABLE_SHARE * len(self.records)):
+            examples = "; ".join(list(self._broken.values())[:5])
+            raise DataError(
+                f"{len(self._broken)} of {len(self.records)} documents have an image that cannot be read, more than "
+                f"may be skipped ({UNREADABLE_SHARE:.0%}, or one): {examples}. Remove them."
+            ) from error
+        log.warning("%s. The document is skipped, the %d. of %d.", error, len(self._broken), len(self.records))
 
     def _image(self, row: str, stored: StoredImage) -> Tensor:
         return self._transform(decode_image(io.BytesIO(stored.read()), f"{row}: {stored.name}"))
@@ -104,6 +129,9 @@ class StoredDocuments(InterleavedSet):
 
 def read_jsonl(path: Path, *, outside: bool = False) -> list[Record]:
     """One document for each line: `{"text": "A cat: <image>", "images": ["cat.png"]}`, files beside the JSONL file.
+
+    Records of OBELICS (`texts` and `images`) and of MMC4 (`text_list` and `image_info`) are read too, once their images
+    are files.
 
     Args:
         path: the JSONL file.
@@ -115,11 +143,14 @@ def read_jsonl(path: Path, *, outside: bool = False) -> list[Record]:
         DataError: a line that is not of this form, or names an image file that does not exist or stands outside.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (UnicodeDecodeError, OSError) as error:
-        raise DataError(f"{path} cannot be read as text: {error}") from error
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise DataError(f"{path} is in UTF-16. Save it in UTF-8, as JSONL is.")
     records = []
-    for number, line in enumerate(lines, start=1):
+    # Only a line feed ends a line: texts may hold what Unicode counts as line ends too.
+    for number, line in enumerate(content.removeprefix(codecs.BOM_UTF8).split(b"\n"), start=1):
         if not line.strip():
             continue
         row = f"{path}, line {number}"
@@ -141,12 +172,14 @@ def read_jsonl(path: Path, *, outside: bool = False) -> list[Record]:
 def read_shards(paths: Iterable[Path]) -> list[Record]:
     """The samples of webdataset shards: files of a tar archive that share their name up to the first dot.
 
-    A sample is `key.json`, in the form of a line of `read_jsonl` (by default `images` are all images of the sample, in
-    order of their names), or `key.txt`, the caption of the one image beside it. Only the headers of an archive are read
-    here: images are read in place, so that documents keep the random access that exact resume needs.
+    A sample is `key.json`, in a form that `read_jsonl` takes (by default `images` are all images of the sample, in
+    order of their names), or `key.txt`, the caption of the one image beside it; img2dataset's `key.json` beside that
+    holds no text and is left alone. Hidden members, a README and others of no sample are left out, counted and said.
+    Only the headers of an archive are read here: images are read in place, so that documents keep the random access
+    that exact resume needs.
 
     Raises:
-        DataError: a file that is not a tar archive, or a malformed sample.
+        DataError: a file that is not a tar archive or is cut off, or a malformed sample.
     """
     records = []
     for path in paths:
@@ -160,48 +193,120 @@ def read_shards(paths: Iterable[Path]) -> list[Record]:
 
 def _samples(shard: tarfile.TarFile, path: Path) -> Iterable[Record]:
     samples: dict[str, dict[str, tarfile.TarInfo]] = defaultdict(dict)
-    length = path.stat().st_size
+    length, end, left_out = path.stat().st_size, 0, []
     for member in shard:
-        if member.issparse() or member.offset_data + (member.size if member.isfile() else 0) > length:
+        size = member.size if member.isfile() else 0
+        end = member.offset_data + -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        if member.issparse() or member.offset_data + size > length:
             raise DataError(f"{path}: {member.name} claims {member.size:,} bytes, more than there are")
         folder, _, name = member.name.rpartition("/")
         key, _, extension = name.partition(".")
-        if member.isfile() and extension:
+        if member.isfile() and key and extension:
             samples[f"{folder}/{key}".lstrip("/")][extension] = member
+        elif member.isfile():
+            left_out.append(member.name)
+    _check_ends(path, end)
     for key, members in samples.items():
         row = f"{path}, sample {key}"
         pictures = sorted((name for name in members if f".{name}".lower().endswith(EXTENSIONS)), key=_numeric_order)
-        if "json" in members:
-            text, names = _parsed(_content(shard, members["json"]), row, default=pictures)
+        content = _content(shard, members["json"], row) if "json" in members else b""
+        if content and not ("txt" in members and not _holds_text(content)):
+            text, names = _parsed(content, row, default=pictures)
+        elif not pictures and key.rpartition("/")[2].lower() in ("readme", "license", "licence"):
+            left_out += [member.name for member in members.values()]
+            continue
         elif "txt" in members:
-            text, names = IMAGE + _content(shard, members["txt"]), pictures
+            text, names = IMAGE + _decoded(_content(shard, members["txt"], row), row), pictures
         else:
             raise DataError(f"{row}: neither {key}.json nor {key}.txt among {sorted(members)}")
         if missing := [name for name in names if name not in members]:
             raise DataError(f"{row}: the image {missing[0]} is not among {sorted(members)}")
         images = (StoredImage(members[n].name, path, members[n].offset_data, members[n].size) for n in names)
         yield Record(row, text, tuple(images))
+    if left_out:
+        examples = f"{', '.join(left_out[:3])}{', ...' * (len(left_out) > 3)}"
+        say_once(f"{path}: left out {len(left_out)} members that belong to no sample ({examples})")
 
 
-def _content(shard: tarfile.TarFile, member: tarfile.TarInfo) -> str:
+def _check_ends(path: Path, end: int) -> None:
+    """Raise unless an archive is whole: reading one whose tail is missing ends without an error."""
+    with path.open("rb") as file:
+        file.seek(end)
+        mark = file.read(tarfile.BLOCKSIZE)
+        if len(mark) < tarfile.BLOCKSIZE or any(mark):
+            raise DataError(f"{path} is cut off or damaged after {end:,} bytes: the mark of its end is missing")
+        while block := file.read(2**20):
+            if any(block):
+                raise DataError(f"{path} holds a second archive after its end. Unpack them and pack them into one.")
+
+
+def _content(shard: tarfile.TarFile, member: tarfile.TarInfo, row: str) -> bytes:
     if member.size > _TEXT:
-        raise DataError(f"{shard.name}: {member.name} has {member.size:,} bytes, and texts at most {_TEXT:,}")
+        raise DataError(f"{row}: {member.name} has {member.size:,} bytes, and texts at most {_TEXT:,}")
     file = shard.extractfile(member)
     assert file is not None
-    return file.read().decode("utf-8")
+    return file.read()
 
 
-def _parsed(line: str, row: str, default: Sequence[str] = ()) -> tuple[str, Sequence[str]]:
-    """The text, and the names of its images."""
+def _decoded(text: bytes, row: str) -> str:
     try:
-        entry: Any = json.loads(line)
+        return text.removeprefix(codecs.BOM_UTF8).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{row}: the text is not UTF-8: {error}") from error
+
+
+def _holds_text(content: bytes) -> bool:
+    """Whether a JSON object is a document, and not img2dataset's record of a download."""
+    return any(f'"{key}"'.encode() in content for key in ("text", "texts", "text_list"))
+
+
+def _parsed(line: bytes, row: str, default: Sequence[str] = ()) -> tuple[str, Sequence[str]]:
+    """The text, and the names of its images: of narrows' own form, OBELICS' or MMC4's."""
+    decoded = _decoded(line, row)
+    try:
+        entry: Any = json.loads(decoded)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{row}: not JSON: {error}") from error
-    text, names = (entry.get("text"), entry.get("images", default)) if isinstance(entry, dict) else (None, ())
+    text: Any = None
+    names: Any = None
+    if isinstance(entry, dict) and isinstance(entry.get("texts"), list):
+        text, names = _of_obelics(entry["texts"], entry.get("images"))
+    elif isinstance(entry, dict) and isinstance(entry.get("text_list"), list):
+        text, names = _of_mmc4(entry["text_list"], entry.get("image_info"))
+    elif isinstance(entry, dict):
+        text, names = entry.get("text"), entry.get("images", default)
+        names = [] if names is None else [names] if isinstance(names, str) else names
     listed = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
     if not isinstance(text, str) or not listed:
-        raise DataError(f'{row}: expected {{"text": "... {IMAGE} ...", "images": ["file", ...]}}, got {line[:80]}')
+        raise DataError(
+            f'{row}: expected {{"text": "... {IMAGE} ...", "images": ["file", ...]}}, "texts" and "images" of one '
+            f'length (OBELICS), or "text_list" and "image_info" (MMC4), got {decoded[:80]}'
+        )
+    if remote := [name for name in names if re.match(r"https?:", name)]:
+        raise DataError(f"{row}: the image {remote[0]} is an address. Download the images and put their files there.")
     return text, names
+
+
+def _of_obelics(texts: list[Any], images: Any) -> tuple[str | None, list[Any] | None]:
+    """Lists of one length, in each place a text or an image (Laurencon et al. 2023)."""
+    if not isinstance(images, list) or len(images) != len(texts):
+        return None, None
+    parts = [IMAGE if text is None and image is not None else text for text, image in zip(texts, images, strict=True)]
+    kept = [image for text, image in zip(texts, images, strict=True) if text is None and image is not None]
+    return ("".join(part or "" for part in parts) if all(isinstance(p, str | None) for p in parts) else None), kept
+
+
+def _of_mmc4(sentences: list[Any], info: Any) -> tuple[str | None, list[Any] | None]:
+    """Sentences, and images each before the sentence that it fits best (Zhu et al. 2023)."""
+    if not isinstance(info, list) or not all(isinstance(sentence, str) for sentence in sentences):
+        return None, None
+    places: dict[int, list[Any]] = defaultdict(list)
+    for image in info:
+        if not isinstance(image, dict) or image.get("matched_text_index") not in range(len(sentences)):
+            return None, None
+        places[image["matched_text_index"]].append(image.get("image_name"))
+    text = " ".join(IMAGE * len(places[place]) + sentence for place, sentence in enumerate(sentences))
+    return text, [name for place in range(len(sentences)) for name in places[place]]
 
 
 def _numeric_order(name: str) -> list[int | str]:

@@ -77,6 +77,8 @@ def load_interleaved(
         rule = f"{HELD_OUT_SHARE:.0%} of the documents, chosen by a hash of file name and line or sample"
     if not train or not held_out:
         raise DataError(f"{data}: {len(train)} documents to train on and {len(held_out)} to hold out; both need one.")
+    if not any(record.text.replace(IMAGE, "").strip() for record in train):
+        raise DataError(f"{data}: all {len(train)} documents to train on are without text.")
     sets = (StoredDocuments(records, image_size=image_size, channels=channels) for records in (train, held_out))
     return InterleavedData(str(data), *sets, held_out_rule=rule)
 
@@ -86,6 +88,7 @@ def _files(data: Path) -> list[Path]:
     if not data.exists():
         raise InvalidArgument("data", expected=expected, got=f"{str(data)!r}, which does not exist")
     files = sorted(data.iterdir()) if data.is_dir() else [data]
+    files = [file for file in files if not file.name.startswith(".")]
     found = [file for file in files if file.suffix in (".jsonl", ".tar") and file.is_file()]
     if not found:
         raise InvalidArgument("data", expected=expected, got=f"{str(data)!r}, which is or holds none")
