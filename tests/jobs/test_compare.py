@@ -3,15 +3,15 @@
 import csv
 import re
 import signal
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from narrows.data import DigitScenes
+from narrows.data.load import load
 from narrows.errors import DataError, InvalidArgument
-from narrows.jobs.compare import MODELS, Comparison, ModelCost, compare, narrowest
+from narrows.jobs.compare import MODELS, Comparison, ModelCost, _few_steps, _settings, compare, narrowest
 from narrows.jobs.report import carriers_in_use
 from narrows.measure import Cost, Timing
 from narrows.models import load_model
@@ -20,6 +20,7 @@ from narrows.training.classification import Classification
 from narrows.training.run import Run
 from tests.data.folders import write_classes
 
+ASKED = {"data": "x", "models": ["vit_mini"], "seeds": 1, "image_size": 32, "learning_rate": 1e-3}
 SETTINGS = {"epochs": 1, "image_size": 32, "batch_size": 8, "device": "cpu"}
 
 
@@ -120,11 +121,114 @@ def test_narrowest_looks_at_the_finest_grid_and_counts_carriers_in_use() -> None
     assert narrowest([]) is None
 
 
-def test_points_have_the_mean_and_the_spread_over_seeds() -> None:
+def _comparison(accuracies: dict[str, list[float]], held_out: int) -> Comparison:
     cost = Cost(10, 2e6, 100, Timing((0.5,)), 8, "cpu", "float32")
     found = ModelCost(cost, 8.0, 64, Timing((1.0,)), 2**20)
-    run = Run("vit_mini", 0, 0.9, 100, 1.0, Path("x"))
-    comparison = Comparison([run, replace(run, seed=1, accuracy=0.94)], {"vit_mini": found}, Path("x"))
-    (point,) = comparison.points()
+    runs = [
+        Run(model, seed, accuracy, 100, 1.0, Path("x"))
+        for model, seeds in accuracies.items()
+        for seed, accuracy in enumerate(seeds)
+    ]
+    return Comparison(runs, dict.fromkeys(accuracies, found), Path("x"), held_out=held_out)
+
+
+def test_points_have_the_mean_and_the_interval_of_images_and_seeds() -> None:
+    (point,) = _comparison({"vit": [0.9, 0.94]}, held_out=0).points()
     assert (point.cost, point.quality) == (2.0, pytest.approx(92))
-    assert point.spread == pytest.approx(100 * 0.04 / 2**0.5)
+    assert point.spread == pytest.approx(100 * 12.706 * 0.04 / 2**0.5 / 2**0.5, rel=1e-4), (
+        "Student, one degree of freedom"
+    )
+    # Wilson's interval of 5 of 10: 23.66 % to 76.34 %; of 10 of 10: 72.25 % to 100 %, its half.
+    assert _comparison({"vit": [0.5]}, 10).margin("vit") == pytest.approx((0.7634 - 0.2366) / 2, abs=1e-4)
+    assert _comparison({"vit": [1.0]}, 10).margin("vit") == pytest.approx((1 - 0.7225) / 2, abs=1e-4)
+    both = _comparison({"vit": [0.9, 0.92], "ats": [0.8, 0.82]}, 1000)
+    images = _comparison({"vit": [0.91], "ats": [0.81]}, 1000).margin("vit")
+    assert both.margin("vit") == pytest.approx((images**2 + (4.3027 * 0.01414 / 2**0.5) ** 2) ** 0.5, rel=1e-3)
+
+
+def test_no_winner_is_named_inside_the_interval() -> None:
+    tie = _comparison({"vit": [0.62], "ats": [0.6], "moe": [0.2]}, held_out=24)
+    assert tie.best is None
+    assert tie.tied() == ["vit", "ats"]
+    assert tie.columns["accuracy"] is None
+    assert "No model is the most accurate: 24 held-out images cannot tell vit and ats apart" in tie.verdict
+    clear = _comparison({"vit": [0.62], "ats": [0.6], "moe": [0.9]}, held_out=2400)
+    assert (clear.best, clear.columns["accuracy"]) == ("moe", "max")
+    assert "moe is the most accurate" in clear.verdict
+    assert _comparison({"vit": [0.9]}, 24).verdict == ""
+    perfect = _comparison({"vit": [1.0], "ats": [1.0]}, 24)
+    assert perfect.best is None, "equal is no winner"
+
+
+def test_a_small_folder_gets_small_batches_and_enough_steps(folder: Path) -> None:
+    found = load(str(folder), image_size=32)
+    settings = _settings({**ASKED, "epochs": None, "batch_size": None}, found)
+    assert (settings.batch_size, settings.num_train) == (4, 32)
+    assert settings.steps >= 600
+    assert _few_steps(settings) == ""
+    few = _settings({**ASKED, "epochs": 1, "batch_size": 8}, found)
+    assert (few.epochs, few.batch_size, few.steps) == (1, 8, 4)
+    assert "Warning: 4 training steps are few" in _few_steps(few)
+    digits = _settings({**ASKED, "epochs": None, "batch_size": None}, load("digits"))
+    assert (digits.epochs, digits.batch_size) == (10, 64)
+
+
+def _stop_in(model: str, monkeypatch: pytest.MonkeyPatch, *, after: int, number: int) -> None:
+    step, steps = Classification.training_step, [0]
+
+    def stopped(self: Classification, *args: object) -> torch.Tensor:
+        if type(self.model).__name__ == model:
+            steps[0] += 1
+            if steps[0] == after:
+                signal.raise_signal(number)
+        return step(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Classification, "training_step", stopped)
+
+
+def test_a_comparison_goes_on_where_it_was_stopped(folder: Path, tmp_path: Path, monkeypatch, comparison) -> None:
+    asked = {"models": ["vit_mini", "ats_vit_mini"], "seeds": 2, **SETTINGS}
+    with monkeypatch.context() as patch:
+        _stop_in("ATSViT", patch, after=2, number=signal.SIGTERM)
+        found = compare(str(folder), output=tmp_path, **asked)
+    assert (found.interrupted, found.unfinished) == (signal.SIGTERM, 3)
+    assert f"narrows compare --resume {found.folder}" in found.report.read_text(encoding="utf-8")
+    assert (found.folder / "logs" / "ats_vit_mini-seed0" / "last.ckpt").is_file()
+    with pytest.raises(InvalidArgument, match=r"epochs: expected 1, with which .* was begun, got 7. Leave it out."):
+        compare(resume=found.folder, epochs=7)
+    (found.folder / "report.html").unlink()
+    only = compare(resume=found.folder, report_only=True, device="cpu")
+    assert [run.model for run in only.runs] == ["vit_mini"]
+    assert "3 of the runs are to come" in only.report.read_text(encoding="utf-8")
+    whole = compare(resume=found.folder, device="cpu")
+    assert (whole.interrupted, whole.unfinished) == (0, 0)
+    assert [(run.model, run.seed) for run in whole.runs] == [(m, s) for s in (0, 1) for m in asked["models"]]
+    assert not list(found.folder.rglob("last.ckpt"))
+    for run in whole.runs:
+        (same,) = (one for one in comparison.runs if (one.model, one.seed) == (run.model, run.seed))
+        weights = load_model(same.folder).state_dict()
+        assert all(torch.equal(value, weights[name]) for name, value in load_model(run.folder).state_dict().items())
+
+
+def test_a_model_that_diverges_is_named_and_left_out(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    step = Classification.training_step
+
+    def broken(self: Classification, *args: object) -> torch.Tensor:
+        loss = step(self, *args)  # type: ignore[arg-type]
+        return loss * torch.nan if type(self.model).__name__ == "ATSViT" else loss
+
+    monkeypatch.setattr(Classification, "training_step", broken)
+    found = compare(str(folder), models=["ats_vit_mini", "vit_mini"], output=tmp_path, **SETTINGS)
+    assert found.diverged == [("ats_vit_mini", 0)]
+    assert list(found.costs) == ["vit_mini"]
+    assert "ats_vit_mini from seed 0 diverged" in found.report.read_text(encoding="utf-8")
+    assert [path.name for path in (found.folder / "models").iterdir()] == ["vit_mini-seed0"]
+    again = compare(resume=found.folder, report_only=True, device="cpu")
+    assert again.diverged == found.diverged
+
+
+def test_what_cannot_be_resumed_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgument, match=r"resume: expected the folder of a comparison, with settings.json"):
+        compare(resume=tmp_path)
+    with pytest.raises(InvalidArgument, match="resume: expected the folder of a comparison to report on"):
+        compare(report_only=True)

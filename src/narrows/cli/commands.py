@@ -1,6 +1,7 @@
 """The commands that call one function of `narrows.jobs` or `narrows.bench`: signature and help are the function's."""
 
 from narrows.cli.parsing import call
+from narrows.errors import Terminated
 
 
 def compare(arguments: list[str]) -> None:
@@ -8,9 +9,10 @@ def compare(arguments: list[str]) -> None:
     from narrows.jobs import compare as job
 
     found = call(job.compare, arguments)
-    print(f"{found}\nReport: {found.report}")
+    print("\n".join([str(found), *([found.verdict] if found.verdict else []), f"Report: {found.report}"]))
     if found.interrupted:
-        raise KeyboardInterrupt(f"The models that were finished are in {found.folder}")
+        kept = f"The models that were finished are in {found.folder}. {job.go_on(found.folder)}"
+        raise Terminated(found.interrupted, kept)
 
 
 def reduce(arguments: list[str]) -> None:

@@ -4,7 +4,6 @@ Three parts are trained, each where it is not in its folder yet: a Llama of a fe
 classifier of digit scenes on images alone, and what makes the one read the other, on both.
 """
 
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,9 +20,10 @@ from narrows.data import ImageDataModule
 from narrows.data.document_module import InterleavedDataModule
 from narrows.data.documents import END_OF_CHUNK, IMAGE, Document
 from narrows.data.scene_documents import DigitPrompts, digit_sentences, questions
+from narrows.demo.cache import kept
 from narrows.errors import MissingExtra
+from narrows.files import replacing_folder
 from narrows.hub.readers import (
-    FORMAT_FILE,
     Reader,
     open_language_model,
     open_reader,
@@ -33,7 +33,7 @@ from narrows.hub.readers import (
 from narrows.models import create_model
 from narrows.training.classification import Classification
 from narrows.training.flamingo import FlamingoTraining
-from narrows.training.run import fit, progress_trainer, quiet_lightning, train
+from narrows.training.run import LAST, fit, progress_trainer, quiet_lightning, train
 from narrows.training.task import warmup_schedule
 
 FOLDER = Path("runs") / "flamingo_digits"
@@ -85,7 +85,8 @@ def digits_reader(folder: Path = FOLDER, *, epochs: int = EPOCHS, accelerator: s
     language_model = digits_language_model(folder)
     encoder = digits_vision_encoder(folder, accelerator=accelerator)
     saved = folder / "flamingo"
-    if not (saved / FORMAT_FILE).is_file():
+
+    def make() -> None:
         torch.manual_seed(0)
         (text, tokenizer), seen = open_language_model(language_model), open_vision_encoder(encoder)
         task = FlamingoTraining(Flamingo(text, vision_encoder=seen, **FLAMINGO), tokenizer, **TRAINING)
@@ -93,19 +94,25 @@ def digits_reader(folder: Path = FOLDER, *, epochs: int = EPOCHS, accelerator: s
         with quiet_lightning():
             fit(_trainer(folder, epochs, accelerator), task, data)
         Reader(task.flamingo, tokenizer).save(saved)
-    return open_reader(language_model, saved)
+        (folder / "logs" / "flamingo" / LAST).unlink(missing_ok=True)
+
+    return kept(saved, make, lambda: open_reader(language_model, saved))
 
 
 def digits_vision_encoder(folder: Path = FOLDER, *, epochs: int = ENCODER_EPOCHS, accelerator: str = "cpu") -> Path:
     """The folder of a classifier of digit scenes, trained as `narrows compare` does unless it is there already."""
     saved = folder / "models" / f"{ENCODER}-seed0"
-    if not (saved / "config.json").is_file():
+
+    def make() -> None:
         torch.manual_seed(0)
         task, images = Classification(create_model(ENCODER, channels=1)), ImageDataModule("digits")
         with quiet_lightning():
             train(
                 task, ENCODER, images, folder, label="vision encoder, on images", epochs=epochs, accelerator=accelerator
             )
+        (folder / "logs" / saved.name / LAST).unlink(missing_ok=True)
+
+    kept(saved, make, lambda: open_vision_encoder(saved))
     return saved
 
 
@@ -115,15 +122,16 @@ def digits_language_model(folder: Path = FOLDER, *, steps: int = LANGUAGE_STEPS)
     In that text digits of captions are drawn at random: what an image shows cannot be learned from it.
     """
     saved = folder / "language_model"
-    if not (saved / "config.json").is_file():
+
+    def make() -> None:
         texts = digit_sentences(SENTENCES, seed=0)
         tokenizer = digits_tokenizer(texts)
         model = _trained(tokenizer, texts, steps)
-        unfinished = folder / "language_model.unfinished"
-        with without_bars():
+        with replacing_folder(saved) as unfinished, without_bars():
             tokenizer.save_pretrained(unfinished)
             model.save_pretrained(unfinished)
-        unfinished.rename(saved)  # in one step: an interrupted run leaves nothing that looks complete
+
+    kept(saved, make, lambda: open_language_model(saved))
     return saved
 
 
@@ -214,5 +222,4 @@ def _questions(documents: Sequence[Document]) -> tuple[list[Document], list[str]
 
 def _trainer(folder: Path, epochs: int, accelerator: str) -> Trainer:
     logs = folder / "logs" / "flamingo"
-    shutil.rmtree(logs, ignore_errors=True)  # of a run that was interrupted
     return progress_trainer(logs, label="Flamingo, on text and images", max_epochs=epochs, accelerator=accelerator)

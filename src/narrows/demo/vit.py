@@ -1,7 +1,8 @@
 """The small vision transformer of `narrows reduce`: trained on digit scenes once, and kept."""
 
 import os
-import tempfile
+import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 from tqdm import tqdm
 
 from narrows.data import ImageDataModule
+from narrows.demo.cache import kept
+from narrows.errors import Terminated
 from narrows.hub.models import LoadedModel, accelerator_of, open_model
 from narrows.models import create_model
 from narrows.training.classification import Classification
@@ -37,22 +40,24 @@ def open_scenes_vit(epochs: int = EPOCHS, *, device: str = "auto") -> LoadedMode
         device: where it is trained.
     """
     folder = cache_folder() / f"{NAME}-{SIZE}-pixels-{epochs}-epochs"
-    if not (folder / "config.json").is_file():
-        _train(folder, epochs, accelerator_of(device))
-    return replace(open_model(str(folder)), name="vision transformer of digit scenes")
+    accelerator = accelerator_of(device)
+    model = kept(folder, lambda: _train(folder, epochs, accelerator), lambda: open_model(str(folder)))
+    return replace(model, name="vision transformer of digit scenes")
 
 
 def _train(folder: Path, epochs: int, accelerator: str) -> None:
-    """Train in a temporary folder and move it when it is complete, so that a kept model is never half written."""
+    """Train in a folder beside, where an interrupted training goes on, and move the model when it is complete."""
     tqdm.write(f"Training a small vision transformer on digit scenes, once; it is kept in {folder}")
     images = ImageDataModule(DATA, image_size=SIZE)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as work, quiet_lightning():
+    work = folder.with_name(f"{folder.name}.training")
+    with quiet_lightning():
         torch.manual_seed(0)
         task = Classification(create_model("vit_mini", image_size=SIZE, channels=1, **MODEL), learning_rate=3e-3)
         try:
-            run = train(task, NAME, images, Path(work), label="training", epochs=epochs, accelerator=accelerator)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt("The model was not finished, nothing is kept.") from None
+            run = train(task, NAME, images, work, label="training", epochs=epochs, accelerator=accelerator)
+        except KeyboardInterrupt as stop:
+            number = getattr(stop, "signum", signal.SIGINT)
+            raise Terminated(number, "The model is not finished; the same command goes on with it.") from None
         run.folder.rename(folder)
+        shutil.rmtree(work, ignore_errors=True)
     tqdm.write(f"Trained in {run.seconds:.0f} seconds; accuracy {100 * run.accuracy:.1f} % on held-out scenes")

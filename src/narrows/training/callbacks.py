@@ -4,6 +4,7 @@ import copy
 import csv
 import json
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -192,6 +193,11 @@ class ReduceTokens(Callback):
         """Remove the reduction from the model."""
         self.reduction.remove()
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Remove the reduction from the model: after an exception nothing is torn down."""
+        if hasattr(self, "reduction"):
+            self.reduction.remove()
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write how the model was reduced."""
         if trainer.is_global_zero and trainer.log_dir is not None:
@@ -208,12 +214,28 @@ class RunProgress(Callback):
     def __init__(self, label: str) -> None:
         self.label = label
         self.accuracy: float | None = None
+        self._before, self._start = 0.0, time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training, those before an interruption among them."""
+        return self._before + time.perf_counter() - self._start
+
+    def state_dict(self) -> dict[str, float]:
+        """Seconds of training."""
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        """Those of the run that goes on."""
+        self._before = state_dict["seconds"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the bar."""
+        self._start = time.perf_counter()
         steps = int(trainer.estimated_stepping_batches)
         self.bar = tqdm(
             total=steps,
+            initial=trainer.global_step,
             desc=self.label,
             unit="step",
             dynamic_ncols=True,

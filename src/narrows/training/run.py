@@ -2,7 +2,6 @@
 
 import logging
 import signal
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,9 +13,13 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 
 from narrows.data import ImageDataModule
+from narrows.errors import Terminated
 from narrows.models import ImageClassifier
 from narrows.training.callbacks import RunProgress
+from narrows.training.checkpoints import Checkpoints, StopOnSignal, WholeFiles
 from narrows.training.classification import Classification
+
+LAST = "last.ckpt"
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,8 @@ def train(
 ) -> Run:
     """Train one model, judge it on the held-out images and save it to `folder/models/<name>-seed<seed>`.
 
+    It goes on where an earlier call with this folder was stopped.
+
     Args:
         task: holds the model.
         name: of the model.
@@ -53,6 +58,9 @@ def train(
         label: left of the bar.
         epochs: passes over the training images.
         accelerator: "cpu" or "cuda".
+
+    Raises:
+        Diverged: the loss or the weights are no numbers any more; nothing is saved.
     """
     run_name = f"{name}-seed{images.seed}"
     trainer = progress_trainer(
@@ -62,9 +70,9 @@ def train(
         accelerator=accelerator,
         check_val_every_n_epoch=max(1, epochs // 4),
     )
-    start = time.perf_counter()
     fit(trainer, task, images)
-    seconds = time.perf_counter() - start
+    (progress,) = (callback for callback in trainer.callbacks if isinstance(callback, RunProgress))  # pyright: ignore[reportAttributeAccessIssue]
+    seconds = progress.seconds
     accuracy = trainer.validate(task, datamodule=images, verbose=False)[0]["val/accuracy"]
     model = task.model
     assert isinstance(model, ImageClassifier)
@@ -74,32 +82,43 @@ def train(
 
 
 def progress_trainer(logs: Path, *, label: str, **options: Any) -> Trainer:
-    """A trainer on one device that shows one bar with `label`, logs to CSV in `logs`, and keeps no checkpoints."""
+    """A trainer on one device that shows one bar with `label`, and logs to CSV in `logs`.
+
+    There is also `last.ckpt`, for the caller to remove when its result is kept: with it `fit` goes on where it was
+    stopped.
+    """
+    last = Checkpoints(logs, save_top_k=0, save_last=True, save_on_exception=True, enable_version_counter=False)
     return Trainer(
         devices=1,
         gradient_clip_val=1.0,
         num_sanity_val_steps=0,
-        callbacks=[RunProgress(label)],
+        callbacks=[RunProgress(label), StopOnSignal(), last],
+        plugins=[WholeFiles()],
         logger=CSVLogger(logs.parent, name=logs.name, version=""),
         enable_progress_bar=False,
-        enable_checkpointing=False,
         enable_model_summary=False,
         **options,
     )
 
 
 def fit(trainer: Trainer, task: LightningModule, data: LightningDataModule) -> None:
-    """`trainer.fit`, but Ctrl-C is a `KeyboardInterrupt`.
+    """`trainer.fit`, from the checkpoint that an earlier call left when it was stopped.
 
-    Lightning turns it into an exit and goes on ignoring it; both are for the caller to decide.
+    Ctrl-C is a `KeyboardInterrupt`: Lightning turns it into an exit and goes on ignoring it; both are for the caller to
+    decide.
     """
+    checkpoints = trainer.checkpoint_callback
+    assert isinstance(checkpoints, Checkpoints)
+    assert checkpoints.dirpath is not None
+    last = Path(checkpoints.dirpath) / LAST
+    handler = signal.getsignal(signal.SIGINT)
     try:
-        trainer.fit(task, datamodule=data)
-    except SystemExit:
+        trainer.fit(task, datamodule=data, ckpt_path=str(last) if last.is_file() else None, weights_only=True)
+    except SystemExit as stop:
         if not trainer.interrupted:
             raise
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        raise KeyboardInterrupt from None
+        signal.signal(signal.SIGINT, handler)
+        raise Terminated(getattr(stop.__context__, "signum", signal.SIGINT)) from None
 
 
 @contextmanager

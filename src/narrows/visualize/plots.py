@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from math import cos, isfinite, pi, sin
+from math import cos, hypot, isfinite, pi, sin
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from narrows.errors import InvalidArgument
@@ -79,7 +79,7 @@ class ParetoPoint:
         name: its label.
         cost: positive; lower is better.
         quality: higher is better.
-        spread: half the length of the error bar, for instance the standard deviation over seeds; 0 draws none.
+        spread: half the length of the error bar, for instance of a 95 % interval; 0 draws none.
     """
 
     name: str
@@ -97,10 +97,10 @@ class ParetoPoint:
 
 
 def pareto_front(points: Sequence[ParetoPoint]) -> list[ParetoPoint]:
-    """The points that no other point dominates, cheapest first."""
+    """The points of more quality than every cheaper one, by more than the spread of both; cheapest first."""
     front: list[ParetoPoint] = []
     for point in sorted(points, key=lambda point: (point.cost, -point.quality)):
-        if not front or point.quality > front[-1].quality:
+        if not front or point.quality - front[-1].quality > hypot(point.spread, front[-1].spread):
             front.append(point)
     return front
 

@@ -243,15 +243,19 @@ class Flamingo(
         if config["policy"] is not None:
             arguments = {"attend": decode_policy(config["policy"])} | arguments
         model = cls(language_model, **(config["arguments"] | arguments))
-        load_added(
-            model,
-            model_id,
-            revision=revision,
-            cache_dir=cache_dir,
-            force_download=force_download,
-            local_files_only=local_files_only,
-            token=token,
-        )
+        try:
+            load_added(
+                model,
+                model_id,
+                revision=revision,
+                cache_dir=cache_dir,
+                force_download=force_download,
+                local_files_only=local_files_only,
+                token=token,
+            )
+        except BaseException:
+            model.remove()
+            raise
         return model
 
     def _call(
