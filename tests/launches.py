@@ -23,7 +23,7 @@ import narrows.ops.attention
 
 # Name storage, or give storage another name; no kernel runs.
 FREE = {"_unsafe_view", "alias", "detach", "empty", "empty_like", "empty_strided", "lift_fresh", "new_empty"}
-FREE |= {"new_empty_strided", "squeeze_"}
+FREE |= {"new_empty_strided"}
 
 Call = Callable[[nn.Module, torch.device], Any]
 

@@ -486,7 +486,7 @@ def test_fewer_operations_and_less_saved_than_upstream(heads: int) -> None:
     ("arguments", "message"),
     [
         ({"num_slots": 0}, "num_slots: expected a positive integer, got 0"),
-        ({"num_slots": 2.0}, "num_slots: expected a positive integer, got 2.0"),
+        ({"num_slots": 2.0}, "num_slots: expected an integer or None, got 2.0"),
         ({"num_iterations": 0}, "num_iterations: expected a positive integer, got 0"),
         ({"slot_dim": -1}, "slot_dim: expected a positive integer, got -1"),
         ({"mlp_dim": 0}, "mlp_dim: expected a positive integer, got 0"),

@@ -282,37 +282,45 @@ def test_messages(change: dict[str, Any], message: str) -> None:
 
 
 # Dtype of tokens, slots of all heads, softmaxes: of what `Tiling.of` may choose, what needs most registers.
-TILINGS = [("bf16", 16, 1), ("bf16", 64, 4), ("fp16", 64, 4), ("fp32", 64, 4)]
+TILINGS = [("bf16", 16, 1), ("fp16", 64, 4), ("fp32", 64, 4)]
+INTEGERS = {*"NDHKBWSEMURT", "rows", "chunk", "chunks", "blocks", "tiles", "reads", "stride_b", "stride_n"}
+FLOATS = {"eps", "scale", "mlp_eps", "slot_eps"}
+MULTIPLES_OF_16 = {*"DWSEMU", "chunk", "stride_b", "stride_n"}
+
+
+def check_registers(kernel: Any, low: str, in_float32: str, constants: dict[str, Any]) -> None:
+    """It spills nothing where pointers lead to numbers of type `low`, or float32 for those named in `in_float32`."""
+    constants = dict(constants)
+    options = {"num_warps": constants.pop("num_warps"), "num_stages": constants.pop("num_stages")}
+    types = {name: f"*{low}" for name in kernel.arg_names if name not in constants}
+    types |= {name: "*fp32" for name in in_float32.split() if name in types}
+    types |= {name: "*i1" for name in ("mask", "slot_mask") if name in types}
+    types |= dict.fromkeys(INTEGERS & {*types}, "i32") | dict.fromkeys(FLOATS & {*types}, "fp32")
+    for chip in CHIPS:
+        usage = compile_for(chip, kernel, types, constants, multiples_of_16=MULTIPLES_OF_16, **options)
+        # To fit another program into the chip, ptxas may put a few bytes away where half of the registers are free.
+        allowed = 16 if usage.registers <= 128 else 0
+        assert usage.spilled <= allowed, (kernel.__name__, chip, usage)
 
 
 @pytest.mark.compiled  # Shape checks would wrap what Triton reads the source of.
 @pytest.mark.parametrize(("dtype", "rows", "softmaxes"), TILINGS, ids=str)
-def test_kernels_fit_into_registers(dtype: str, rows: int, softmaxes: int) -> None:
+def test_kernels_that_read_fit_into_registers(dtype: str, rows: int, softmaxes: int) -> None:
     triton = pytest.importorskip("narrows.ops.slot_attention.triton")
     of_torch = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
     tiling = triton.Tiling.of(softmaxes, rows // softmaxes, 1024, of_torch, False)
     assert (tiling.rows, tiling.softmaxes) == (rows, softmaxes)
-    constants = tiling.constants()
-    options = {"num_warps": constants.pop("num_warps"), "num_stages": constants.pop("num_stages")}
-    tokens = {"x", "readers", "grads", "grad_x"}
-    pointers = {"sums", "totals", "attention", "bias", "centres", "grad_attention", "grad_readers", "grad_bias"}
-    for kernel in (triton._read, triton._read_backward_rows, triton._read_backward_tokens):
-        types = dict.fromkeys(kernel.arg_names, "i32") | {"mask": "*i1", "slot_mask": "*i1"}
-        types |= {name: f"*{dtype}" if name in tokens else "*fp32" for name in {*tokens, *pointers} & {*types}}
-        types = {
-            name: "fp32" if name == "eps" else kind
-            for name, kind in types.items()
-            if not name.isupper() or len(name) == 1
-        }
-        for whole in (False, True) if kernel is triton._read and rows == 16 and dtype != "fp32" else (False,):
-            more = {"WHOLE": whole, "BLOCK_K": 256 if whole else tiling.inner} if kernel is triton._read else {}
-            for chip in CHIPS:
-                usage = compile_for(
-                    chip,
-                    kernel,
-                    types,
-                    constants | more,
-                    multiples_of_16=("D", "stride_b", "stride_n", "chunk"),
-                    **options,
-                )
-                assert usage.spilled == 0, (kernel.__name__, chip, usage)
+    wide = "bias sums totals attention centres grad_attention grad_readers grad_bias"
+    for kernel in (triton._read_backward_rows, triton._read_backward_tokens):
+        check_registers(kernel, dtype, wide, tiling.constants())
+    for whole in (False, True) if rows == 16 else (False,):
+        check_registers(triton._read, dtype, wide, {**tiling.constants(), "WHOLE": whole})
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_kernel_that_updates_fits_into_registers(dtype: str) -> None:
+    iterations = pytest.importorskip("narrows.ops.slot_attention.iterations")
+    of_torch = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+    constants = {**iterations.tiling(of_torch), "HAS_READ": True, "READS_ON": True}
+    check_registers(iterations._update, dtype, "sums totals means total bias", constants)

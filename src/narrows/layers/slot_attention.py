@@ -9,13 +9,32 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from narrows.errors import ImplementationUnavailable, InvalidArgument
-from narrows.layers.initialisation import detached_under_no_grad, draw_, reset_submodules
-from narrows.ops.slot_attention import SlotAttentionResult, slot_attention
+from narrows.layers.initial_slots import (
+    GaussianSlots as GaussianSlots,
+)
+from narrows.layers.initial_slots import (
+    LearnedSlots as LearnedSlots,
+)
+from narrows.layers.initial_slots import (
+    make_initial_slots,
+    reset_initial_slots,
+    starting_slots,
+)
+from narrows.layers.initialisation import draw_
+from narrows.ops.slot_attention import (
+    Settings,
+    SlotAttentionResult,
+    Weights,
+    iterate,
+    slot_attention,
+    why_no_kernels,
+    why_not_iterate,
+)
 from narrows.precision import at_least_float32, autocast_off, compute_dtype, is_transformed
 from narrows.routing import Routing
-from narrows.validation import as_tokens, check_choice, check_mask, check_positive, check_tokens, checked, why_not_plain
+from narrows.validation import as_tokens, check_choice, check_positive, checked, why_not_plain
 
-IMPLEMENTATIONS = ("reference", "mixed", "absorbed")
+IMPLEMENTATIONS = ("reference", "mixed", "absorbed")  # on any device; the one-way form has "triton", too
 
 
 class SlotAttentionOutput(NamedTuple):
@@ -63,7 +82,8 @@ class SlotAttention(nn.Module):
             deterministic. Any module with their call will do.
         impl: "reference" (attention in float32 or better), "mixed" (products in the layer's dtype, sums in float32 or
             better), "absorbed" (tokens are not projected: what `norm_tokens`, `to_k` and `to_v` learned moves to the
-            side of the slots; only where these are plain modules), or "auto".
+            side of the slots; only where these are plain modules), "triton" (the same in two kernels an iteration, on
+            CUDA; only where all modules are plain; one derivative), or "auto".
         device: where parameters are made.
         dtype: of the parameters.
 
@@ -199,18 +219,29 @@ class SlotAttention(nn.Module):
         *,
         num_iterations: int | None = None,
     ) -> str:
-        """Which of "reference", "mixed" and "absorbed" `forward` takes for these arguments.
+        """Which of "reference", "mixed", "absorbed" and "triton" `forward` takes for these arguments.
 
-        "auto" takes "absorbed" where `norm_tokens`, `to_k` and `to_v` are plain modules and T * K * H <= D: for every
-        two projections of width D that it saves a token, it makes two products with D numbers of each slot and head,
-        where "mixed" has E. Otherwise it takes "mixed".
+        "auto" takes "triton" for tokens on a CUDA device that its kernels can read (float32, bfloat16 or float16, D and
+        S to 1024, H * K to 64), where all modules are plain, but not under `torch.export`. It takes "absorbed" where
+        `norm_tokens`, `to_k` and `to_v` are plain and T * K * H <= D: for every two projections of width D that it
+        saves a token, it makes two products with D numbers of each slot and head, where "mixed" has E. Otherwise it
+        takes "mixed".
 
         Raises:
-            ImplementationUnavailable: `impl="absorbed"` where one of the three is not plain.
+            ImplementationUnavailable: `impl="absorbed"` or `impl="triton"` cannot run; it says why.
         """
-        check_choice("impl", self.impl, ("auto", *IMPLEMENTATIONS))
-        if self.impl not in ("auto", "absorbed"):
+        check_choice("impl", self.impl, ("auto", *IMPLEMENTATIONS, "triton"))
+        if self.impl in ("reference", "mixed"):
             return self.impl
+        if self.impl == "triton" or (tokens.is_cuda and self.impl == "auto" and not torch.compiler.is_exporting()):
+            reason = why_no_kernels() if self.impl == "triton" else None
+            reason = reason or self._why_not_triton(tokens, slots, num_slots)
+            if reason is None:
+                return "triton"
+            if self.impl == "triton":
+                raise ImplementationUnavailable(
+                    f"SlotAttention: impl='triton' cannot run here: {reason}. Use impl='auto', or see `narrows info`."
+                )
         reason = why_not_plain((("norm_tokens", self.norm_tokens),), kinds=(nn.LayerNorm,)) or why_not_plain(
             (("to_k", self.to_k), ("to_v", self.to_v)), kinds=(nn.Linear,)
         )
@@ -227,6 +258,46 @@ class SlotAttention(nn.Module):
             num_slots = getattr(self.initial_slots, "num_slots", None)
         pays = num_slots is None or iterations * num_slots * self.heads <= self.dim
         return "absorbed" if pays and reason is None else "mixed"
+
+    def _why_not_triton(self, tokens: Tensor, slots: Tensor | None, num_slots: int | None) -> str | None:
+        parts = ((name, part) for name, part in self.named_modules() if name and not name.startswith("initial_slots"))
+        reason = why_not_plain(parts, kinds=(nn.LayerNorm, nn.Linear, nn.GRUCell, FeedForward))
+        if reason is not None:
+            return reason
+        if slots is None:
+            number = getattr(self.initial_slots, "num_slots", 1) if num_slots is None else num_slots
+            slots = self.gru.weight_hh.new_empty(1, number, self.gru.hidden_size)
+        elif tokens.ndim == 4:
+            tokens = tokens.flatten(2).mT
+        return why_not_iterate(tokens, slots, self._weights(), compute_dtype(slots), self.heads)
+
+    def _weights(self) -> Weights:
+        """What the layer learned, of modules that are plain."""
+        key, value, query, out, gru, mlp = self.to_k, self.to_v, self.to_q, self.to_out, self.gru, self.mlp
+        return Weights(
+            gain=self.norm_tokens.weight,
+            shift=self.norm_tokens.bias,
+            key=key.weight,
+            key_bias=key.bias,
+            value=value.weight,
+            value_bias=value.bias,
+            out=None if out is None else out.weight,
+            out_bias=None if out is None else out.bias,
+            input=gru.weight_ih,
+            state=gru.weight_hh,
+            input_bias=gru.bias_ih if gru.bias else None,
+            state_bias=gru.bias_hh if gru.bias else None,
+            mlp_gain=mlp.norm.weight,
+            mlp_shift=mlp.norm.bias,
+            expand=mlp.expand.weight,
+            expand_bias=mlp.expand.bias,
+            contract=mlp.contract.weight,
+            contract_bias=mlp.contract.bias,
+            slot_gain=self.norm_slots.weight,
+            slot_shift=self.norm_slots.bias,
+            query=query.weight,
+            query_bias=query.bias,
+        )
 
     def _attend(
         self,
@@ -253,6 +324,14 @@ class SlotAttention(nn.Module):
             mask = tokens.new_zeros(tokens.shape[:2], dtype=torch.bool)
         scale = self.head_dim**-0.5 / temperature
         options = {"joint_heads": self.joint_heads, "eps": self.eps}
+        if impl == "triton":
+            settings = Settings(
+                iterations, self.heads, self.joint_heads, scale, self.eps, self.mlp.norm.eps, self.norm_slots.eps
+            )
+            read = normalized(tokens, self.norm_tokens)
+            slots, attention = iterate(read, slots, self._weights(), settings, mask, slot_mask)
+            slots = slots if slot_mask is None else slots.masked_fill(~slot_mask[..., None], 0)
+            return slots, attention, grid
         if impl == "absorbed":
             absorbed = AbsorbedProjections.of(self.norm_tokens, self.to_k, self.to_v, heads=self.heads, scale=scale)
             read = partial(absorbed.read, normalized(tokens, self.norm_tokens), mask, slot_mask, **options)
@@ -366,159 +445,6 @@ def normalized(tokens: Float[Tensor, "B N D"], norm: nn.LayerNorm) -> Float[Tens
     return F.layer_norm(tokens, tokens.shape[-1:], eps=norm.eps).to(compute_dtype(tokens))
 
 
-class GaussianSlots(nn.Module):
-    """Initial slots drawn around one mean that all slots share: `mean + exp(log_scale) * noise`.
-
-    Args:
-        num_slots: K, unless a call says otherwise.
-        slot_dim: S.
-        device: where parameters are made.
-        dtype: of the parameters.
-    """
-
-    def __init__(
-        self,
-        num_slots: int,
-        slot_dim: int,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        check_positive(num_slots=num_slots, slot_dim=slot_dim)
-        self.num_slots, self.slot_dim = int(num_slots), int(slot_dim)
-        self.mean = nn.Parameter(torch.empty(slot_dim, device=device, dtype=dtype))
-        self.log_scale = nn.Parameter(torch.empty(slot_dim, device=device, dtype=dtype))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Glorot, of the shape `[1, S]` the published code gives both parameters."""
-        bound = (6 / (1 + self.mean.shape[0])) ** 0.5
-        for parameter in (self.mean, self.log_scale):
-            draw_(parameter, lambda drawn: nn.init.uniform_(drawn, -bound, bound))
-
-    def forward(
-        self,
-        batch: int,
-        slots: Float[Tensor, "B K S"] | None = None,
-        num_slots: int | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Float[Tensor, "B K S"]:
-        """Given `slots` in the dtype of the parameters, or fresh ones from one normal sample `[B, K, S]`.
-
-        The sample is drawn in float32 whatever the dtype, so that one seed gives the same slots in every precision.
-        """
-        if slots is not None:
-            return _given(slots, num_slots, like=self.mean)
-        num_slots = self.num_slots if num_slots is None else num_slots
-        check_positive(num_slots=num_slots)
-        options = {"device": self.mean.device, "dtype": torch.float32}
-        if generator is None:  # The overload with a generator, even if it is None, does not export an open batch.
-            noise = torch.randn(batch, num_slots, self.slot_dim, **options)
-        else:
-            noise = torch.randn(batch, num_slots, self.slot_dim, generator=generator, **options)
-        return self.mean + self.log_scale.exp() * noise.to(self.mean.dtype)
-
-    def extra_repr(self) -> str:
-        """What `print` shows."""
-        return f"num_slots={self.num_slots}, slot_dim={self.slot_dim}"
-
-
-class LearnedSlots(nn.Module):
-    """Initial slots that are parameters, one for each slot: the same for every sample, and deterministic.
-
-    A call that asks for another number of slots than were learned is an error. (BO-QSA, arXiv 2210.08990.)
-
-    Args:
-        num_slots: K.
-        slot_dim: S.
-        device: where parameters are made.
-        dtype: of the parameters.
-    """
-
-    def __init__(
-        self,
-        num_slots: int,
-        slot_dim: int,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        check_positive(num_slots=num_slots, slot_dim=slot_dim)
-        self.num_slots, self.slot_dim = int(num_slots), int(slot_dim)
-        self.slots = nn.Parameter(torch.empty(num_slots, slot_dim, device=device, dtype=dtype))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """A normal sample: slots that start alike would stay alike."""
-        draw_(self.slots, nn.init.normal_)
-
-    def forward(
-        self,
-        batch: int,
-        slots: Float[Tensor, "B K S"] | None = None,
-        num_slots: int | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Float[Tensor, "B K S"]:
-        """Given `slots` in the dtype of the parameters, or the learned ones; nothing is drawn."""
-        if slots is not None:
-            return _given(slots, num_slots, like=self.slots)
-        if num_slots is not None and num_slots != self.num_slots:
-            raise InvalidArgument("num_slots", expected=f"None or the {self.num_slots} learned", got=num_slots)
-        return detached_under_no_grad(self.slots).expand(batch, -1, -1)
-
-    def extra_repr(self) -> str:
-        """What `print` shows."""
-        return f"num_slots={self.num_slots}, slot_dim={self.slot_dim}"
-
-
-def _given(slots: Tensor, num_slots: int | None, *, like: Tensor) -> Tensor:
-    """Slots a call brings, checked, in the dtype of the parameter `like`."""
-    check_tokens("slots", slots, dim=like.shape[-1], layout="[B, K, S]")
-    if num_slots is not None and num_slots != slots.shape[1]:
-        raise InvalidArgument("num_slots", expected=f"None or the {slots.shape[1]} slots given", got=num_slots)
-    return slots.to(like.dtype)
-
-
-def make_initial_slots(
-    initial_slots: nn.Module | None,
-    num_slots: int | None,
-    slot_dim: int,
-    *,
-    device: torch.device | str | None,
-    dtype: torch.dtype | None,
-) -> nn.Module:
-    """`initial_slots`, which must have the number and width asked for where they say theirs; Gaussian ones if None."""
-    if initial_slots is None:
-        if num_slots is None:
-            raise InvalidArgument("num_slots", expected="a positive integer, or initial_slots", got=None)
-        return GaussianSlots(num_slots, slot_dim, device=device, dtype=dtype)
-    if num_slots is not None:
-        check_positive(num_slots=num_slots)
-    for name, asked in (("num_slots", num_slots), ("slot_dim", slot_dim)):
-        own = getattr(initial_slots, name, None)
-        if asked is not None and own is not None and own != asked:
-            raise InvalidArgument(name, expected=f"{own}, as the initial_slots have", got=asked)
-    return initial_slots
-
-
-def starting_slots(
-    initial_slots: nn.Module,
-    batch: int,
-    slots: Float[Tensor, "B K S"] | None,
-    num_slots: int | None,
-    generator: torch.Generator | None,
-    slot_mask: Bool[Tensor, "B K"] | None,
-) -> Float[Tensor, "B K S"]:
-    """The slots before the first iteration: given or drawn, with 0 in those that are masked."""
-    start: Tensor = initial_slots(batch, slots, num_slots, generator)
-    if start.shape[0] != batch:
-        raise InvalidArgument("slots", expected=f"as many samples as tokens, {batch}", got=start.shape[0])
-    check_mask("slot_mask", slot_mask, start.shape[:2], layout="[B, K]")
-    return start if slot_mask is None else start.masked_fill(~slot_mask[..., None], 0)
-
-
 def check_temperature(temperature: float) -> None:
     """Raise unless `temperature` is positive and finite."""
     if not 0 < temperature < float("inf"):
@@ -565,15 +491,6 @@ def recurrent_step(
         state = state + updates.new_zeros(state.shape)
     new = cell(updates.to(state.dtype).flatten(0, 1), state.flatten(0, 1))
     return new.view_as(state).to(state.dtype)
-
-
-def reset_initial_slots(initial_slots: nn.Module) -> None:
-    """Draw the parameters of initial slots anew, by their own `reset_parameters` or those of their parts."""
-    reset = getattr(initial_slots, "reset_parameters", None)
-    if reset is None:
-        reset_submodules(initial_slots)
-    else:
-        reset()
 
 
 def reset_like_keras(layer: nn.Module) -> None:

@@ -147,10 +147,7 @@ class SepViTStage(nn.Module):
             tokens = self._run(block, tokens, token_mask, order)
             if index == 0:
                 raster = order.restore(without_padding(tokens, token_mask))
-                position = self._convolve(self.position, raster)
-                if len(self.blocks) == 1:
-                    return without_padding(raster + position, mask)
-                tokens = order.add(tokens, position)
+                tokens = tokens + order.arrange(self._convolve(self.position, raster))
         return order.restore(without_padding(tokens, token_mask))
 
     def _run(self, block: nn.Module, *arguments: Any) -> Tensor:

@@ -13,13 +13,18 @@ from torch import Tensor
 from narrows.errors import ImplementationUnavailable, InvalidArgument
 from narrows.ops.dispatch import Implementation
 from narrows.ops.slot_attention import mixed, reference
-from narrows.ops.slot_attention.common import token_weights
+from narrows.ops.slot_attention.common import Settings, Weights, token_weights
 from narrows.precision import accumulation_dtype, autocast_off, is_transformed
 from narrows.validation import check_choice, check_mask, check_tokens
 
+TRANSFORMED = "it has one derivative, and no rule for torch.func or forward-mode differentiation"
+# Looked for once: what compilers trace may not look for it.
+_INSTALLED = importlib.util.find_spec("triton") is not None
 
-def _why_no_kernels() -> str | None:
-    if importlib.util.find_spec("triton") is None:
+
+def why_no_kernels() -> str | None:
+    """The reason why this machine runs none of the kernels, or None where it does."""
+    if not _INSTALLED:
         return "triton is not installed"
     if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
         return "there is no CUDA device, and TRITON_INTERPRET=1 is not set"
@@ -46,7 +51,7 @@ IMPLEMENTATIONS: Mapping[str, Implementation] = MappingProxyType(
         "reference": Implementation(reference.slot_attention, "lines 7 and 8 of Algorithm 1, in float32 or better"),
         "mixed": Implementation(mixed.slot_attention, "products in the dtype of the keys, one grid kept for backward"),
         "triton": Implementation(
-            _run_kernels, "kernels for CUDA: one pass over the tokens, no grid kept for backward", _why_no_kernels
+            _run_kernels, "kernels for CUDA: one pass over the tokens, no grid kept for backward", why_no_kernels
         ),
     }
 )
@@ -126,7 +131,7 @@ def slot_attention(
     if impl == "auto":
         on_gpu = keys.is_cuda and not torch.compiler.is_exporting()
         impl = "triton" if on_gpu and why_not_triton(queries, keys, values) is None else "mixed"
-    elif impl == "triton" and (reason := _why_no_kernels() or why_not_triton(queries, keys, values)) is not None:
+    elif impl == "triton" and (reason := why_no_kernels() or why_not_triton(queries, keys, values)) is not None:
         raise ImplementationUnavailable(
             f"slot_attention: impl='triton' cannot run here: {reason}. Use impl='auto', or see `narrows info`."
         )
@@ -139,15 +144,53 @@ def why_not_triton(
     queries: Float[Tensor, "B H K E"], keys: Float[Tensor, "B G N E"], values: Float[Tensor, "B G N V"]
 ) -> str | None:
     """The reason why the kernels cannot take these tensors, or None where they can. The machine is not asked."""
-    if importlib.util.find_spec("triton") is None:
+    if not _INSTALLED:
         return "triton is not installed"
     if values is not keys or keys.shape[1] != 1:
         return "it reads values that are the keys, and the same for all heads"
     if is_transformed(queries, keys):
-        return "it has one derivative, and no rule for torch.func or forward-mode differentiation"
+        return TRANSFORMED
     from narrows.ops.slot_attention import triton
 
-    return triton.why_not(keys, queries.shape[1], queries.shape[2])
+    return triton.why_not(keys.device, keys.dtype, keys.shape[-1], queries.shape[1], queries.shape[2])
+
+
+def why_not_iterate(
+    tokens: Float[Tensor, "B N D"], slots: Float[Tensor, "B K S"], weights: Weights, dtype: torch.dtype, heads: int
+) -> str | None:
+    """The reason why `iterate` cannot take these, or None where it can. The machine is not asked."""
+    if not _INSTALLED:
+        return "triton is not installed"
+    if slots.shape[-1] > 1024:
+        return "it takes slots 1024 wide at most"
+    if is_transformed(tokens, slots, *(weight for weight in weights if weight is not None)):
+        return TRANSFORMED
+    from narrows.ops.slot_attention import triton
+
+    return triton.why_not(tokens.device, dtype, tokens.shape[-1], heads, slots.shape[1])
+
+
+def iterate(
+    tokens: Float[Tensor, "B N D"],
+    slots: Float[Tensor, "B K S"],
+    weights: Weights,
+    settings: Settings,
+    mask: Bool[Tensor, "B N"] | None = None,
+    slot_mask: Bool[Tensor, "B K"] | None = None,
+) -> tuple[Float[Tensor, "B K S"], Float[Tensor, "B H K N"]]:
+    """Lines 4 to 10 of Algorithm 1 on a GPU: the slots after all iterations and the last attention, in their dtype.
+
+    Args:
+        tokens: standardised, in the dtype in which products are computed.
+        slots: the first ones.
+        weights: in any dtype.
+        settings: numbers of the call.
+        mask: `[B, N]`, True at real tokens.
+        slot_mask: `[B, K]`, True at real slots. What the others become has no meaning.
+    """
+    from narrows.ops.slot_attention import iterations
+
+    return iterations.iterate(tokens, slots, weights, settings, mask, slot_mask)
 
 
 def read_slots(

@@ -1,10 +1,86 @@
-"""The two softmaxes of slot attention and the mean over the tokens, which every implementation takes as they are."""
+"""What implementations of slot attention share: its softmaxes, the mean over the tokens, and what a layer learned."""
+
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from narrows.precision import accumulation_dtype
+
+
+class Weights(NamedTuple):
+    """What the update multiplies and adds, as `nn.Linear`, `nn.LayerNorm` and `nn.GRUCell` hold it; None is left out.
+
+    Args:
+        gain: of the LayerNorm of the tokens, `[D]`.
+        shift: its bias.
+        key: `[H E, D]`.
+        key_bias: `[H E]`.
+        value: `[H E, D]`.
+        value_bias: `[H E]`.
+        out: `[S, H E]`, the map after the heads.
+        out_bias: `[S]`.
+        input: of the recurrent cell, `[3 S, H E]`, or `[3 S, S]` after `out`.
+        state: `[3 S, S]`.
+        input_bias: `[3 S]`.
+        state_bias: `[3 S]`.
+        mlp_gain: of the LayerNorm of the MLP, `[S]`.
+        mlp_shift: its bias.
+        expand: `[M, S]`.
+        expand_bias: `[M]`.
+        contract: `[S, M]`.
+        contract_bias: `[S]`.
+        slot_gain: of the LayerNorm of the slots, `[S]`.
+        slot_shift: its bias.
+        query: `[H E, S]`.
+        query_bias: `[H E]`.
+    """
+
+    gain: Tensor | None
+    shift: Tensor | None
+    key: Tensor
+    key_bias: Tensor | None
+    value: Tensor
+    value_bias: Tensor | None
+    out: Tensor | None
+    out_bias: Tensor | None
+    input: Tensor
+    state: Tensor
+    input_bias: Tensor | None
+    state_bias: Tensor | None
+    mlp_gain: Tensor | None
+    mlp_shift: Tensor | None
+    expand: Tensor
+    expand_bias: Tensor | None
+    contract: Tensor
+    contract_bias: Tensor | None
+    slot_gain: Tensor | None
+    slot_shift: Tensor | None
+    query: Tensor
+    query_bias: Tensor | None
+
+
+class Settings(NamedTuple):
+    """Numbers of a call.
+
+    Args:
+        iterations: T.
+        heads: H.
+        joint_heads: one softmax over slots and heads together.
+        scale: of the logits.
+        eps: added to the attention.
+        mlp_eps: of the LayerNorm of the MLP.
+        slot_eps: of the LayerNorm of the slots.
+    """
+
+    iterations: int
+    heads: int
+    joint_heads: bool
+    scale: float
+    eps: float
+    mlp_eps: float
+    slot_eps: float
 
 
 def token_weights(

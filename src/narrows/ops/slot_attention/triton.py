@@ -13,6 +13,9 @@ takes one pass that reads tokens for dr, and one that reads and writes them for 
 tokens at once. What is not loaded (masked tokens, padding) may hold anything.
 """
 
+# What Triton compiles has types of its own.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportPossiblyUnboundVariable=false
+# pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false, reportOptionalMemberAccess=false, reportIndexIssue=false
 from typing import Any, NamedTuple
 
 import torch
@@ -357,18 +360,16 @@ class Tiling(NamedTuple):
         return {**names, **sizes}
 
 
-def why_not(tokens: Tensor, heads: int, slots: int) -> str | None:
-    """The reason why the kernels cannot read these tokens, or None where they can."""
-    if tokens.device.type != ("cpu" if INTERPRETED.value else "cuda"):
-        return f"tokens are on {tokens.device.type}, not on a CUDA device"
-    if tokens.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"tokens are {tokens.dtype}, not float32, bfloat16 or float16"
-    rows = triton.next_power_of_2(heads) * triton.next_power_of_2(slots)
-    if rows > MOST_ROWS or tokens.shape[-1] > MOST_DIM:
-        return (
-            f"it takes {MOST_ROWS} slots of all heads and tokens {MOST_DIM} wide at most, both counted in powers of "
-            f"two, not {heads} x {slots} slots and width {tokens.shape[-1]}"
-        )
+def why_not(device: torch.device, dtype: torch.dtype, dim: int, heads: int, slots: int) -> str | None:
+    """The reason why the kernels cannot read such tokens with so many slots, or None where they can."""
+    if device.type != ("cpu" if INTERPRETED.value else "cuda"):
+        return f"tokens are on {device.type}, not on a CUDA device"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"tokens are {dtype}, not float32, bfloat16 or float16"
+    if slots > MOST_ROWS // triton.next_power_of_2(heads) or dim > MOST_DIM:  # One guard, under compilers.
+        return f"it takes {MOST_ROWS} slots of all heads, and tokens {MOST_DIM} wide, at most"
+    if device.type == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0):
+        return "the GPU is older than the A100"
     return None
 
 
@@ -505,11 +506,10 @@ def _slot_read(
     """Means `[B, H, K, D]` and totals `[B, H, K]` in float32, and the attention `[B, H, K, N]`, empty if not wanted."""
     batch, heads, slots, dim = readers.shape
     task = Read(aligned(tokens), mask, slot_mask, heads, slots, joint_heads, eps)
-    wide = task.tokens.shape[-1]
     attention = readers.new_empty(
         (batch, heads, slots, tokens.shape[1]) if with_attention else (0,), dtype=torch.float32
     )
-    readers = torch.nn.functional.pad(readers, (0, wide - dim)).contiguous()
+    readers = _as_wide(readers, task.tokens)
     sums, totals = task.forward(readers, bias, attention if with_attention else None)
     means, total = add_chunks(sums, totals, eps)
     return means[..., :dim].contiguous().view(batch, heads, slots, dim), total.view(batch, heads, slots), attention
@@ -522,8 +522,8 @@ def _(tokens: Tensor, readers: Tensor, *options: Any) -> tuple[Tensor, Tensor, T
     return tuple(readers.new_empty(size, dtype=torch.float32) for size in sizes)  # pyright: ignore[reportReturnType]
 
 
-@torch.library.custom_op("narrows::slot_read_backward", mutates_args=())
-def _slot_read_backward(
+@torch.library.custom_op("narrows::slot_read_backward_rows", mutates_args=())
+def backward_rows(
     tokens: Tensor,
     readers: Tensor,
     bias: Tensor | None,
@@ -535,28 +535,53 @@ def _slot_read_backward(
     centres: Tensor,
     totals: Tensor,
     grad_attention: Tensor | None,
-    of_tokens: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of tokens (empty if not wanted), readers and bias."""
+) -> tuple[Tensor, Tensor]:
+    """The gradients of readers `[B, H, K, D]`, in the tokens' dtype, and of bias, from those of the means, `grads`."""
     batch, heads, slots, dim = readers.shape
     task = Read(aligned(tokens), mask, slot_mask, heads, slots, joint_heads, eps)
-    wide = task.tokens.shape[-1]
-    readers, grads = (torch.nn.functional.pad(rows, (0, wide - dim)).contiguous() for rows in (readers, grads))
-    grad_readers, grad_bias = add_chunks(
-        *task.backward_rows(readers, bias, grads, centres, totals, grad_attention), None
-    )
-    grad_tokens = tokens.new_empty(0)
-    if of_tokens:
-        read = task.backward_tokens(readers[None], bias, grads[None], centres, totals, grad_attention)
-        grad_tokens = read if wide == dim else read[..., :dim].contiguous()
-    grad_readers = grad_readers[..., :dim].to(readers.dtype).contiguous()
-    return grad_tokens, grad_readers.view(batch, heads, slots, dim), grad_bias.view(batch, heads, slots)
+    readers, grads = (_as_wide(rows, task.tokens) for rows in (readers, grads))
+    parts = task.backward_rows(readers, bias, grads, centres, totals, grad_attention)
+    grad_readers, grad_bias = add_chunks(*parts, None)
+    grad_readers = grad_readers[..., :dim].to(tokens.dtype, memory_format=torch.contiguous_format)
+    return grad_readers.view(batch, heads, slots, dim), grad_bias.view(batch, heads, slots)
 
 
-@_slot_read_backward.register_fake
-def _(tokens: Tensor, readers: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    grad_tokens = tokens.new_empty(tokens.shape if options[-1] else (0,))
-    return grad_tokens, readers.new_empty(readers.shape), readers.new_empty(readers.shape[:3], dtype=torch.float32)
+@backward_rows.register_fake
+def _(tokens: Tensor, readers: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return tokens.new_empty(readers.shape), readers.new_empty(readers.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op("narrows::slot_read_backward_tokens", mutates_args=())
+def backward_tokens(
+    tokens: Tensor,
+    readers: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    slot_mask: Tensor | None,
+    joint_heads: bool,
+    eps: float,
+    grads: Tensor,
+    centres: Tensor,
+    totals: Tensor,
+    grad_attention: Tensor | None,
+) -> Tensor:
+    """The gradient of tokens that were read T times by readers `[T, B, H, K, D]`; `grad_attention` is of the last."""
+    _, _, heads, slots, dim = readers.shape
+    task = Read(aligned(tokens), mask, slot_mask, heads, slots, joint_heads, eps)
+    readers, grads = (_as_wide(rows, task.tokens) for rows in (readers, grads))
+    read = task.backward_tokens(readers, bias, grads, centres, totals, grad_attention)
+    return read if read.shape[-1] == dim else read[..., :dim].contiguous()
+
+
+@backward_tokens.register_fake
+def _(tokens: Tensor, *_: Any) -> Tensor:
+    return tokens.new_empty(tokens.shape)
+
+
+def _as_wide(rows: Tensor, tokens: Tensor) -> Tensor:
+    """Rows as wide as aligned tokens."""
+    wide = tokens.shape[-1] - rows.shape[-1]
+    return torch.nn.functional.pad(rows, (0, wide)) if wide else rows.contiguous()
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -571,26 +596,17 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:
     tokens, readers, bias, mask, slot_mask, means, totals = ctx.saved_tensors
     grad = torch.zeros_like(means) if grad is None else grad
-    grad_tokens, grad_readers, grad_bias = torch.ops.narrows.slot_read_backward(
-        tokens,
-        readers,
-        bias,
-        mask,
-        slot_mask,
-        ctx.joint_heads,
-        ctx.eps,
-        grad.to(tokens.dtype),
-        (grad * means).sum(-1),
-        totals,
-        None if grad_attention is None else grad_attention.contiguous(),
-        ctx.needs_input_grad[0],
-    )
-    grads = (
-        grad_tokens if ctx.needs_input_grad[0] else None,
-        grad_readers,
-        None if bias is None else grad_bias.to(bias.dtype),
-    )
-    return *grads, None, None, None, None, None
+    grad_attention = None if grad_attention is None else grad_attention.contiguous()
+    centres, low = (grad * means).sum(-1), grad.to(tokens.dtype)
+    arguments = (mask, slot_mask, ctx.joint_heads, ctx.eps)
+    grad_tokens, grad_readers, grad_bias = None, None, None
+    if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+        rows = torch.ops.narrows.slot_read_backward_rows
+        grad_readers, grad_bias = rows(tokens, readers, bias, *arguments, low, centres, totals, grad_attention)
+    if ctx.needs_input_grad[0]:
+        stacked = readers[None], None if bias is None else bias[None], *arguments, low[None], centres[None]
+        grad_tokens = torch.ops.narrows.slot_read_backward_tokens(tokens, *stacked, totals[None], grad_attention)
+    return grad_tokens, grad_readers, None if bias is None else grad_bias, None, None, None, None, None
 
 
 _slot_read.register_autograd(_backward, setup_context=_keep)
