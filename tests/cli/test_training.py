@@ -187,3 +187,48 @@ def test_a_run_that_diverges_says_so_and_leaves_no_model(narrows, tmp_path, caps
     assert narrows("fit", "--trainer.max_epochs", "4", "--model.learning_rate", "1e30") == 1
     assert "narrows: The training diverged: after" in capsys.readouterr().err
     assert not list((tmp_path / "runs").glob("*/model"))
+
+
+@pytest.mark.parametrize(
+    "named", ["callbacks: {class_path: hostile.Thing}", "callbacks: [hostile.Thing]", "logger: hostile.T"]
+)
+def test_a_configuration_imports_nothing_but_what_is_listed(narrows, tmp_path, monkeypatch, capsys, named):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "hostile.py").write_text("import pathlib\npathlib.Path('it_ran').touch()\n")
+    (tmp_path / "config.yaml").write_text(f"trainer: {{{named}}}\n")
+    assert narrows("fit", "--config", "config.yaml") == 2
+    assert not (tmp_path / "it_ran").exists()
+    printed = capsys.readouterr().err
+    assert "a configuration may not import hostile." in printed
+    assert "NARROWS_IMPORTS=hostile" in printed
+
+
+def test_an_own_package_is_imported_where_the_environment_names_it(narrows, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("NARROWS_IMPORTS", "mine, other")
+    (tmp_path / "mine.py").write_text(
+        "from lightning.pytorch.callbacks import Callback\n\n\nclass Loud(Callback):\n"
+        "    def on_fit_start(self, trainer, pl_module):\n        raise SystemExit(7)\n"
+    )
+    (tmp_path / "config.yaml").write_text("trainer: {callbacks: [mine.Loud], fast_dev_run: true}\n")
+    assert narrows("fit", "--config", "config.yaml") == 7
+
+
+def test_a_damaged_configuration_or_checkpoint_is_told_in_a_line(narrows, tmp_path, capsys):
+    whole = b"trainer:\n  max_epochs: 0\nmodel:\n  learning_rate: 0.001\n  dropout: 0.0\n"
+    for number, damaged in enumerate(
+        [whole[:18], whole[:12] + b"\xff\xfe" + whole[12:], whole.replace(b":", b"", 1), b"[" * 3000, b"&a [*a]", b"\0"]
+    ):
+        (tmp_path / "config.yaml").write_bytes(damaged)
+        assert narrows("fit", "--config", "config.yaml", "--print_config") in (1, 2), number
+        printed = capsys.readouterr().err
+        assert "Traceback" not in printed
+        assert len(printed) < 2000
+    torch.save({"state_dict": {"a": torch.zeros(500)}}, tmp_path / "last.ckpt")
+    content = bytearray((tmp_path / "last.ckpt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "last.ckpt").write_bytes(content)
+    assert narrows("fit", "--ckpt_path", "last.ckpt") == 1
+    assert (
+        "ckpt_path: expected a checkpoint that narrows fit wrote, got 'last.ckpt': Bad CRC" in capsys.readouterr().err
+    )

@@ -1,6 +1,7 @@
 """Pictures as people have them become what an image viewer shows."""
 
 import io
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -106,3 +107,22 @@ def test_files_without_an_extension_are_known_by_their_first_bytes(tmp_path: Pat
     image.write_text("GIF is a format")
     assert not begins_like_an_image(image)
     assert not begins_like_an_image(tmp_path / "missing")
+
+
+def _chunk(kind: bytes, content: bytes) -> bytes:
+    return len(content).to_bytes(4, "big") + kind + content + zlib.crc32(kind + content).to_bytes(4, "big")
+
+
+def test_what_would_start_a_program_or_fill_the_memory_is_not_decoded(tmp_path: Path) -> None:
+    size = (60_000).to_bytes(4, "big") * 2
+    bomb = b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", size + b"\x01\0\0\0\0") + _chunk(b"IDAT", zlib.compress(bytes(99)))
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
+    for name, content, message in (
+        ("bomb", bomb, "DecompressionBomb"),
+        ("postscript", postscript, "it is none of JPEG"),
+    ):
+        file = tmp_path / f"{name}.png"
+        file.write_bytes(content)
+        assert message in (why_unreadable(file) or "")
+        with pytest.raises(DataError, match=message):
+            decode_image(file, "picture")

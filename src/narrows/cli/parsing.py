@@ -16,6 +16,7 @@ except ImportError as error:
     raise MissingExtra("jsonargparse", extra="train", purpose="read the options of this command") from error
 
 _UNKNOWN = re.compile(r"unrecognized arguments: --([\w.]+)|(?:key|option) '([\w.]+)'", re.IGNORECASE)
+_DENIED = re.compile(r"Importing '([^']*)' is not allowed")
 
 
 class ClearErrors(ArgumentParser):
@@ -28,6 +29,11 @@ class ClearErrors(ArgumentParser):
         """Complain in a line or two and exit with 2."""
         parser = getattr(ex, "subcommand_parser", None) or self
         prog = parser.prog.replace(" [options]", "")
+        if denied := _DENIED.search(message):
+            message = (
+                f"a configuration may not import {denied[1]}. If you trust it, name its package in the environment: "
+                f"NARROWS_IMPORTS={denied[1].partition('.')[0]}"
+            )
         known = [name[2:] for name in parser._option_string_actions if name.startswith("--")]
         print(f"{prog}: {message}{_nearest(message, known)} See `{prog} --help`.", file=sys.stderr)
         sys.exit(2)

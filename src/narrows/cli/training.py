@@ -2,18 +2,16 @@
 
 import argparse
 import logging
-import pickle
+import os
 import signal
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import torch
 import yaml
-from jsonargparse import Namespace
+from jsonargparse import Namespace, set_parsing_settings
 
 from narrows.cli.parsing import ClearErrors, underscored
 from narrows.errors import InvalidArgument, MissingExtra, NarrowsError, Terminated
@@ -35,6 +33,7 @@ from narrows.training.callbacks import ClassMaps, PredictionTable, SavePretraine
 from narrows.training.checkpoints import Checkpoints, StopOnSignal, WholeFiles
 from narrows.training.task import Task
 from narrows.validation import check_choice
+from narrows.weights import read_file
 
 # Warnings of Lightning that do not apply: arguments come from `main`, `ImageDataModule` resumes in the middle of an
 # epoch, and frozen modules are in evaluation mode on purpose.
@@ -47,6 +46,9 @@ _DO_NOT_APPLY = (
 )
 OPTIONS = "narrows_options"
 """Where a checkpoint has the options of its model and its data."""
+
+IMPORTS = ("narrows", "lightning", "torch.nn", "torch.optim", "torchmetrics", "torchvision", "timm", "transformers")
+"""Where the classes are that a configuration may name as its `class_path`."""
 
 _CHECKPOINT_WORDS = ("best", "last", "hpc")
 
@@ -164,9 +166,9 @@ class TrainingCLI(LightningCLI):
         if path is None or not Path(path).is_file():
             return
         try:
-            trained = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get(OPTIONS, {})
-        except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError, OSError) as error:
-            got = f"{path!r} ({str(error).partition(chr(10))[0]})"
+            trained = read_file(path).get(OPTIONS, {})
+        except InvalidArgument as error:
+            got = str(error).partition("got ")[2].rstrip(".")
             raise InvalidArgument("ckpt_path", expected="a checkpoint that narrows fit wrote", got=got) from error
         asked = self.parser.parse_args(self.args, defaults=False)[command]
         for name, value in vars(asked.get("model") or Namespace()).items():
@@ -252,7 +254,13 @@ class TrainingCLI(LightningCLI):
 
 
 def run(arguments: list[str]) -> None:
-    """Run one of Lightning's commands."""
+    """Run one of Lightning's commands.
+
+    A configuration names classes to import, and importing runs code: only those of `IMPORTS` may be, and of packages
+    that `NARROWS_IMPORTS` names.
+    """
+    own = [name.strip() for name in os.environ.get("NARROWS_IMPORTS", "").split(",") if name.strip()]
+    set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=[*IMPORTS, *own])
     for remark in _DO_NOT_APPLY:
         warnings.filterwarnings("ignore", f".*{remark}")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
@@ -279,8 +287,14 @@ def _task_of(arguments: Sequence[str]) -> str:
     given, _ = parser.parse_known_args(arguments)
     named = [given.task] if given.task else []
     for file in [Path(name) for name in reversed(given.config) if name and Path(name).is_file()]:
-        with suppress(yaml.YAMLError):  # the parser will complain of it
+        try:
             content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except yaml.YAMLError:
+            continue  # the parser will complain of it
+        except (ValueError, RecursionError, OSError) as error:
+            got = f"{str(file)!r} ({str(error).partition(chr(10))[0]})"
+            raise InvalidArgument("config", expected="a file in YAML", got=got) from error
+        else:
             named += [content["task"]] if isinstance(content, dict) and "task" in content else []
     task = named[0] if named else "classification"
     check_choice("task", task, tuple(TASKS))

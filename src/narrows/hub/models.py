@@ -211,6 +211,7 @@ def save_model(model: nn.Module, folder: Path) -> None:
 
 def _open_ours(name: str, checkpoint: Checkpoint | None, arguments: Mapping[str, Any]) -> LoadedModel:
     build: Callable[..., Any]
+    model: ImageClassifier
     if Path(name).is_dir():
         model = load_model(name)
         build = partial(type(model), **{k: v for k, v in _config(model).items() if k != "architecture"})
@@ -220,7 +221,7 @@ def _open_ours(name: str, checkpoint: Checkpoint | None, arguments: Mapping[str,
             raise InvalidArgument("model", expected=f"a saved model with {other}", got=got)
     elif name in list_models():
         build = partial(create_model, name, **arguments)
-        model = build().eval()
+        model = create_model(name, **arguments).eval()
     else:
         _refuse(name)
     notes: tuple[str, ...] = ()

@@ -8,6 +8,7 @@ from narrows.data.documents import IMAGE, Document
 from narrows.data.scene_documents import DigitPrompts
 from narrows.demo.reader import FOLDER, digits_reader, examine
 from narrows.errors import InvalidArgument
+from narrows.files import check_writable
 from narrows.hub.models import accelerator_of
 from narrows.hub.readers import Reader, open_reader, read_pictures
 from narrows.validation import check_positive
@@ -49,6 +50,7 @@ def generate(
 
     Raises:
         InvalidArgument: arguments that do not belong together, a file that does not exist.
+        CannotWrite: `output` or `picture` cannot be written.
         DataError: a picture that cannot be read; it is named.
     """
     check_positive(max_new_tokens=max_new_tokens)
@@ -58,6 +60,13 @@ def generate(
     if prompt is None and (media or lm is not None):
         raise InvalidArgument("prompt", expected=f"a text, with {IMAGE} where a picture stands", got=None)
     accelerator = accelerator_of(device)
+    for path in map(Path, media):
+        if not path.is_file():
+            raise InvalidArgument("media", expected="picture files", got=f"{str(path)!r}, which does not exist")
+    if picture is not None:
+        check_writable(picture)
+    if lm is None:
+        check_writable(output, folder=True)
     if lm is None or checkpoint is None:
         reader = digits_reader(Path(output), accelerator=accelerator)
     else:

@@ -247,6 +247,8 @@ def _open(
     model: str | None, data: str | Path | None, checkpoint: str | Path | None, opening: Mapping[str, Any], device: str
 ) -> LoadedModel:
     """The model, after everything that it needs was looked at: nothing is trained or downloaded for a mistyped path."""
+    if data is not None:
+        check_data(data)
     if model is None:
         for name, value in ({"checkpoint": checkpoint} | dict(opening)).items():
             if value is not None:
@@ -261,7 +263,6 @@ def _open(
         return vit.open_scenes_vit(device=device)
     if data is None:
         raise InvalidArgument("data", expected="a folder of images to judge by", got="none", hint="Add --data.")
-    check_data(data)
     return open_model(model, checkpoint, **opening)
 
 

@@ -9,7 +9,8 @@ from narrows.data import ImageSet, picture
 from narrows.data.folder import load_unlabelled
 from narrows.data.scenes import SCENES, load_scenes
 from narrows.errors import InvalidArgument
-from narrows.hub.models import open_model
+from narrows.files import check_writable
+from narrows.hub.models import accelerator_of, open_model
 from narrows.models import ImageClassifier
 from narrows.validation import check_positive
 from narrows.visualize import overlay, save
@@ -32,12 +33,18 @@ def show(
         output: folder for the pictures.
         limit: at most so many images.
         max_carriers: at most so many carriers get a panel.
-        device: where the model runs.
+        device: "auto", "cpu" or "cuda".
+
+    Raises:
+        InvalidArgument: no such model, images or device, or a model without a bottleneck.
+        CannotWrite: `output` cannot be written.
     """
-    check_positive(limit=limit)
+    check_positive(limit=limit, max_carriers=max_carriers)
+    place = accelerator_of(device)
+    check_writable(output, folder=True)
     scenes = images[0] if len(images) == 1 and images[0] in SCENES else None
     loaded = open_model(model, channels=1) if scenes else open_model(model)
-    network, size = loaded.module.to(device), loaded.size[0]
+    network, size = loaded.module.to(place), loaded.size[0]
     found: ImageSet = (
         load_scenes(scenes, "held_out", image_size=size)
         if scenes
@@ -49,7 +56,7 @@ def show(
     stems = _distinct_stems([found.name(index) for index in indices])
     for index in tqdm(indices, desc="Drawing", disable=None):
         batch, _ = found.batch([index])
-        routings = network.routing(batch.to(device)) if isinstance(network, ImageClassifier) else ()
+        routings = network.routing(batch.to(place)) if isinstance(network, ImageClassifier) else ()
         on_grid = [routing.detach() for routing in routings if routing.grid is not None]
         if not on_grid:
             raise InvalidArgument("model", expected="a model with a token bottleneck to show", got=repr(model))
