@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import narrows.ops.attention
+from tests.fake_autograd import run_backward
 
 # Name storage, or give storage another name; no kernel runs.
 FREE = {"_unsafe_view", "alias", "detach", "empty", "empty_like", "empty_strided", "lift_fresh", "new_empty"}
@@ -63,31 +64,42 @@ class Launches(TorchDispatchMode):
 
 
 def launches(
-    make: Callable[[], nn.Module], call: Call, *, dtype: torch.dtype | None = torch.bfloat16, backward: bool = False
+    make: Callable[[], nn.Module],
+    call: Call,
+    *,
+    dtype: torch.dtype | None = torch.bfloat16,
+    backward: bool = False,
+    nested: bool = True,
 ) -> Launches:
     """What a call launches, without gradients, or, with `backward`, with its backward pass.
 
     PyTorch's autograd asks for a real GPU, and so the tensors of a backward pass are fake ones of the CPU: operations
-    are those of the implementation that is chosen there, and copies from the host are not seen.
+    are those of the implementation that is chosen there, and copies from the host are not seen. Where no backward of
+    ours calls autograd itself (`nested=False`), an engine of the tests' own runs it on a fake GPU.
 
     Args:
         make: makes the module, on the CPU, where it may compute what it likes.
         call: makes inputs on the device it is given and runs the module.
         dtype: of the parameters; None as they come.
         backward: whether gradients are taken of the outputs.
+        nested: whether a backward pass may call autograd.
 
     Raises:
         DataDependentOutputException, DynamicOutputShapeException: a value is read back, as by `.item()`, or decides a
             shape, as with `nonzero` or a boolean index: the host would wait for the GPU.
     """
-    module, device = make(), torch.device("cpu" if backward else "cuda")
+    module, device = make(), torch.device("cpu" if backward and nested else "cuda")
     with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         replace_by_fakes(module, device, dtype)
         with torch.set_grad_enabled(backward), Launches() as found, fused_attention():
-            outputs = call(module, device)
-            if backward:
-                _backward(outputs)
+            if backward and not nested:
+                run_backward(lambda: _learned(call(module, device)))
+            elif backward:
+                learned = _learned(call(module, device))
+                torch.autograd.backward(learned, [torch.empty_like(value) for value in learned])
+            else:
+                call(module, device)
     return found
 
 
@@ -101,9 +113,8 @@ def replace_by_fakes(module: nn.Module, device: torch.device, dtype: torch.dtype
                     held[name] = nn.Parameter(fake, tensor.requires_grad) if held is part._parameters else fake
 
 
-def _backward(outputs: Any) -> None:
-    learned = [value for value in tree_leaves(outputs) if isinstance(value, Tensor) and value.requires_grad]
-    torch.autograd.backward(learned, [torch.empty_like(value) for value in learned])
+def _learned(outputs: Any) -> list[Tensor]:
+    return [value for value in tree_leaves(outputs) if isinstance(value, Tensor) and value.requires_grad]
 
 
 def _devices(values: Any, *, scalars: bool = True) -> set[str]:

@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from narrows.errors import InvalidArgument, InvalidType
 from narrows.layers.soft_moe import DynamicSlotsSoftMoE, ExpertList, SoftMoE, StackedExperts, make_experts
 from narrows.models import create_model, load_model
+from tests.launches import launches
 from tests.support import assert_close, gradients
 
 DIM = 16
@@ -458,6 +460,32 @@ def test_a_folder_of_a_model_saved_by_an_older_release_opens(tmp_path: Path) -> 
     opened = load_model(tmp_path)
     for name, value in opened.state_dict().items():
         assert torch.equal(value, model.state_dict()[name]), name
+
+
+# On a GPU.
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "forward", "training"),
+    [
+        (lambda: SoftMoE(768, num_experts=128, slots_per_expert=2, normalization="rms"), (64, 256, 768), 20, 162),
+        (lambda: SoftMoE(768, num_experts=128, slots_per_expert=2), (64, 256, 768), 21, 167),
+        (lambda: SoftMoE(768, num_experts=128, slots_per_expert=2), (1, 256, 768), 15, 49),
+        (lambda: DynamicSlotsSoftMoE(384, num_experts=28, normalization="rms"), (64, 196, 384), 22, 39),
+        (lambda: DynamicSlotsSoftMoE(384, num_experts=28), (64, 196, 384), 23, 44),
+        (lambda: DynamicSlotsSoftMoE(64, num_experts=4), (1, 4096, 64), 14, 38),
+    ],
+    ids=["fixed rms", "fixed", "one sample", "dynamic rms", "dynamic", "many tokens"],
+)
+def test_launches_of_a_step(layer: Callable[[], Layer], shape: tuple[int, ...], forward: int, training: int) -> None:
+    def call(module: nn.Module, device: torch.device) -> Tensor:
+        return module(torch.empty(shape, device=device, dtype=torch.bfloat16, requires_grad=True))
+
+    with torch.device("meta"):
+        module = layer()
+    found = [launches(lambda: module, call, backward=backward, nested=False) for backward in (False, True)]
+    assert [count.total for count in found] == [forward, training]
+    assert not any(count.copies or count.waits for count in found)
 
 
 # What soft-moe-pytorch gets wrong.

@@ -31,7 +31,7 @@ STACKED = ("gelu", "geglu")
 
 
 def _as_rows(slots: Tensor) -> Tensor:
-    """Slots `[B, E, P, D]` as rows `[E, B * P, D]`: a view of slots in the order of `_SoftMixture`."""
+    """Slots `[B, E, P, D]` as rows `[E, B * P, D]`: a view where memory has the order `[B, P, E, D]`."""
     return slots.transpose(0, 1).flatten(1, 2)
 
 
@@ -198,8 +198,7 @@ class ScaledRMSNorm(nn.Module):
         self, dim: int, *, eps: float, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
-        self.eps = eps
-        self.dim = dim
+        self.dim, self.eps = dim, eps
         self.scale = nn.Parameter(torch.ones((), device=device, dtype=dtype))
 
     def reset_parameters(self) -> None:
@@ -251,12 +250,15 @@ class _Keys(NamedTuple):
 
 
 class _SoftMixture(nn.Module):
-    """What both layers share: norms, experts, and tokens or images in and out."""
+    """What both layers share: norms, experts, and tokens or images in and out.
+
+    Inside, slots lie position by position, `[B, P * E, D]`: in that order the rows of all experts are views of them,
+    `[E, B * P, D]`, and nothing is copied on the way to the experts and back. What users see is expert by expert.
+    """
 
     def __init__(
         self,
         dim: int,
-        *,
         num_experts: int,
         experts: str | Callable[[int], nn.Module],
         expert_mult: float,
@@ -304,7 +306,7 @@ class _SoftMixture(nn.Module):
         return mixed.mT.unflatten(2, tokens.shape[2:]) if tokens.ndim == 4 else mixed
 
     def _slots(self, values: Tensor, mask: Tensor | None) -> Segments:
-        """Slot parameters `[..., P * E, D]`, the first slot of every expert, then the second, and which take part."""
+        """Slot parameters `[..., P * E, D]`, and which of them take part."""
         raise NotImplementedError
 
     def _keys(self, tokens: Tensor, mask: Tensor | None) -> _Keys:
@@ -324,7 +326,7 @@ class _SoftMixture(nn.Module):
         return self.experts(slots).transpose(1, 2).flatten(1, 2)
 
     def _expert_by_expert(self, weights: Tensor) -> Tensor:
-        """Weights `[B, N, P * E]` in the order `E * P`."""
+        """Weights `[B, N, P * E]` as `[B, N, E * P]`."""
         return weights.unflatten(-1, (-1, self.num_experts)).transpose(-1, -2).flatten(-2)
 
     def routing(
@@ -409,17 +411,7 @@ class SoftMoE(_SoftMixture):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(
-            dim,
-            num_experts=num_experts,
-            experts=experts,
-            expert_mult=expert_mult,
-            dropout=dropout,
-            normalization=normalization,
-            impl=impl,
-            device=device,
-            dtype=dtype,
-        )
+        super().__init__(dim, num_experts, experts, expert_mult, dropout, normalization, impl, device, dtype)
         check_positive(slots_per_expert=slots_per_expert)
         self.slots = nn.Parameter(torch.empty(num_experts, slots_per_expert, dim, device=device, dtype=dtype))
         self._draw()
@@ -499,17 +491,7 @@ class DynamicSlotsSoftMoE(_SoftMixture):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(
-            dim,
-            num_experts=num_experts,
-            experts=experts,
-            expert_mult=expert_mult,
-            dropout=dropout,
-            normalization=normalization,
-            impl=impl,
-            device=device,
-            dtype=dtype,
-        )
+        super().__init__(dim, num_experts, experts, expert_mult, dropout, normalization, impl, device, dtype)
         if slots_per_expert is not None:
             check_positive(slots_per_expert=slots_per_expert)
             if capacity_factor is not None:

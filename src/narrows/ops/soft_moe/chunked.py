@@ -1,8 +1,9 @@
 """Soft mixture of experts in memory linear in N and in S: nothing of size N x S is ever kept.
 
 Dispatch is attention of the slots over the tokens, combine attention of the tokens over the slots. Forward is PyTorch's
-fused attention. Backward recomputes the weights of D queries at a time, whose logits take as much memory as the keys:
-PyTorch's own has no fused kernel for every width and dtype, and keeps N x S where it has none.
+fused attention, and so is backward on a GPU, in the widths and dtypes that all its kernels take: a derivative of first
+order. Everywhere else backward recomputes the weights of D queries at a time, whose logits take as much memory as the
+keys: PyTorch has no fused kernel there, and would keep N x S.
 """
 
 from collections.abc import Callable
@@ -54,10 +55,14 @@ def _fused(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -
     return attention(queries[:, None], keys[:, None], values[:, None], mask, scale=1.0)[:, 0]
 
 
+def _is_fused_both_ways(queries: Tensor) -> bool:
+    return queries.is_cuda and queries.dtype != torch.float64 and queries.shape[2] % 8 == 0
+
+
 def _attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
     if mask is not None:  # A sample without any key reads all of them evenly; the caller clears what it gets.
         mask = mask | ~mask.any(-1, keepdim=True)
-    if is_transformed(queries, keys, values):
+    if is_transformed(queries, keys, values) or _is_fused_both_ways(queries):
         return _fused(queries, keys, values, mask)
     result = _Attention.apply(queries, keys, values, mask)
     assert isinstance(result, Tensor)

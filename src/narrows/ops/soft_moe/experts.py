@@ -15,8 +15,8 @@ from torch import Tensor
 
 from narrows.precision import accumulation_dtype, autocast_off, compute_dtype, is_transformed
 
-# Below this the allocator of a GPU gives no smaller blocks back, and launches cost more than memory.
-SMALL = 2 * 2**20
+# Bytes: blocks up to this size share a segment in PyTorch's allocator on a GPU; holding less costs launches alone.
+SMALL = 2**20
 
 _gelu_into, _gelu_backward_into = torch.ops.aten.gelu.out, torch.ops.aten.gelu_backward.grad_input
 
@@ -88,17 +88,20 @@ def stacked_feed_forward(
 
 
 def _keeps_rows_only(rows: Tensor, weight_in: Tensor) -> bool:
-    return rows.is_cuda and rows.shape[1] <= rows.shape[2] and not _is_small(rows, weight_in)
+    few = rows.shape[1] <= rows.shape[2]
+    return rows.is_cuda and few and rows.shape[0] * _bytes_of_an_expert(rows, weight_in) > SMALL
 
 
-def _is_small(rows: Tensor, weight_in: Tensor) -> bool:
-    return rows.shape[0] * rows.shape[1] * weight_in.shape[1] * rows.element_size() <= SMALL
+def _bytes_of_an_expert(rows: Tensor, weight_in: Tensor) -> int:
+    """Memory of the hidden values of one expert."""
+    return rows.shape[1] * weight_in.shape[1] * rows.element_size()
 
 
 def _groups(rows: Tensor, weight_in: Tensor, share: int) -> Iterator[slice]:
-    """Experts in groups whose hidden values take `1 / share` of the memory of all rows; one group if it is small."""
+    """Experts in groups whose hidden values take `1 / share` of the memory of all rows, or little memory."""
     num_experts, features, dim = weight_in.shape
-    size = num_experts if _is_small(rows, weight_in) else math.ceil(num_experts * dim / (share * features))
+    little = SMALL // max(1, _bytes_of_an_expert(rows, weight_in))
+    size = max(little, math.ceil(num_experts * dim / (share * features)))
     return (slice(start, start + size) for start in range(0, num_experts, size))
 
 
