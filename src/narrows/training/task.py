@@ -1,11 +1,12 @@
 """What every task shares: a model, how it is optimised, how it is spread over devices."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import Callback, LambdaCallback
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -16,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from narrows.data.positions import keys
 from narrows.errors import Diverged, InvalidArgument
 from narrows.training import resume
+from narrows.training.by_sample import DrawnBySample
 
 LOOK_EVERY = 20
 """Steps after which a loss that is no number is noticed on a GPU, and where there are several processes."""
@@ -24,8 +26,10 @@ LOOK_EVERY = 20
 class Task(LightningModule):
     """Base class: trains `model` with AdamW; the learning rate warms up linearly and falls to 0 along a cosine.
 
-    What is drawn at random in a step (dropout, stochastic depth, mixing) is a pure function of (seed, step, process),
-    so that a resumed run draws what the unbroken one would have drawn. A subclass implements the steps of Lightning.
+    What is drawn at random in a step is a pure function of the seed and the step, so that a resumed run draws what the
+    unbroken one would have drawn. Initial slots, Gumbel noise and stochastic depth are drawn for each sample alone
+    (`DrawnBySample`), so that several processes draw what one does; dropout and mixing for each process. Evaluation
+    draws the same in every epoch. A subclass implements the steps of Lightning.
 
     Args:
         model: what is trained.
@@ -47,6 +51,7 @@ class Task(LightningModule):
         super().__init__()
         self.model = model
         self.learning_rate, self.weight_decay, self.warmup, self.betas = learning_rate, weight_decay, warmup, betas
+        self._drawn = DrawnBySample(nn.Module())
         self._seed: int | None = None
         self._validated: tuple[int, int] | None = None
         self._changing: int | None = None
@@ -72,6 +77,31 @@ class Task(LightningModule):
             torch.default_generator.manual_seed(seed)
         else:
             torch.manual_seed(seed)
+        self._begin_drawing(batch, (self._seed, 0, self.trainer.current_epoch, batch_idx))
+
+    def setup(self, stage: str) -> None:
+        """Draw random numbers of the model sample by sample."""
+        self._drawn = DrawnBySample(self.model)
+
+    def teardown(self, stage: str) -> None:
+        """Leave the model as it was."""
+        self._drawn.remove()
+
+    def configure_callbacks(self) -> Sequence[Callback]:
+        """One that leaves the model as it was after an exception too: then nothing is torn down."""
+        return [LambdaCallback(on_exception=lambda *_: self._drawn.remove())]
+
+    def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Draw what the model draws for these samples: the same in every validation."""
+        self._begin_drawing(batch, (0, 1, dataloader_idx, batch_idx))
+
+    on_test_batch_start = on_predict_batch_start = on_validation_batch_start
+
+    def _begin_drawing(self, batch: Any, key: Sequence[int]) -> None:
+        samples = next((part for part in (batch.values() if isinstance(batch, Mapping) else batch)), None)
+        if isinstance(samples, Tensor):
+            trainer = self.trainer
+            self._drawn.begin(key, len(samples), process=trainer.global_rank, processes=trainer.world_size)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Note that parameters change now: until the batch is done, a checkpoint would hold half a step."""
