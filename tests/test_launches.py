@@ -20,6 +20,9 @@ from tests.launches import Call, launches
 from tests.layers.every_layer import every_implementation
 from tests.layers.every_layer import inputs as inputs_of
 
+# Shape checks would take as long again, and nothing is computed.
+pytestmark = pytest.mark.compiled
+
 Make = Callable[[], nn.Module]
 
 

@@ -58,10 +58,10 @@ def precision_lost(contest: Contest, exact: Result | None) -> str:
         exact: the result in float32. Errors, as root mean squares over a tensor, may be twice the rival's, and one
             rounding more. None where there is no telling: outputs then have to be finite.
     """
-    ours = result_of(contest, contest.narrows)
     if exact is None:
-        return "" if torch.isfinite(ours.output).all() else "output is not finite"
-    theirs = result_of(contest, contest.rival)
+        with torch.no_grad():  # a network too large to train is raced too
+            return "" if torch.isfinite(contest.call(contest.narrows)).all() else "output is not finite"
+    ours, theirs = result_of(contest, contest.narrows), result_of(contest, contest.rival)
     for name, our, their, right in zip(
         ("output", *(f"gradient of input {index}" for index in range(len(contest.inputs)))),
         (ours.output, *ours.gradients),
