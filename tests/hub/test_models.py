@@ -7,7 +7,7 @@ import huggingface_hub.constants
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import narrows
 from narrows.errors import InvalidArgument, NarrowsError
@@ -173,6 +173,24 @@ def test_transformers_without_classes_gives_features(tmp_path: Path) -> None:
 def test_what_cannot_be_opened_says_what_to_do(name: str, message: str) -> None:
     with pytest.raises(NarrowsError, match=message):
         open_model(name)
+
+
+def test_a_model_of_transformers_has_all_of_its_weights(tmp_path: Path) -> None:
+    folder = save_transformers(tmp_path / "classifier")
+    weights = load_file(f"{folder}/model.safetensors")
+    weights["vit.layernorm.wieght"] = weights.pop("vit.layernorm.weight")
+    save_file(weights, f"{folder}/model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        InvalidArgument, match=r"all weights of a ViTForImageClassification, got .* without vit.layernorm.w"
+    ):
+        open_model(f"hf:{folder}")
+    folder = save_transformers(tmp_path / "features", classifies=False)
+    weights = load_file(f"{folder}/model.safetensors")
+    save_file({n: v for n, v in weights.items() if "pooler" not in n}, f"{folder}/model.safetensors", {"format": "pt"})
+    opened = open_model(f"hf:{folder}")
+    assert opened.notes == ("The saved weights have no pooler: features are those of the first token",)
+    images = torch.randn(1, 3, 32, 32)
+    assert torch.equal(opened.outputs(images), opened.module(images).last_hidden_state[:, 0])
 
 
 def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:

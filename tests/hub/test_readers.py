@@ -3,6 +3,7 @@ import json
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file, save_file
 
 from narrows.data.documents import END_OF_CHUNK, IMAGE, Document
 from narrows.data.images import MEAN_AND_STD
@@ -19,6 +20,7 @@ from narrows.hub.readers import (
     read_pictures,
 )
 from narrows.models import create_model
+from narrows.weights import CHECKSUM
 from tests.data.folders import write_image
 from tests.hub.flamingo_parts import ENCODER, TOKENIZER, open_gates, save_parts, small_encoder, small_task
 from tests.support import assert_close
@@ -178,9 +180,41 @@ def test_an_encoder_that_was_saved_with_the_old_spelling_opens(reader, tmp_path,
     language_model, _ = save_parts(tmp_path)
     reader.save(tmp_path / "model")
     written = json.loads((tmp_path / "model" / "reader.json").read_text())
+    del written[CHECKSUM]  # earlier versions wrote none
     assert written["vision_encoder"] == ""
     (tmp_path / "model" / "reader.json").write_text(json.dumps(written | {"vision_encoder": "timm/some"}))
     asked = []
     monkeypatch.setattr(readers, "open_vision_encoder", lambda name: asked.append(name) or small_encoder())
     open_reader(language_model, tmp_path / "model")
     assert asked == ["timm:some"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_token": "<img>"}, r"reader.json: expected the configuration that was written .*checksum differs"),
+        ({"image_tokens": "<img>", CHECKSUM: None}, r"reader.json: expected keys among .*got 'image_tokens'"),
+        ({"new_tokens": 5, CHECKSUM: None}, r"reader.json: new_tokens: expected list, got 5"),
+    ],
+)
+def test_a_reader_that_was_changed_is_named(reader, tmp_path, changes, message):
+    language_model, _ = save_parts(tmp_path)
+    reader.save(tmp_path / "model")
+    file = tmp_path / "model" / "reader.json"
+    written = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({key: value for key, value in written.items() if value is not None}))
+    with pytest.raises(InvalidArgument, match=message):
+        open_reader(language_model, tmp_path / "model")
+
+
+def test_a_language_model_without_some_of_its_weights_is_not_opened(tmp_path):
+    folder, _ = save_parts(tmp_path)
+    weights = load_file(f"{folder}/model.safetensors")
+    lost = sorted(weights)[0]
+    save_file(
+        {name: value for name, value in weights.items() if name != lost},
+        f"{folder}/model.safetensors",
+        {"format": "pt"},
+    )
+    with pytest.raises(InvalidArgument, match=r"language_model: expected all weights of it, got '.*' without"):
+        open_language_model(folder)

@@ -68,7 +68,7 @@ class LoadedModel:
         return len(self.mean)
 
     def outputs(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B width"]:
-        """Logits or pooled features.
+        """Logits or pooled features; of a model whose pooler was not saved the first token.
 
         Raises:
             InvalidArgument: the model gives neither.
@@ -77,6 +77,8 @@ class LoadedModel:
         for found in (answer, getattr(answer, "logits", None), getattr(answer, "pooler_output", None)):
             if isinstance(found, Tensor):
                 return found
+        if getattr(self.module, "pooler", self) is None:
+            return answer.last_hidden_state[:, 0]
         raise InvalidArgument(
             "model", expected="a model that gives logits or pooled features", got=type(answer).__name__
         )
@@ -362,7 +364,7 @@ def _open_transformers(name: str, checkpoint: Checkpoint | None, arguments: Mapp
     classifies = kind is AutoModelForImageClassification
     notes: tuple[str, ...] = ()
     if checkpoint is None:
-        model = _read(name, kind)
+        model, notes = _read_model(name, kind)
     else:
 
         def build(classes: int | None) -> nn.Module:
@@ -399,10 +401,23 @@ def _prepare(processor: Any, image: "Image.Image") -> Tensor:
     return processor(images=image, return_tensors="pt")["pixel_values"][0]
 
 
-def _read(name: str, kind: Any) -> Any:
+def _read_model(name: str, kind: Any) -> tuple[Any, tuple[str, ...]]:
+    """A model with all of its weights: transformers draws what is missing at random, and only warns."""
+    model, report = _read(name, kind, output_loading_info=True)
+    missing = sorted(report["missing_keys"])
+    if missing and all("pooler." in key for key in missing):
+        model, _ = _read(name, kind, output_loading_info=True, add_pooling_layer=False)
+        return model, ("The saved weights have no pooler: features are those of the first token",)
+    if missing:
+        got = f"{f'hf:{name}'!r} without {', '.join(missing[:4])}" + (" and more" if len(missing) > 4 else "")
+        raise InvalidArgument("model", expected=f"all weights of a {type(model).__name__}", got=got)
+    return model, ()
+
+
+def _read(name: str, kind: Any, **options: Any) -> Any:
     local = Path(name).is_dir()
     try:
-        return kind.from_pretrained(name, local_files_only=local, trust_remote_code=False)
+        return kind.from_pretrained(name, local_files_only=local, trust_remote_code=False, **options)
     except Exception as error:  # the hub, the network, the disk and transformers fail in ways of their own
         reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         if local:

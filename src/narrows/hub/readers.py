@@ -1,15 +1,13 @@
 """Language models that read images, by the names of their parts: text and pictures in, text out."""
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from narrows.adapters.flamingo import Flamingo
@@ -21,6 +19,7 @@ from narrows.errors import InvalidArgument, MissingExtra
 from narrows.files import replacing_folder, write_text
 from narrows.hub.models import LoadedModel, open_model
 from narrows.models import ImageClassifier
+from narrows.weights import config_text, misfits, read_config, write_safetensors
 
 FORMAT_FILE = "reader.json"
 ENCODER_FOLDER = "vision_encoder"
@@ -87,13 +86,18 @@ def open_language_model(name: str | Path) -> tuple[nn.Module, Any]:
     try:
         with without_bars():
             tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
-            model: Any = AutoModelForCausalLM.from_pretrained(place, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(place, trust_remote_code=False, output_loading_info=True)
+            model, report = loaded
+    except Exception as error:  # the hub, the network, the disk and transformers fail in ways of their own
         raise InvalidArgument(
             "language_model",
             expected="a folder or a hub name of a causal language model with its tokenizer",
-            got=f"{str(name)!r}: {str(error).splitlines()[0]}",
+            got=f"{str(name)!r}: {(str(error) or type(error).__name__).splitlines()[0][:300]}",
         ) from error
+    if missing := sorted(report["missing_keys"]):  # transformers draws them at random, and only warns
+        raise InvalidArgument(
+            "language_model", expected="all weights of it", got=f"{str(name)!r} without {', '.join(missing[:4])}"
+        )
     return model.eval(), tokenizer
 
 
@@ -153,7 +157,13 @@ class TokenRows:
 
     @torch.no_grad()
     def load_state_dict(self, rows: dict[str, Tensor]) -> None:
-        """Put the rows that `state_dict` gave in their place."""
+        """Put the rows that `state_dict` gave in their place.
+
+        Raises:
+            InvalidArgument: rows of other tokens or of another width.
+        """
+        if wrong := misfits(self.state_dict(), rows, {}):
+            raise InvalidArgument("new_tokens", expected="rows of these embeddings", got=", ".join(wrong))
         for index, weight in enumerate(self.weights):
             weight[self.ids] = rows[f"embeddings.{index}"].to(weight)
 
@@ -255,13 +265,13 @@ class Reader:
         self.model.save_pretrained(folder)
         if self.format.new_tokens:
             rows = TokenRows(self.model.language_model, self.tokenizer, self.format.new_tokens)
-            save_file(rows.state_dict(), folder / ROWS_FILE)
+            write_safetensors(rows.state_dict(), folder / ROWS_FILE)
         encoder, name = self.encoder.module, self.encoder.loaded.name
         if isinstance(encoder, ImageClassifier):
             encoder.save_pretrained(folder / ENCODER_FOLDER)
             name = ""
         written = replace(self.format, vision_encoder=name)
-        write_text(folder / FORMAT_FILE, json.dumps(asdict(written), indent=2) + "\n")
+        write_text(folder / FORMAT_FILE, config_text(asdict(written)))
 
 
 def open_reader(language_model: str | Path, checkpoint: str | Path) -> Reader:
@@ -279,7 +289,11 @@ def open_reader(language_model: str | Path, checkpoint: str | Path) -> Reader:
         raise InvalidArgument(
             "checkpoint", expected=f"a folder with {FORMAT_FILE}, the 'model' of a run", got=repr(str(checkpoint))
         )
-    written = ReaderFormat(**json.loads(file.read_text(encoding="utf-8")))
+    entries = read_config(file, [each.name for each in fields(ReaderFormat)], argument=FORMAT_FILE)
+    kinds = {each.name: list if each.name == "new_tokens" else str for each in fields(ReaderFormat)}
+    if wrong := [key for key, value in entries.items() if not isinstance(value, kinds[key])]:
+        raise InvalidArgument(f"{FORMAT_FILE}: {wrong[0]}", expected=kinds[wrong[0]].__name__, got=entries[wrong[0]])
+    written = ReaderFormat(**entries)
     name = written.vision_encoder
     if name.startswith("timm/"):  # as earlier versions wrote it
         name = name.replace("/", ":", 1)

@@ -346,6 +346,8 @@ def _write_report(result: ReductionResult) -> None:
         f"What token reduction costs and keeps: {result.untouched.model.name}",
         f"{result.tokens} tokens an image; {len(images):,} images ({images.rule})",
     )
+    if result.untouched.model.notes:
+        report.paragraph(" ".join(f"{note}." for note in result.untouched.model.notes))
     agreement = (
         "Agreement is the share of images that get the same class as from the untouched model."
         if result.classifies

@@ -239,6 +239,8 @@ class Flamingo(
         """Constructor arguments given here override saved ones."""
         if config is None or config.get("architecture") != cls.__name__:
             raise InvalidArgument("path", expected="what save_pretrained of a Flamingo wrote", got=model_id)
+        if lacking := [key for key in ("made_for", "policy", "arguments") if key not in config]:
+            raise InvalidArgument("config.json", expected=f"an entry {lacking[0]!r}", got=f"none in {model_id}")
         check_made_for(find_host(language_model).model, config["made_for"], model_id)
         if config["policy"] is not None:
             arguments = {"attend": decode_policy(config["policy"])} | arguments
