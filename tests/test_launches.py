@@ -58,6 +58,13 @@ def reads_its_last_medium(module: nn.Module, device: torch.device) -> Tensor:
     return module(text, media, media_locations=locations)
 
 
+def hooked_slot_attention() -> nn.Module:
+    """What no kernel may take: its modules are called, as LoRA, hooks and quantised weights need it."""
+    layer = from_upstream(slot_attention.SlotAttention(7, 256))
+    layer.mlp.register_forward_hook(lambda *_: None)
+    return layer
+
+
 def ats_classifier() -> nn.Module:
     return ats_vit.ViT(
         image_size=224,
@@ -95,6 +102,9 @@ TABLE = {
         6,
         61,
         dtype=torch.float32,
+    ),
+    "SlotAttention, hooks": Row(
+        lambda: slot_attention.SlotAttention(7, 256), on(64, 1369, 256), 66, 61, ours=hooked_slot_attention
     ),
     "TwoWaySlotAttention": Row(lambda: slot_attention.SlotAttentionExperimental(16, 256), on(16, 4096, 256), 204, 143),
     "PerceiverResampler": Row(

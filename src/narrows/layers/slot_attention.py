@@ -222,10 +222,10 @@ class SlotAttention(nn.Module):
         """Which of "reference", "mixed", "absorbed" and "triton" `forward` takes for these arguments.
 
         "auto" takes "triton" for tokens on a CUDA device that its kernels can read (float32, bfloat16 or float16, D and
-        S to 1024, H * K to 64), where all modules are plain, but not under `torch.export`. It takes "absorbed" where
-        `norm_tokens`, `to_k` and `to_v` are plain and T * K * H <= D: for every two projections of width D that it
-        saves a token, it makes two products with D numbers of each slot and head, where "mixed" has E. Otherwise it
-        takes "mixed".
+        S to 1024, H * K to 64, H counted as a power of two), where all modules are plain, and otherwise "mixed", of
+        fewest launches. On other devices, and under `torch.export`, it takes "absorbed" where `norm_tokens`, `to_k` and
+        `to_v` are plain and T * K * H <= D: for every two projections of width D that it saves a token, it makes two
+        products with D numbers of each slot and head, where "mixed" has E. Otherwise it takes "mixed".
 
         Raises:
             ImplementationUnavailable: `impl="absorbed"` or `impl="triton"` cannot run; it says why.
@@ -233,15 +233,17 @@ class SlotAttention(nn.Module):
         check_choice("impl", self.impl, ("auto", *IMPLEMENTATIONS, "triton"))
         if self.impl in ("reference", "mixed"):
             return self.impl
-        if self.impl == "triton" or (tokens.is_cuda and self.impl == "auto" and not torch.compiler.is_exporting()):
-            reason = why_no_kernels() if self.impl == "triton" else None
+        on_gpu = self.impl == "auto" and tokens.is_cuda and not torch.compiler.is_exporting()
+        if self.impl == "triton" or on_gpu:
+            reason = None if on_gpu else why_no_kernels()
             reason = reason or self._why_not_triton(tokens, slots, num_slots)
             if reason is None:
                 return "triton"
-            if self.impl == "triton":
-                raise ImplementationUnavailable(
-                    f"SlotAttention: impl='triton' cannot run here: {reason}. Use impl='auto', or see `narrows info`."
-                )
+            if on_gpu:
+                return "mixed"
+            raise ImplementationUnavailable(
+                f"SlotAttention: impl='triton' cannot run here: {reason}. Use impl='auto', or see `narrows info`."
+            )
         reason = why_not_plain((("norm_tokens", self.norm_tokens),), kinds=(nn.LayerNorm,)) or why_not_plain(
             (("to_k", self.to_k), ("to_v", self.to_v)), kinds=(nn.Linear,)
         )
@@ -345,6 +347,7 @@ class SlotAttention(nn.Module):
                 mask=mask,
                 slot_mask=slot_mask,
                 scale=scale,
+                dtype=slots.dtype,
                 impl=impl,
                 **options,
             )

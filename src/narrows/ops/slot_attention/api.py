@@ -40,10 +40,13 @@ def _run_kernels(
     slot_mask: Bool[Tensor, "B K"] | None,
     joint_heads: bool,
     eps: float,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Float[Tensor, "B H K D"], Float[Tensor, "B H K N"]]:
     from narrows.ops.slot_attention import triton
 
-    return triton.read(keys[:, 0], queries, bias, mask, slot_mask, joint_heads=joint_heads, eps=eps)  # pyright: ignore[reportReturnType]
+    means, attention = triton.read(keys[:, 0], queries, bias, mask, slot_mask, joint_heads=joint_heads, eps=eps)
+    assert attention is not None
+    return means if dtype is None else means.to(dtype), attention
 
 
 IMPLEMENTATIONS: Mapping[str, Implementation] = MappingProxyType(
@@ -80,6 +83,7 @@ def slot_attention(
     scale: float | None = None,
     joint_heads: bool = False,
     eps: float = 1e-8,
+    dtype: torch.dtype | None = None,
     impl: str = "auto",
 ) -> SlotAttentionResult:
     r"""Let slots compete for tokens, and give each the weighted mean of what it won: lines 7 and 8 of Algorithm 1.
@@ -98,13 +102,15 @@ def slot_attention(
         joint_heads: one softmax over slots and heads together, rather than one per head.
         eps: added to the attention before it is averaged over tokens, positive: a slot that won nothing reads the plain
             mean.
+        dtype: of the means; float32, or float64 where an argument is, if None.
         impl: "reference" computes in float32 or better; "mixed" multiplies in the dtype of the keys, computes the
             softmax and all sums in float32 or better, and keeps for backward one `[B, H, K, N]`; "triton" does so in
             kernels that keep nothing of that size, for values that are the keys and for one derivative. "auto" takes
             "triton" for what it can read on a CUDA device, and "mixed" otherwise and under `torch.export`.
 
     Returns:
-        Both in float32, or in float64 where an argument is. A sample without any real token has read zeros.
+        The attention in float32, or in float64 where an argument is, and the means in `dtype`. A sample without any
+        real token has read zeros.
 
     Raises:
         InvalidArgument, InvalidType: an argument of the wrong shape, dtype or value.
@@ -136,7 +142,7 @@ def slot_attention(
             f"slot_attention: impl='triton' cannot run here: {reason}. Use impl='auto', or see `narrows info`."
         )
     return SlotAttentionResult(
-        *IMPLEMENTATIONS[impl].run(queries, bias, keys, values, mask, slot_mask, joint_heads, eps)
+        *IMPLEMENTATIONS[impl].run(queries, bias, keys, values, mask, slot_mask, joint_heads, eps, dtype)
     )
 
 

@@ -19,10 +19,11 @@ def slot_attention(
     slot_mask: Bool[Tensor, "B K"] | None,
     joint_heads: bool,
     eps: float,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Float[Tensor, "B H K V"], Float[Tensor, "B H K N"]]:
     """Products with tokens in the dtype of the keys, everything else in float32 or better. Twice differentiable."""
     with autocast_off(keys):
-        arguments = (queries, bias, keys, None if values is keys else values, mask, slot_mask, joint_heads, eps)
+        arguments = (queries, bias, keys, None if values is keys else values, mask, slot_mask, joint_heads, eps, dtype)
         run = _read if is_transformed(*(x for x in arguments[:4] if x is not None)) else _Read.apply
         return run(*arguments)  # pyright: ignore[reportReturnType]
 
@@ -43,7 +44,7 @@ class _Read(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        queries, bias, keys, values, mask, _, ctx.joint_heads, ctx.eps = inputs
+        queries, bias, keys, values, mask, _, ctx.joint_heads, ctx.eps, _ = inputs
         ctx.has_bias = bias is not None
         ctx.save_for_backward(queries, keys, values, mask, *output)
 
@@ -52,6 +53,7 @@ class _Read(torch.autograd.Function):
         grad_updates, grad_attention = gradients
         queries, keys, values, mask, updates, attention = ctx.saved_tensors
         weights, total = mean_weights(attention, mask, ctx.eps)
+        grad_updates, updates = grad_updates.to(attention.dtype), updates.to(attention.dtype)
         centred = _over_tokens(grad_updates, keys if values is None else values)
         centred = centred - (grad_updates * updates).sum(-1, keepdim=True)
         product = attention * (centred / total + grad_attention)
@@ -65,7 +67,7 @@ class _Read(torch.autograd.Function):
             grad_keys = _to_tokens(grad_logits, queries, keys) if ctx.needs_input_grad[2] else None
             grad_values = _to_tokens(weights, grad_updates, values) if ctx.needs_input_grad[3] else None
         grad_bias = grad_logits.sum(-1) if ctx.has_bias else None
-        return _from_tokens(grad_logits, keys), grad_bias, grad_keys, grad_values, None, None, None, None
+        return _from_tokens(grad_logits, keys), grad_bias, grad_keys, grad_values, None, None, None, None, None
 
 
 def _read(
@@ -77,32 +79,39 @@ def _read(
     slot_mask: Tensor | None,
     joint_heads: bool,
     eps: float,
+    dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
-    logits = _over_tokens(queries, keys)
+    logits = _products(queries, keys)
     if bias is not None:
-        logits = logits + bias[..., None]
+        logits = logits + bias[..., None]  # in float32, as the bias
     attention = softmax_over_slots(logits, mask, slot_mask, joint_heads=joint_heads)
     weights, _ = mean_weights(attention, mask, eps)
-    return _from_tokens(weights, keys if values is None else values), attention
+    return _from_tokens(weights, keys if values is None else values, dtype), attention
 
 
 def _over_tokens(rows: Float[Tensor, "B H K E"], tokens: Float[Tensor, "B G N E"]) -> Float[Tensor, "B H K N"]:
-    """The product of every row with every token."""
-    dtype = accumulation_dtype(rows, tokens)
-    return (_grouped(rows, tokens) @ tokens.mT).to(dtype).reshape(*rows.shape[:3], tokens.shape[2])
+    """The product of every row with every token, in float32 or better."""
+    return _products(rows, tokens).to(accumulation_dtype(rows, tokens))
 
 
-def _from_tokens(weights: Float[Tensor, "B H K N"], tokens: Float[Tensor, "B G N E"]) -> Float[Tensor, "B H K E"]:
-    """The sum of the tokens under each row of weights.
+def _products(rows: Float[Tensor, "B H K E"], tokens: Float[Tensor, "B G N E"]) -> Float[Tensor, "B H K N"]:
+    """The product of every row with every token, in the dtype of the tokens."""
+    return (_grouped(rows, tokens) @ tokens.mT).reshape(*rows.shape[:3], tokens.shape[2])
+
+
+def _from_tokens(
+    weights: Float[Tensor, "B H K N"], tokens: Float[Tensor, "B G N E"], dtype: torch.dtype | None = None
+) -> Float[Tensor, "B H K E"]:
+    """The sum of the tokens under each row of weights, in `dtype`, or that of the weights if None.
 
     A weight among 2**16 tokens is about 2**-16, where float16 has no more than a few bits; 2**6 times that is an
     ordinary number, and a mean of up to 2**10 still is one.
     """
     if tokens.dtype != torch.float16:
-        sums = (_grouped(weights, tokens) @ tokens).to(weights.dtype)
+        sums = _grouped(weights, tokens) @ tokens
     else:
         sums = (_grouped(weights * 64, tokens) @ tokens).to(weights.dtype) / 64
-    return sums.reshape(*weights.shape[:3], tokens.shape[3])
+    return sums.to(weights.dtype if dtype is None else dtype).reshape(*weights.shape[:3], tokens.shape[3])
 
 
 def _to_tokens(

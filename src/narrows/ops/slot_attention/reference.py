@@ -1,5 +1,6 @@
 """Slot attention as the paper writes it."""
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -16,13 +17,15 @@ def slot_attention(
     slot_mask: Bool[Tensor, "B K"] | None,
     joint_heads: bool,
     eps: float,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Float[Tensor, "B H K V"], Float[Tensor, "B H K N"]]:
     """The formula in float32 or better."""
     with autocast_off(keys):
-        dtype = accumulation_dtype(queries, keys, values)
-        logits = queries.to(dtype) @ keys.to(dtype).mT
+        wide = accumulation_dtype(queries, keys, values)
+        logits = queries.to(wide) @ keys.to(wide).mT
         if bias is not None:
             logits = logits + bias[..., None]
         attention = softmax_over_slots(logits, mask, slot_mask, joint_heads=joint_heads)
         weights, _ = mean_weights(attention, mask, eps)
-        return weights @ values.to(dtype), attention
+        updates = weights @ values.to(wide)
+        return updates if dtype is None else updates.to(dtype), attention
