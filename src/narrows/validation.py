@@ -182,6 +182,13 @@ def check_share(**values: float) -> None:
             raise InvalidArgument(name, expected="a share in [0, 1)", got=value)
 
 
+def check_not_negative(**values: float) -> None:
+    """Raise on the first of the named numbers that is below 0."""
+    for name, value in values.items():
+        if value < 0:
+            raise InvalidArgument(name, expected="a number of 0 or more", got=value)
+
+
 def check_generator(generator: torch.Generator | None) -> None:
     """Raise unless `generator` is None or a generator of torch's."""
     if generator is not None and not isinstance(generator, torch.Generator):

@@ -676,7 +676,5 @@ def test_a_call_names_what_does_not_fit() -> None:
         layer(torch.randn(2, DIM, 3, 3), torch.ones(2, 9, dtype=torch.bool))
     with pytest.raises(InvalidType, match=r"mask: expected a boolean tensor.*Use mask.bool\(\)"):
         layer(torch.randn(2, 5, DIM), torch.ones(2, 5))
-    with pytest.raises(
-        InvalidArgument, match=r"impl: expected 'auto' or one of \['chunked', 'reference', 'shared'\], got 'fast'"
-    ):
+    with pytest.raises(InvalidArgument, match=r"impl: expected one of \('auto', .*'chunked'.*\), got 'fast'"):
         SoftMoE(DIM, num_experts=2, impl="fast")(torch.randn(1, 2, DIM))

@@ -9,9 +9,16 @@ from torch import Tensor, nn
 from narrows.errors import InvalidArgument, InvalidType
 from narrows.layers.initialisation import reset_submodules
 from narrows.layers.perceiver_resampler import feed_forward
-from narrows.ops.media_attention import Attend, LastMedium, VisibleMedia, media_attention, media_attention_weights
+from narrows.ops.media_attention import (
+    IMPLEMENTATIONS,
+    Attend,
+    LastMedium,
+    VisibleMedia,
+    media_attention,
+    media_attention_weights,
+)
 from narrows.routing import Routing
-from narrows.validation import check_mask, check_positive, check_tokens, checked
+from narrows.validation import check_choice, check_mask, check_positive, check_tensor, check_tokens, checked
 
 LAST_MEDIUM = LastMedium()
 
@@ -85,6 +92,7 @@ class MaskedCrossAttention(nn.Module):
         media_dim = dim if media_dim is None else media_dim
         check_positive(dim=dim, media_dim=media_dim, heads=heads, head_dim=head_dim)
         check_attend(attend)
+        check_choice("impl", impl, ("auto", *IMPLEMENTATIONS))
         self.dim, self.media_dim, self.heads = dim, media_dim, heads
         self.attend, self.impl = attend, impl
         inner = heads * head_dim
@@ -308,6 +316,7 @@ def _of_latents(media_mask: Tensor | None, media: Tensor) -> Tensor | None:
     """A mask `[B, M]` of media, or `[B, M, N]` of their latents, as the latter."""
     if media_mask is None:
         return None
+    check_tensor("media_mask", media_mask, expected="None or a boolean tensor [B, M] or [B, M, N]")
     if media_mask.ndim == 2:
         check_mask("media_mask", media_mask, media.shape[:2], layout="[B, M]")
         media_mask = media_mask[..., None].expand(media.shape[:3])

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from narrows.errors import InvalidArgument
 from narrows.layers.initialisation import detached_under_no_grad, draw_, reset_submodules
-from narrows.validation import check_mask, check_positive, check_tokens
+from narrows.validation import check_generator, check_mask, check_positive, check_tokens
 
 
 class GaussianSlots(nn.Module):
@@ -155,6 +155,7 @@ def starting_slots(
     slot_mask: Bool[Tensor, "B K"] | None,
 ) -> Float[Tensor, "B K S"]:
     """The slots before the first iteration: given or drawn, with 0 in those that are masked."""
+    check_generator(generator)
     start: Tensor = initial_slots(batch, slots, num_slots, generator)
     if start.shape[0] != batch:
         raise InvalidArgument("slots", expected=f"as many samples as tokens, {batch}", got=start.shape[0])

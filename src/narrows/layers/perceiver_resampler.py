@@ -16,7 +16,15 @@ from narrows.ops.perceiver_resampler import (
     time_embeddings,
 )
 from narrows.routing import Routing
-from narrows.validation import check_choice, check_mask, check_positive, check_tokens, checked, why_not_plain
+from narrows.validation import (
+    check_choice,
+    check_mask,
+    check_positive,
+    check_tensor,
+    check_tokens,
+    checked,
+    why_not_plain,
+)
 
 
 class SquaredReLU(nn.Module):
@@ -342,6 +350,7 @@ class PerceiverResampler(nn.Module):
     def _tokens(self, media: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None, bool]:
         """Tokens of each medium with their time, `[B * M, F * N, D]`, their mask, and whether they are standardised."""
         layouts = {3: "[B, N, D]", 4: "[B, M, N, D]", 5: "[B, M, F, N, D]"}
+        check_tensor("media", media, expected=f"a tensor, one of {list(layouts.values())}")
         if media.ndim not in layouts:
             raise InvalidArgument("media", expected=f"one of {list(layouts.values())}", got=tuple(media.shape))
         layout = layouts[media.ndim]

@@ -1,6 +1,7 @@
 """Slot attention as a layer."""
 
 from functools import partial
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -8,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from narrows.errors import ImplementationUnavailable, InvalidArgument
+from narrows.errors import ImplementationUnavailable, InvalidArgument, InvalidType
 from narrows.layers.initial_slots import (
     GaussianSlots as GaussianSlots,
 )
@@ -32,7 +33,14 @@ from narrows.ops.slot_attention import (
 )
 from narrows.precision import at_least_float32, autocast_off, compute_dtype, is_transformed
 from narrows.routing import Routing
-from narrows.validation import as_tokens, check_choice, check_positive, checked, why_not_plain
+from narrows.validation import (
+    as_tokens,
+    check_choice,
+    check_not_negative,
+    check_positive,
+    checked,
+    why_not_plain,
+)
 
 IMPLEMENTATIONS = ("reference", "mixed", "absorbed")  # on any device; the one-way form has "triton", too
 
@@ -118,6 +126,8 @@ class SlotAttention(nn.Module):
         super().__init__()
         slot_dim = dim if slot_dim is None else slot_dim
         check_positive(dim=dim, num_iterations=num_iterations, slot_dim=slot_dim, heads=heads)
+        check_not_negative(eps=eps)
+        check_choice("impl", impl, ("auto", *IMPLEMENTATIONS, "triton"))
         dim, num_iterations, slot_dim, heads = int(dim), int(num_iterations), int(slot_dim), int(heads)
         if head_dim is None and slot_dim % heads:
             raise InvalidArgument(
@@ -450,6 +460,8 @@ def normalized(tokens: Float[Tensor, "B N D"], norm: nn.LayerNorm) -> Float[Tens
 
 def check_temperature(temperature: float) -> None:
     """Raise unless `temperature` is positive and finite."""
+    if isinstance(temperature, bool) or not isinstance(temperature, Real | torch.SymFloat):
+        raise InvalidType("temperature", expected="a positive number", got=repr(temperature))
     if not 0 < temperature < float("inf"):
         raise InvalidArgument("temperature", expected="a positive number", got=temperature)
 

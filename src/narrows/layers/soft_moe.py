@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from narrows.errors import InvalidArgument, InvalidType
 from narrows.layers.initialisation import detached_under_no_grad, draw_, reset_submodules
 from narrows.ops.soft_moe import (
+    IMPLEMENTATIONS,
     Segments,
     activation,
     combine_weights,
@@ -270,6 +271,7 @@ class _SoftMixture(nn.Module):
     ) -> None:
         super().__init__()
         check_positive(dim=dim, num_experts=num_experts)
+        check_choice("impl", impl, ("auto", *IMPLEMENTATIONS))
         self.dim, self.num_experts, self.normalization, self.impl = dim, num_experts, normalization, impl
         self.norm_tokens, self.norm_slots = _make_norms(normalization, dim, device=device, dtype=dtype)
         self.experts = make_experts(

@@ -26,7 +26,7 @@ from narrows.layers.slot_attention import (
 from narrows.ops.slot_attention import Cell, Reading, TokenUpdate, read_slots, slot_attention, update_tokens
 from narrows.precision import at_least_float32, autocast_off, compute_dtype, is_transformed
 from narrows.routing import Routing
-from narrows.validation import as_tokens, check_choice, check_positive, checked, why_not_plain
+from narrows.validation import as_tokens, check_choice, check_not_negative, check_positive, checked, why_not_plain
 
 
 class TwoWaySlotAttentionOutput(NamedTuple):
@@ -105,6 +105,8 @@ class TwoWaySlotAttention(nn.Module):
         super().__init__()
         slot_dim = dim if slot_dim is None else slot_dim
         check_positive(dim=dim, num_iterations=num_iterations, slot_dim=slot_dim)
+        check_not_negative(eps=eps)
+        check_choice("impl", impl, ("auto", *IMPLEMENTATIONS))
         dim, num_iterations, slot_dim = int(dim), int(num_iterations), int(slot_dim)
         check_choice("token_normalization", token_normalization, ("slots", "tokens"))
         self.dim, self.num_iterations, self.token_normalization = dim, num_iterations, token_normalization
@@ -218,8 +220,8 @@ class TwoWaySlotAttention(nn.Module):
         temperature: float,
     ) -> tuple[TwoWaySlotAttentionOutput, tuple[int, int] | None]:
         """Slots, tokens `[B, N, D]` and the slots' last attention; and the grid of an image."""
-        tokens_dtype = tokens.dtype
         tokens, mask, grid = as_tokens(tokens, mask, dim=self.dim)
+        tokens_dtype = tokens.dtype
         iterations = self.num_iterations if num_iterations is None else num_iterations
         check_positive(num_iterations=iterations)
         check_temperature(temperature)

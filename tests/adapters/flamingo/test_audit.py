@@ -269,7 +269,7 @@ def test_a_flamingo_passes_whatever_its_text_may_see(attend):
 
 @pytest.mark.parametrize("tolerance", [float("nan"), float("inf"), -1.0])
 def test_a_tolerance_that_no_change_exceeds_is_refused(tolerance):
-    with pytest.raises(InvalidArgument, match="tolerance: expected a finite number, 0 or more"):
+    with pytest.raises(InvalidArgument, match="tolerance: expected a finite number"):
         audit(Reader().double(), a_batch("..M..M."), media_token_id=MEDIA, tolerance=tolerance)
 
 

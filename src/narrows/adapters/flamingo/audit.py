@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from narrows.errors import InvalidArgument, InvalidType
 from narrows.measure import evaluating
 from narrows.routing import Routing
-from narrows.validation import check_choice, check_positive
+from narrows.validation import check_choice, check_positive, checked
 
 
 @dataclass(frozen=True)
@@ -213,6 +213,7 @@ class Audit:
         )
 
 
+@checked
 def audit(
     model: nn.Module,
     batch: Mapping[str, Any],

@@ -1,5 +1,6 @@
 """`Flamingo`: a language model that reads media, without a change to the language model."""
 
+import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from narrows.layers.perceiver_resampler import PerceiverResampler
 from narrows.models.base import SavedWhole
 from narrows.ops.media_attention import Attend, LastMedium
 from narrows.routing import Routing
-from narrows.validation import check_choice, checked
+from narrows.validation import check_choice, check_not_negative, checked
 
 LAST_MEDIUM = LastMedium()
 PLACEMENTS = ("before", "after")
@@ -96,6 +97,10 @@ class Flamingo(
     ) -> None:
         super().__init__()
         check_choice("placement", placement, PLACEMENTS)
+        if media_token_id is not None:
+            check_not_negative(media_token_id=media_token_id)
+        _check_options("resampler", resampler, PerceiverResampler)
+        _check_options("block", block, GatedCrossAttentionBlock)
         host = find_host(language_model)
         media_dim = width_of(vision_encoder) if media_dim is None else media_dim
         if media_dim is None:
@@ -292,6 +297,13 @@ class Flamingo(
         starts = None if whole or start else document_starts(kwargs.get("position_ids"), attention_mask)
         locations = locations.to(encoded.latents.device)
         return MediaCall(encoded.latents, encoded.counts, locations, start, starts, routings)
+
+
+def _check_options(name: str, options: Mapping[str, Any] | None, layer: type[nn.Module]) -> None:
+    known = list(inspect.signature(layer).parameters)
+    for option in options or {}:
+        if option not in known:
+            raise InvalidArgument(name, expected=f"arguments of {layer.__name__}: {', '.join(known)}", got=repr(option))
 
 
 # The paper's three sizes (Alayrac et al. 2022, tables 1 and 5), as arguments of `Flamingo`, each for a language

@@ -13,7 +13,7 @@ from narrows.adapters.token_reduction.methods import METHODS, Merging, Pruning, 
 from narrows.adapters.token_reduction.reduction import Reduction
 from narrows.adapters.token_reduction.targets import Budget, Target
 from narrows.errors import InvalidArgument, InvalidType
-from narrows.validation import check_choice
+from narrows.validation import check_choice, check_generator
 
 EXECUTIONS = ("auto", "static", "ragged")
 
@@ -53,6 +53,7 @@ def reduce_tokens(
     On any error the model is left as it was.
     """
     check_choice("execution", execution, EXECUTIONS)
+    check_generator(generator)
     chosen = _method(method)
     host = model if isinstance(model, HostModel) else recognise(model)
     outer = host.module if isinstance(model, HostModel) else model

@@ -11,6 +11,7 @@ from narrows.adapters.token_reduction.reduction import Reduction
 from narrows.errors import InvalidArgument, InvalidType
 from narrows.measure import compare_speed, evaluating, macs_per_sample
 from narrows.measure.cost import scaled
+from narrows.validation import check_tensor
 
 
 class Solution(NamedTuple):
@@ -63,6 +64,8 @@ class CostTarget(ABC):
             raise InvalidType(name, expected="a number", got=repr(goal))
         if not 0 < goal < float("inf"):
             raise InvalidArgument(name, expected="a finite number above 0", got=goal)
+        if images is not None:
+            check_tensor("images", images, expected="a batch [B, C, H, W] or None")
         if images is not None and (images.ndim != 4 or len(images) == 0):
             raise InvalidArgument("images", expected="a batch [B, C, H, W]", got=f"shape {tuple(images.shape)}")
         self.goal, self.images = goal, images
