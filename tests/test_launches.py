@@ -108,7 +108,7 @@ TABLE = {
     ),
     "TwoWaySlotAttention": Row(lambda: slot_attention.SlotAttentionExperimental(16, 256), on(16, 4096, 256), 204, 143),
     "PerceiverResampler": Row(
-        lambda: flamingo_pytorch.PerceiverResampler(dim=1024, depth=6), on(16, 4, 256, 1024), 99, 134
+        lambda: flamingo_pytorch.PerceiverResampler(dim=1024, depth=6), on(16, 4, 256, 1024), 87, 134
     ),
     "MaskedCrossAttention": Row(lambda: MaskedCrossAttention(dim=2048), reads_its_last_medium, 18, 26),
     "DynamicSlotsSoftMoE": Row(

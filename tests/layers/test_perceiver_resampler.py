@@ -5,11 +5,13 @@ from copy import deepcopy
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from flamingo_pytorch import PerceiverResampler as UpstreamResampler
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, relu
 
 from narrows.errors import ImplementationUnavailable, InvalidArgument, InvalidType
+from narrows.layers import perceiver_resampler
 from narrows.layers.perceiver_resampler import PerceiverResampler, SquaredReLU
 from narrows.measure import saved_for_backward
 from tests.cases import all_cases
@@ -289,6 +291,105 @@ def test_latents_of_a_medium_that_is_not_there_read_only_each_other(impl: str) -
     of_media, *of_parameters = gradients(latents, poisoned, *resampler.parameters())
     assert (of_media[~mask] == 0).all()
     assert all(torch.isfinite(gradient).all() for gradient in (of_media, *of_parameters))
+
+
+@pytest.fixture
+def in_one_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys and values of all layers are made as on a GPU."""
+    monkeypatch.setattr(perceiver_resampler, "_in_one_product", lambda tokens: True)
+
+
+@pytest.mark.usefixtures("in_one_product")
+@pytest.mark.parametrize("biased", [True, False], ids=["biased", "bare"])
+def test_one_product_for_all_layers_has_the_numbers_of_each(biased: bool) -> None:
+    resampler, reference, clips = build(), build(impl="reference"), draw(2, 3, 4, 5).requires_grad_()
+    for layer, other in zip(resampler.layers, reference.layers, strict=True):
+        layer.attn.to_kv = nn.Linear(16, 32, bias=biased, dtype=torch.float64)
+        layer.attn.norm_media = nn.LayerNorm(16, elementwise_affine=biased, dtype=torch.float64)
+        for parameter in layer.attn.norm_media.parameters():
+            nn.init.normal_(parameter)
+        other.attn = layer.attn
+    mask = torch.arange(5).expand(2, 3, 4, 5) < 3
+    assert resampler.implementation() == "folded"
+    assert_close(resampler(clips, mask), reference(clips, mask), 1e-12)
+    inputs, others = ((clips, *module.parameters()) for module in (resampler, reference))
+    for ours, theirs in zip(
+        gradients(resampler(clips, mask), *inputs), gradients(reference(clips, mask), *others), strict=True
+    ):
+        assert_close(ours, theirs, 1e-12)
+
+
+@pytest.mark.usefixtures("in_one_product")
+def test_one_product_can_be_transformed_and_cast() -> None:
+    resampler, media = build(), draw(2, 7)
+    expected = resampler(media)
+    assert_close(torch.func.vmap(resampler)(torch.stack((media, 2 * media)))[0], expected, 1e-12)
+    assert_close(torch.func.vmap(lambda x: x * resampler(media))(torch.ones(2, 1))[1], expected, 1e-12)
+    values = {name: parameter.detach() for name, parameter in resampler.named_parameters()}
+
+    def loss(values: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(resampler, values, (media,)).square().sum()
+
+    loss(dict(resampler.named_parameters())).backward()
+    for name, gradient in torch.func.grad(loss)(values).items():
+        assert_close(gradient, resampler.get_parameter(name).grad, 1e-9)
+
+    single = deepcopy(resampler).float()
+    single.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        single(media.float()).float().square().sum().backward()
+    for name, parameter in single.named_parameters():
+        true = resampler.get_parameter(name).grad
+        assert (parameter.grad - true).norm() <= 0.05 * true.norm() + 0.05, name
+
+
+@pytest.mark.compiled
+@pytest.mark.usefixtures("in_one_product")
+def test_one_product_is_one_graph_for_any_number_of_images_and_tokens() -> None:
+    resampler = build()
+    torch._dynamo.reset()
+    compiled = torch.compile(resampler, fullgraph=True, backend="aot_eager", dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for shape in [(2, 7), (3, 9), (5, 4)]:
+            media = draw(*shape).requires_grad_()
+            ours, theirs = (gradients(run(media), media, *resampler.parameters()) for run in (compiled, resampler))
+            for gradient, expected in zip(ours, theirs, strict=True):
+                assert_close(gradient, expected, 1e-10)
+
+
+def test_an_offloaded_resampler_has_a_routing() -> None:
+    """Its latents and time embeddings are on the device inside its forward only."""
+    resampler, clips = build(), draw(2, 3, 4, 5)
+    expected = resampler.routing(clips).weights
+    cpu_offload(resampler, execution_device=torch.device("cpu"))
+    assert resampler.latents.is_meta
+    assert_close(resampler.routing(clips).weights, expected, 1e-12)
+
+
+def test_layers_that_differ_in_shape_or_bias_are_called() -> None:
+    for change in (lambda attn: nn.Linear(16, 32, dtype=torch.float64), lambda attn: attn.to_kv.float()):
+        resampler = build()
+        resampler.layers[1].attn.to_kv = change(resampler.layers[1].attn)
+        assert resampler.implementation() == "fused"
+    resampler = build(impl="folded")
+    resampler.layers[0].attn.norm_media = nn.LayerNorm(16, bias=False, dtype=torch.float64)
+    with pytest.raises(ImplementationUnavailable, match="norm_media or to_kv differ between layers in shape, dtype or"):
+        resampler(draw(2, 7))
+
+
+@every_impl
+def test_norms_and_maps_may_have_no_parameters_but_a_weight(impl: str) -> None:
+    resampler, reference = build(impl=impl), build(impl="reference")
+    for changed in (resampler, reference):
+        for layer in changed.layers:
+            layer.attn.norm_media = nn.LayerNorm(16, elementwise_affine=False, dtype=torch.float64)
+    media = draw(2, 7).requires_grad_()
+    for ours, theirs in zip(
+        gradients(resampler(media), media, *resampler.parameters()),
+        gradients(reference(media), media, *reference.parameters()),
+        strict=True,
+    ):
+        assert_close(ours, theirs, 1e-10)
 
 
 def test_routing_is_what_the_last_layer_reads() -> None:

@@ -1,5 +1,6 @@
 """The Perceiver resampler: any number of media tokens in, a fixed number of latents out."""
 
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -15,6 +16,8 @@ from narrows.ops.perceiver_resampler import (
     perceiver_attention_weights,
     time_embeddings,
 )
+from narrows.ops.recomputation import checkpointed
+from narrows.precision import is_transformed
 from narrows.routing import Routing
 from narrows.validation import (
     check_choice,
@@ -101,54 +104,46 @@ class PerceiverAttention(nn.Module):
     def forward(
         self,
         latents: Float[Tensor, "B K D"],
-        media: Float[Tensor, "B N D"],
-        mask: Bool[Tensor, "B N"] | None = None,
+        media: Float[Tensor, "B N _"],
+        mask: Bool[Tensor, "B _"] | None = None,
         *,
-        standardised: bool = False,
+        projected: bool = False,
     ) -> Float[Tensor, "B K D"]:
         """What the latents read.
 
         Args:
             latents: x, `[B, K, D]`.
             media: $x_f$, `[B, N, D]`.
-            mask: `[B, N]`, True at real media tokens. Latents of a sample without any read only each other.
-            standardised: whether media tokens have mean 0 and variance 1 already. What `norm_media` would still do to
-                them, scale and shift, then goes into the weight of `to_kv`: both must be plain.
+            mask: `[B, N]`, True at real media tokens, or `[B, N + K]`, and at the latents. Latents of a sample without
+                any token read only each other.
+            projected: whether `media` are keys and values already, `[B, N, 2 H E]`, as `to_kv` makes them.
         """
-        query, key, value = self._project(latents, media, standardised)
+        query, key, value = self._project(latents, media, projected)
         read = perceiver_attention(query, key, value, mask=mask, impl=self.impl)
         return self.to_out(read.transpose(1, 2).flatten(2))
 
     def attention_weights(
         self,
         latents: Float[Tensor, "B K D"],
-        media: Float[Tensor, "B N D"],
-        mask: Bool[Tensor, "B N"] | None = None,
+        media: Float[Tensor, "B N _"],
+        mask: Bool[Tensor, "B _"] | None = None,
         *,
-        standardised: bool = False,
+        projected: bool = False,
     ) -> Float[Tensor, "B H K N"]:
         """The share of each media token in what a latent reads. Takes what `forward` takes."""
-        query, key, _ = self._project(latents, media, standardised)
+        query, key, _ = self._project(latents, media, projected)
         return perceiver_attention_weights(query, key, mask=mask)
 
-    def _project(self, latents: Tensor, media: Tensor, standardised: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, latents: Tensor, media: Tensor, projected: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Queries `[B, H, K, E]` of the latents, keys and values `[B, H, N + K, E]` of media tokens and latents."""
         latents = self.norm_latents(latents)
         query = self.to_q(latents).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        if standardised:
-            key_value = torch.cat((self._folded(media), self.to_kv(latents)), 1)
+        if projected:
+            key_value = torch.cat((media, self.to_kv(latents)), 1)
         else:
             key_value = self.to_kv(torch.cat((self.norm_media(media), latents), 1))
         key, value = key_value.unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
         return query, key, value
-
-    def _folded(self, media: Tensor) -> Tensor:
-        r"""Keys and values of standardised media: $(x \odot \gamma + \beta) W^\top = x (W \gamma)^\top + W \beta$."""
-        scale, shift = self.norm_media.weight, self.norm_media.bias
-        weight, bias = self.to_kv.weight, self.to_kv.bias
-        if shift is not None:
-            bias = weight @ shift if bias is None else bias + weight @ shift
-        return F.linear(media, weight if scale is None else weight * scale, bias)
 
 
 class PerceiverBlock(nn.Module):
@@ -177,13 +172,13 @@ class PerceiverBlock(nn.Module):
     def forward(
         self,
         latents: Float[Tensor, "B K D"],
-        media: Float[Tensor, "B N D"],
-        mask: Bool[Tensor, "B N"] | None = None,
+        media: Float[Tensor, "B N _"],
+        mask: Bool[Tensor, "B _"] | None = None,
         *,
-        standardised: bool = False,
+        projected: bool = False,
     ) -> Float[Tensor, "B K D"]:
         """Latents that have read media tokens. Takes what `PerceiverAttention.forward` takes."""
-        latents = latents + self.attn(latents, media, mask, standardised=standardised)
+        latents = latents + self.attn(latents, media, mask, projected=projected)
         return latents + self.ff(latents)
 
 
@@ -214,9 +209,9 @@ class PerceiverResampler(nn.Module):
         num_time_embeddings: how many time embeddings are learned. More frames than that interpolate them linearly.
         time_axis: what the embeddings count. "frames": the frames of a clip, an image being a clip of one frame
             (paper), so that a medium means the same wherever it stands. "media": the media of a sample (upstream).
-        impl: "reference", "fused", or "folded": the media are standardised once for all layers, and the scale and shift
-            of each layer's `norm_media` go into the weight of its `to_kv`, so that no layer keeps a normalised copy of
-            the media for backward. "auto" takes "folded" where both are plain in every layer, "fused" otherwise.
+        impl: "reference", "fused", or "folded": the media are standardised once for all layers, the scale and shift of
+            each layer's `norm_media` go into the weight of its `to_kv`, and one product makes the keys and values of
+            all layers. "auto" takes "folded" where both are plain in every layer, "fused" otherwise.
         device, dtype: where and in what precision parameters are made.
 
     Raises:
@@ -280,7 +275,11 @@ class PerceiverResampler(nn.Module):
             draw_(parameter, partial(nn.init.trunc_normal_, std=0.02))
 
     def forward(
-        self, media: Float[Tensor, "B *layout N D"], mask: Bool[Tensor, "B *layout N"] | None = None
+        self,
+        media: Float[Tensor, "B *layout N D"],
+        mask: Bool[Tensor, "B *layout N"] | None = None,
+        *,
+        on_weights: Callable[[Float[Tensor, "B H K N"]], object] | None = None,
     ) -> Float[Tensor, "B *medium K D"]:
         """Latents `[B, K, D]` or `[B, M, K, D]`.
 
@@ -288,11 +287,16 @@ class PerceiverResampler(nn.Module):
             media: in one of the three layouts above.
             mask: in the layout of media without D, True at real tokens; a frame or a medium that is not there has none.
                 Latents of a medium without any token read only each other: all such media give the same.
+            on_weights: called with the weights of the last layer, as `routing` gives them.
         """
-        tokens, readable, standardised = self._tokens(media, mask)
+        tokens, readable = self._tokens(media, mask)
+        folded = self.implementation() == "folded"
         latents = detached_under_no_grad(self.latents).expand(tokens.shape[0], -1, -1)
-        for layer in self.layers:
-            latents = layer(latents, tokens, readable, standardised=standardised)
+        for number, (layer, read) in enumerate(zip(self.layers, self._keys_values(tokens, folded), strict=True), 1):
+            assert isinstance(layer, PerceiverBlock)
+            if on_weights is not None and number == len(self.layers):
+                on_weights(layer.attn.attention_weights(latents, read, readable, projected=folded))
+            latents = layer(latents, read, readable, projected=folded)
         latents = self.norm(latents)
         return latents if media.ndim == 3 else latents.unflatten(0, media.shape[:2])
 
@@ -304,14 +308,9 @@ class PerceiverResampler(nn.Module):
         With M media each is a sample of the routing, `[B * M, H, K, F * N]`, medium m of sample b at b * M + m and its
         frames one after the other. A row sums to 1 less what the latents read of each other.
         """
-        tokens, readable, standardised = self._tokens(media, mask)
-        latents = detached_under_no_grad(self.latents).expand(tokens.shape[0], -1, -1)
-        *layers, last = self.layers
-        assert isinstance(last, PerceiverBlock)
-        for layer in layers:
-            latents = layer(latents, tokens, readable, standardised=standardised)
-        weights = last.attn.attention_weights(latents, tokens, readable, standardised=standardised)
-        return Routing(weights, "latents")
+        found: list[Tensor] = []
+        self(media, mask, on_weights=found.append)  # As a call, in which an offloaded layer has its parameters.
+        return Routing(found[0], "latents")
 
     def implementation(self) -> str:
         """Which implementation `forward` takes as the layer is now: "reference", "fused" or "folded".
@@ -332,7 +331,7 @@ class PerceiverResampler(nn.Module):
 
     def _why_not_folded(self) -> str | None:
         """What must be called as it is, or None where LayerNorms of the media may go into their projections."""
-        all_eps = []
+        all_eps, kinds = [], set()
         for number, layer in enumerate(self.layers):
             name = f"layers.{number}.attn"
             attention = getattr(layer, "attn", None)
@@ -345,10 +344,14 @@ class PerceiverResampler(nn.Module):
             if reason := why_not_plain(((f"{name}.norm_media", norm), (f"{name}.to_kv", to_kv))):
                 return reason
             all_eps.append(norm.eps)
-        return None if len(set(all_eps)) == 1 else f"the eps of norm_media differ between layers: {all_eps}"
+            tensors = (norm.weight, norm.bias, to_kv.weight, to_kv.bias)
+            kinds.add(tuple(None if tensor is None else (tensor.shape, tensor.dtype) for tensor in tensors))
+        if len(set(all_eps)) > 1:
+            return f"the eps of norm_media differ between layers: {all_eps}"
+        return None if len(kinds) == 1 else "norm_media or to_kv differ between layers in shape, dtype or bias"
 
-    def _tokens(self, media: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None, bool]:
-        """Tokens of each medium with their time, `[B * M, F * N, D]`, their mask, and whether they are standardised."""
+    def _tokens(self, media: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Tokens of each medium with their time, `[B * M, F * N, D]`, and the mask of them and of latents."""
         layouts = {3: "[B, N, D]", 4: "[B, M, N, D]", 5: "[B, M, F, N, D]"}
         check_tensor("media", media, expected=f"a tensor, one of {list(layouts.values())}")
         if media.ndim not in layouts:
@@ -361,14 +364,28 @@ class PerceiverResampler(nn.Module):
         clips = clips + self._time(clips, readable)
         if readable is not None:
             clips = clips.masked_fill(~readable[..., None], 0.0)
-            readable = readable.flatten(0, 1).flatten(1)
-        tokens = clips.flatten(0, 1).flatten(1, 2)
-        if self.implementation() != "folded":
-            return tokens, readable, False
-        # Every layer's LayerNorm of the media has the same statistics: they are taken here, once.
-        first = self.layers[0]
-        assert isinstance(first, PerceiverBlock)
-        return F.layer_norm(tokens, tokens.shape[-1:], eps=first.attn.norm_media.eps), readable, True
+            readable = F.pad(readable.flatten(0, 1).flatten(1), (0, len(self.latents)), value=True)
+        return clips.flatten(0, 1).flatten(1, 2), readable
+
+    def _keys_values(self, tokens: Float[Tensor, "B N D"], folded: bool) -> Iterator[Tensor]:
+        r"""What each layer reads: the tokens, or, folded, their keys and values in each layer, `[B, N, 2 H E]`.
+
+        Every layer's LayerNorm of the tokens has the same statistics, which are taken once, and what it does after
+        them goes into the weight: $(x \odot \gamma + \beta) W^\top = x (W \gamma)^\top + W \beta$.
+        """
+        layers: list[PerceiverAttention] = [layer.attn for layer in self.layers if isinstance(layer, PerceiverBlock)]
+        if not folded:
+            yield from [tokens] * len(self.layers)
+            return
+        standardised = F.layer_norm(tokens, tokens.shape[-1:], eps=layers[0].norm_media.eps)
+        if not _in_one_product(tokens):
+            for layer in layers:
+                yield F.linear(standardised, *_fold(*_affine([layer])))
+            return
+        # Folded weights are kept for backward in any case; what they are made of need not be.
+        fold = _fold if is_transformed(tokens) else partial(checkpointed, _fold)
+        projected = F.linear(standardised, *fold(*_affine(layers)))
+        yield from projected.unflatten(-1, (len(layers), -1)).unbind(-2)
 
     def _time(self, clips: Tensor, readable: Tensor | None) -> Tensor:
         """Time embeddings, to be added to clips `[B, M, F, N, D]`."""
@@ -384,3 +401,29 @@ class PerceiverResampler(nn.Module):
                 count = (real * torch.arange(1, steps + 1, device=clips.device)).amax(-1)
             embeddings = time_embeddings(self.time_embeddings, steps, count)
         return embeddings[..., None, :] if of_frames else embeddings[..., None, None, :]
+
+
+def _in_one_product(tokens: Tensor) -> bool:
+    """Whether one product makes the keys and values of all layers: it saves launches, and fits no cache of a CPU."""
+    return tokens.device.type != "cpu"
+
+
+def _affine(layers: Sequence[PerceiverAttention]) -> list[Tensor | None]:
+    """Of every layer W, then b, then scale, then shift."""
+    maps, norms = [layer.to_kv for layer in layers], [layer.norm_media for layer in layers]
+    return [getattr(part, name) for parts in (maps, norms) for name in ("weight", "bias") for part in parts]
+
+
+def _fold(*parameters: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Weight `[L O, D]` and bias `[L O]` of L maps after their LayerNorms, from what `_affine` gives."""
+    count, stacked = len(parameters) // 4, []
+    for start in range(0, 4 * count, count):
+        found = [parameter for parameter in parameters[start : start + count] if parameter is not None]
+        stacked.append(torch.stack(found) if len(found) > 1 else found[0][None] if found else None)
+    weight, bias, scale, shift = stacked
+    assert weight is not None
+    if shift is not None:
+        offset = (weight @ shift[..., None]).squeeze(-1)
+        bias = offset if bias is None else bias + offset
+    weight = weight if scale is None else weight * scale[:, None]
+    return weight.flatten(0, 1), None if bias is None else bias.flatten()

@@ -18,7 +18,7 @@ def perceiver_attention(
     key: Float[Tensor, "B H S E"],
     value: Float[Tensor, "B H S E"],
     *,
-    mask: Bool[Tensor, "B N"] | None = None,
+    mask: Bool[Tensor, "B _"] | None = None,
     impl: str = "auto",
 ) -> Float[Tensor, "B H K E"]:
     r"""Latents read the media tokens and each other: `attn(q=x, kv=concat[x_f, x])` of Flamingo, figure 5.
@@ -29,7 +29,8 @@ def perceiver_attention(
         query: $Q(x)$, `[B, H, K, E]`, of the K latents.
         key: $K([x_f; x])$, `[B, H, S, E]`, of the N media tokens and after them of the K latents: S = N + K.
         value: $V([x_f; x])$, as `key`.
-        mask: `[B, N]`, True at real media tokens. Latents of a sample without any read only each other.
+        mask: `[B, N]`, True at real media tokens, or `[B, S]`, and at the latents. Latents of a sample without any
+            token read only each other.
         impl: "auto" takes "fused".
 
     Raises:
@@ -46,7 +47,7 @@ def perceiver_attention_weights(
     query: Float[Tensor, "B H K E"],
     key: Float[Tensor, "B H S E"],
     *,
-    mask: Bool[Tensor, "B N"] | None = None,
+    mask: Bool[Tensor, "B _"] | None = None,
 ) -> Float[Tensor, "B H K N"]:
     """The share of each media token in what a latent reads. What a row lacks to 1 the latents read of each other."""
     weights = _weights(query, key, _readable(query, key, mask))
@@ -84,10 +85,13 @@ def _readable(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor | None:
             expected=f"shape [B, H, S, E] with B, H, E of query {tuple(query.shape)}, and S at least its K",
             got=tuple(key.shape),
         )
-    check_mask("mask", mask, (batch, length - num_latents))
     if mask is None:
         return None
-    return torch.cat((mask, mask.new_ones(batch, num_latents)), 1)[:, None, None]
+    if mask.shape[1:] != (length,):
+        check_mask("mask", mask, (batch, length - num_latents))
+        mask = torch.cat((mask, mask.new_ones(batch, num_latents)), 1)
+    check_mask("mask", mask, (batch, length), layout="[B, S]")
+    return mask[:, None, None]
 
 
 IMPLEMENTATIONS: Mapping[str, Implementation] = {

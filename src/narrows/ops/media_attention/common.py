@@ -1,16 +1,14 @@
-"""What several implementations share: which media each text token sees, and activation checkpointing."""
+"""What several implementations share: which media each text token sees, and how rows attend."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
-from torch.utils.checkpoint import checkpoint
 
 from narrows.ops.attention import attention
-from narrows.precision import at_least_float32, is_transformed
+from narrows.precision import at_least_float32
 
 
 class VisibleMedia(NamedTuple):
@@ -102,45 +100,3 @@ def emptied(
         broken = broken.masked_fill(nothing, 0.0)
     replaced = broken.isnan() if nothing is None else broken.isnan() | nothing
     return torch.where(replaced, broken.to(read.dtype), read)
-
-
-class _Recomputed(torch.autograd.Function):
-    """A function of tensors that keeps its arguments for backward and nothing else."""
-
-    @staticmethod
-    def forward(ctx: Any, function: Callable[..., Tensor], *args: Any) -> Tensor:
-        """`function(*args)`."""
-        ctx.function = function
-        ctx.others = [None if isinstance(argument, Tensor) else argument for argument in args]
-        ctx.save_for_backward(*(argument if isinstance(argument, Tensor) else None for argument in args))
-        return function(*args)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of what is computed again; with `create_graph` as differentiable as it is."""
-        again, needed = torch.is_grad_enabled(), ctx.needs_input_grad[1:]
-        saved = ctx.saved_tensors
-        if not again:
-            saved = [t if t is None else t.detach().requires_grad_(n) for t, n in zip(saved, needed, strict=True)]
-        with torch.enable_grad():
-            args = [other if t is None else t for t, other in zip(saved, ctx.others, strict=True)]
-            inputs = [t for t, n in zip(saved, needed, strict=True) if t is not None and n]
-            output = ctx.function(*args)
-            found = iter(torch.autograd.grad([output], inputs, grads, create_graph=again, allow_unused=True))
-        return None, *(next(found) if n else None for n in needed)
-
-
-def checkpointed(function: Callable[..., Tensor], *args: Any) -> Tensor:
-    """`function(*args)` with activation checkpointing: backward keeps the arguments and computes the rest again.
-
-    Not inside a transformation of `torch.func`, which takes no hooks on saved tensors. `torch.utils.checkpoint` serves
-    compilers; in eager code its hooks on each saved tensor cost the host more than the function itself. What is
-    computed again does not see the autocast of the forward pass: the arguments are of the dtype to compute in.
-    """
-    if is_transformed(*(argument for argument in args if isinstance(argument, Tensor))):
-        return function(*args)
-    if torch.compiler.is_compiling():
-        result = checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, determinism_check="none")
-        assert isinstance(result, Tensor)
-        return result
-    return _Recomputed.apply(function, *args)

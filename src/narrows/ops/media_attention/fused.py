@@ -10,11 +10,11 @@ from torch import Tensor
 from narrows.ops.media_attention.common import (
     VisibleMedia,
     attend_rows,
-    checkpointed,
     emptied,
     latents_mask,
     visible_latents,
 )
+from narrows.ops.recomputation import checkpointed
 
 # Rows of text that share a mask. A mask of 512 x M N bytes is in memory at a time: no more than the keys and values of
 # as many latents, and yet so many rows that a product of them keeps a device busy.

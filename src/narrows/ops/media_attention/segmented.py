@@ -25,7 +25,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from narrows.errors import ImplementationUnavailable
-from narrows.ops.media_attention.common import VisibleMedia, attend_rows, checkpointed, emptied, latents_mask
+from narrows.ops.media_attention.common import VisibleMedia, attend_rows, emptied, latents_mask
+from narrows.ops.recomputation import checkpointed
 
 
 def segmented(
