@@ -40,7 +40,7 @@ class _Recomputed(torch.autograd.Function):
         return function(*args)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], _output: Any) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG004
         """Keep the arguments, and the autocast they met."""
         function, *args = inputs
         device = next(argument.device.type for argument in args if isinstance(argument, Tensor))
@@ -52,9 +52,9 @@ class _Recomputed(torch.autograd.Function):
         ctx.save_for_backward(*(argument if isinstance(argument, Tensor) else None for argument in args))
 
     @staticmethod
-    def vmap(_info: Any, _in_dims: Any, function: Callable[..., Result], *args: Any) -> tuple[Any, Any]:
+    def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:  # noqa: ARG004
         """Inside a `torch.func.vmap` over other tensors: `checkpointed` lets none through that is batched."""
-        result = _Recomputed.apply(function, *args)
+        result = _Recomputed.apply(*args)
         return result, None if isinstance(result, Tensor) else (None,) * len(result)
 
     @staticmethod
