@@ -395,11 +395,12 @@ class ReducedBlock:
                 ids = torch.cat((positions, without), 1).gather(1, merged.ids)
                 ids = torch.cat((ids, without.expand(-1, after.width - ids.shape[1])), 1)
             if merged.sizes is not None:  # proportional attention: a token counts as often as the tokens merged into it
-                bias = merged.sizes.log().to(attended.dtype)[:, None, None]
+                bias = merged.sizes.to(attended.dtype).log()[:, None, None]
         if merged.into is None:
             step = Kept(merged.ids, visit.state.layout, after)
         else:
-            step = Merged(merged.into, merged.placed, after.width)
+            before = Padded(attended.shape[0], attended.shape[1])
+            step = Merged(merged.into, merged.placed, before, after)
         return merged.tokens, visit.state.after(step, attended, ids=ids, sizes=merged.sizes, bias=bias)
 
 

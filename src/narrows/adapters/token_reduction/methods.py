@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 
 from narrows.adapters.token_reduction.tokens import Layout, Packed, gather_rows
 from narrows.ops.token_sampling import TokenSample, inverse_transform_sample, significance
-from narrows.precision import at_least_float32, autocast_off
+from narrows.precision import accumulation_dtype, at_least_float32, autocast_off
 
 
 @dataclass(frozen=True)
@@ -115,15 +116,15 @@ class MergedTokens(NamedTuple):
         tokens: `[B, K, D]`; one that nothing was merged into is the same bit for bit.
         ids: `[B, K']`, the token (of the n) whose position each of the first K' new tokens keeps, n for one without;
             those after them have none.
-        into: `[B, n]`, the new token that each token went into; some number for one that was dropped. None if no token
-            but those of `ids` is in a new one with a position.
+        into: n to `[B, n]`, the new token that each token went into; some number for one that was dropped. It is called
+            when somebody asks. None if no token but those of `ids` is in a new one with a position.
         placed: `[B, n]`, False where a token was dropped or went into one without a position; None if nowhere.
         sizes: `[B, K]`, how many tokens of the image each new token holds; None for methods not `proportional`.
     """
 
     tokens: Float[Tensor, "B K D"]
     ids: Int[Tensor, "B J"]
-    into: Int[Tensor, "B n"] | None = None
+    into: Callable[[int], Int[Tensor, "B n"]] | None = None
     placed: Bool[Tensor, "B n"] | None = None
     sizes: Float[Tensor, "B K"] | None = None
 
@@ -225,7 +226,12 @@ class Merging(ReductionMethod):
             # A product, not index_add, which sums in no fixed order on a GPU and which few runtimes can export.
             others = share.masked_fill(is_own, 0) @ tokens
             new = gather_rows(tokens, own) * own_share + others
-        return MergedTokens(new, merge.ids.where(owned, width), merge.into.clamp_min(0), placed, sizes)
+        into = partial(_given, merge.into.clamp_min(0))
+        return MergedTokens(new, merge.ids.where(owned, width), into, placed, sizes)
+
+
+def _given(into: Tensor, _: int) -> Tensor:
+    return into
 
 
 class TopK(Scoring):
@@ -297,37 +303,53 @@ class ToMe(Merging):
     def merged(self, signals: Signals, tokens: Float[Tensor, "B n D"], count: int) -> MergedTokens:
         """Tokens that are left in their order; the prefix takes no part."""
         prefix, width = signals.prefix, tokens.shape[1]
+        # Positions after the prefix: sources are 0, 2, 4 ..., targets 1, 3, 5 ...
+        sources, targets = slice(prefix, None, 2), slice(prefix + 1, None, 2)
         with torch.no_grad():
-            similarity = _similarity(signals.keys[:, prefix:])  # [B, sources, targets]
-            best, target = similarity.max(-1)
-            # Positions after the prefix: sources are 0, 2, 4 ..., targets 1, 3, 5 ...
-            removed = best.topk(width - prefix - count, dim=1).indices
-            place = torch.arange(width, device=target.device)
-            stays = torch.ones_like(place, dtype=torch.bool).expand(target.shape[0], -1)
-            stays = stays.scatter(1, removed * 2 + prefix, False)
-            # Numbers that all differ, so that a plain sort keeps the order: ONNX has no stable one.
-            ids = torch.where(stays, place, place + width).sort(dim=1).values[:, : prefix + count]
-            goes_to = target.gather(1, removed) * 2 + (prefix + 1)
-            slot = (stays.cumsum(1) - 1).clamp_min(0)
-            into = slot.scatter(1, removed * 2 + prefix, slot.gather(1, goes_to))
-            sizes = torch.ones_like(place, dtype=torch.float32).expand_as(into)
-            sizes = sizes if signals.sizes is None else signals.sizes
-            total = torch.zeros_like(ids, dtype=sizes.dtype).scatter_add(1, into, sizes)
-            own = gather_rows(sizes, ids) / total  # exactly 1 where nothing was merged: such a token keeps its bits
-            of_removed = into.gather(1, removed * 2 + prefix)
-            belongs = of_removed[:, None] == torch.arange(prefix + count, device=ids.device)[:, None]
-            share = belongs * (gather_rows(sizes, removed * 2 + prefix) / total.gather(1, of_removed))[:, None]
+            best, target = _similarity(signals.keys[:, prefix:]).max(-1)
+            order = best.sort(dim=1, descending=True).indices
+            removed, staying = order.split((width - prefix - count, order.shape[1] - (width - prefix - count)), 1)
+            place = torch.arange(width, device=target.device).repeat(target.shape[0], 1)
+            place[:, sources].scatter_(1, removed, width)
+            ids = place.sort(dim=1).values[:, : prefix + count]
+
+            # The target of each source that goes; of one that stays a number that is none's.
+            goes_to = target.scatter(1, staying, order.shape[1])
+            # The number of each target among targets; a half or a negative number at all other positions.
+            start = -(prefix + 1) / 2
+            number = torch.arange(start, start + width / 2 - 0.25, 0.5, device=target.device, dtype=torch.float32)
+            belongs = goes_to[:, None] == number[:, None]  # [B, n, sources]
+            if signals.sizes is None:
+                weight, total = belongs, belongs.sum(-1, dtype=tokens.dtype) + 1
+            else:
+                weight = belongs * signals.sizes[:, None, sources]
+                total = weight.sum(-1) + signals.sizes
+            share = weight / total[..., None]
         with autocast_off(tokens):
-            kept = gather_rows(tokens, ids) * own[..., None].to(tokens.dtype)
-            # A product, not index_add, which sums in no fixed order on a GPU and which few runtimes can export.
-            merged = torch.baddbmm(kept, share.to(tokens.dtype), gather_rows(tokens, removed * 2 + prefix))
-        return MergedTokens(merged, ids, into, None, total)
+            # Added to what was there, so that a token that nothing is merged into keeps its bits. A product, not
+            # index_add, which sums in no fixed order on a GPU and which few runtimes can export.
+            away = tokens[:, sources] - gather_rows(tokens[:, targets], target)
+            merged = gather_rows(torch.baddbmm(tokens, share, away), ids)
+        into = partial(_merged_into, ids, goes_to, prefix)
+        return MergedTokens(merged, ids, into, None, gather_rows(total, ids))
 
 
 def _similarity(keys: Float[Tensor, "B m H d"]) -> Float[Tensor, "B s t"]:
+    """The cosine of each source and each target, times d."""
     with autocast_off(keys):
-        keys = F.normalize(keys.mean(2).float(), dim=-1)
+        keys = keys.mean(2, dtype=accumulation_dtype(keys))
+        keys = F.rms_norm(keys, keys.shape[-1:], eps=1e-30)
         return keys[:, ::2] @ keys[:, 1::2].transpose(1, 2)
+
+
+def _merged_into(ids: Int[Tensor, "B K"], goes_to: Int[Tensor, "B s"], prefix: int, width: int) -> Int[Tensor, "B n"]:
+    """The new token that each of the n = `width` tokens went into, by those that stayed and the targets of sources."""
+    slots = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    into = torch.zeros((ids.shape[0], width), dtype=torch.long, device=ids.device).scatter(1, ids, slots)
+    own, of_targets = into[:, prefix::2], into[:, prefix + 1 :: 2]
+    goes = goes_to < goes_to.shape[1]
+    into[:, prefix::2] = torch.where(goes, of_targets.gather(1, goes_to.clamp_max(of_targets.shape[1] - 1)), own)
+    return into
 
 
 _PRIME = 2**31 - 1

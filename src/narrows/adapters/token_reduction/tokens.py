@@ -8,6 +8,7 @@ Padded rows have static shapes and trace into one graph; packed rows spend nothi
 in the same order. Norms, projections and feed-forwards act on rows and need not know which it is.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -172,31 +173,23 @@ class Merged:
     """What a block that merged tokens did: `restore` copies each new token to all positions merged into it.
 
     Args:
-        into: `[B, n]`, the new token that each token went into.
+        into: n to `[B, n]`, the new token that each token went into.
         placed: `[B, n]`, whether it is there; not if it was dropped, or fused into a token without a position. None if
             all are.
-        width: K, how many new tokens there are.
+        before: layout of the tokens that came in.
+        after: layout of the new tokens.
     """
 
-    into: Int[Tensor, "B n"]
+    into: Callable[[int], Int[Tensor, "B n"]]
     placed: Bool[Tensor, "B n"] | None
-    width: int
-
-    @property
-    def before(self) -> Padded:
-        """Layout of the tokens that came in."""
-        return Padded(self.into.shape[0], self.into.shape[1])
-
-    @property
-    def after(self) -> Padded:
-        """Layout of the new tokens."""
-        return Padded(self.into.shape[0], self.width)
+    before: Padded
+    after: Padded
 
     def restore(
         self, values: Shaped[Tensor, "B K *rest"], fill: Shaped[Tensor, "B n *rest"]
     ) -> Shaped[Tensor, "B n *rest"]:
         """`values` at all positions merged into them, `fill` at the others."""
-        copied = gather_rows(values, self.into).to(fill.dtype)
+        copied = gather_rows(values, self.into(self.before.width)).to(fill.dtype)
         if self.placed is None:
             return copied
         return torch.where(self.placed.reshape(*self.placed.shape, *(1,) * (fill.ndim - 2)), copied, fill)
