@@ -239,13 +239,20 @@ def test_an_exception_inside_a_call_leaves_no_state() -> None:
 
 
 def test_tokens_replaced_between_blocks_are_noticed() -> None:
+    """Unless they are as many: the same tokens, changed."""
     model = vit()
-    with reduce_tokens(model):
-        handle = model.blocks[2].register_forward_hook(lambda module, args, output: output * 1.0)
+    with reduce_tokens(model, method="topk", budget=0.5):
+        expected = model(images())
+        handle = model.blocks[2].register_forward_hook(lambda module, args, output: output[:, :-1])
         with pytest.raises(NarrowsError, match=r"block 3 .* replaced the tokens"):
             model(images())
         handle.remove()
-        model(images())
+        handle = model.blocks[2].register_forward_hook(lambda module, args, output: output * 1.0)
+        assert torch.equal(model(images()), expected)
+        handle.remove()
+        tokens = model.norm_pre(model._pos_embed(model.patch_embed(images())))
+        with pytest.raises(NarrowsError, match="call of one block alone"):
+            model.blocks[3](tokens)
 
 
 def test_hooks_and_adapters_inside_a_block_are_honoured() -> None:

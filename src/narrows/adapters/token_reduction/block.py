@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from narrows.adapters.token_reduction.budget import Entry, count_of
-from narrows.adapters.token_reduction.calls import current_call, tracing
+from narrows.adapters.token_reduction.calls import current_call, hand_over, handed_over, tracing
 from narrows.adapters.token_reduction.hosts.base import BlockCall, HostBlock, HostModel
 from narrows.adapters.token_reduction.methods import (
     Merging,
@@ -268,11 +268,14 @@ class ReducedBlock:
         state = state_of(tokens)
         if state is not None:
             return (tokens if state.tokens is None else state.tokens), replace(state, tokens=None)
+        state = handed_over(self.index, tuple(tokens.shape[:2])) if self.index > self.plan.first else None
+        if state is not None:
+            return with_state(tokens, state), state
         if self.index > self.plan.first:
             raise NarrowsError(
                 f"block {self.index} of the reduced model was not given what the reduced block before it returned: "
-                "something replaced the tokens between the two (a hook, a wrapper around single blocks, reentrant "
-                "gradient checkpointing, a call of one block alone). Take it away, or remove() the reduction."
+                "something replaced the tokens between the two by others (a hook, a wrapper around single blocks, "
+                "reentrant gradient checkpointing, a call of one block alone). Take it away, or remove() the reduction."
             )
         call = call_of(tokens) or current_call()
         mark(tokens, call)
@@ -282,6 +285,7 @@ class ReducedBlock:
 
     def _outgoing(self, tokens: Tensor, state: TokenState) -> Tensor:
         if not self.last:
+            hand_over(self.index, state)
             return with_state(tokens, state)
         if state.call.reader != "special":
             return with_kept_mask(tokens, state)

@@ -1,6 +1,7 @@
 """How many tokens each block keeps."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from narrows.adapters.token_reduction.methods import ReductionMethod
 from narrows.errors import InvalidArgument, InvalidType
@@ -53,6 +54,23 @@ def schedule_of(
         raise InvalidArgument("budget", expected="an entry that is not None", got=list(schedule))
     _check_steps(schedule, method, num_tokens)
     return schedule
+
+
+def as_plain(budget: Any) -> Any:
+    """A budget in Python's own numbers: those of tensors and NumPy, and blocks that are keys of JSON, as well."""
+    if isinstance(budget, Mapping):
+        return {_block(block): as_plain(entry) for block, entry in budget.items()}
+    if isinstance(budget, list | tuple):
+        return [as_plain(entry) for entry in budget]
+    if hasattr(budget, "tolist"):  # tensors, arrays, and numbers that they are made of
+        return budget.tolist()
+    return budget
+
+
+def _block(key: Any) -> Any:
+    if isinstance(key, str) and key.isdigit():
+        return int(key)
+    return key.tolist() if hasattr(key, "tolist") else key
 
 
 def count_of(entry: int | float, num_tokens: int) -> int:

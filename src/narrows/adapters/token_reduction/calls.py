@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from narrows.adapters.token_reduction.hosts.base import HostModel
-from narrows.adapters.token_reduction.tokens import Call
+from narrows.adapters.token_reduction.tokens import Call, TokenState
 
 _DRIVER = "narrows_driver"
 
@@ -86,6 +86,23 @@ def note(**known: Any) -> None:
     _CURRENT.call = replace(current_call(), **known)
 
 
+def hand_over(index: int, state: TokenState) -> None:
+    """Remember what the block at `index` attached to the tokens it returns, as long as the model is being called."""
+    if not tracing() and getattr(_CURRENT, "inside", None) is not None:
+        _CURRENT.handed = index, state
+
+
+def handed_over(index: int, shape: tuple[int, ...]) -> TokenState | None:
+    """What the block before `index` handed over, for tokens of this shape that lost it.
+
+    What stands around blocks may return other tensors for the same tokens: FSDP2 and mixed precision do, and hooks.
+    """
+    last, state = getattr(_CURRENT, "handed", None) or (None, None)
+    if state is None or last != index - 1 or (state.call.reader == "blocks" and state.steps):
+        return None
+    return state if shape == state.layout.shape else None
+
+
 def without_padding(model: nn.Module, *args: Any, **kwargs: Any) -> object:
     """Call the model with one image, whatever the execution without rows that hold no token."""
     before = current_call()
@@ -116,15 +133,30 @@ class Tower:
         _CURRENT.inside = self
         note(reader=self.host.reader(module, name, kwargs), grid=None, tower=None if tracing() else module)
         try:
-            return own(*args, **kwargs)
+            result = own(*args, **kwargs)
+            return self.host.averageable(result, kwargs) if before[0].averaged else result
         finally:
             _CURRENT.call, _CURRENT.inside = before
+            _CURRENT.handed = None
 
     def note_images(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pre-hook of the embedding: the grid of the tokens that the images become."""
         if not tracing():
             images = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
             note(grid=self.host.grid_of(images))
+
+
+class Averaging:
+    """Answers `forward` of a head that averages what the host returns over the grid."""
+
+    def run(self, _: str, module: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The head's own forward, with a note for the host inside it."""
+        before = current_call()
+        note(averaged=True)
+        try:
+            return own(*args, **kwargs)
+        finally:
+            _CURRENT.call = before
 
 
 class Pool:

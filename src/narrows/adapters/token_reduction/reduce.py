@@ -1,12 +1,13 @@
 """`reduce_tokens`: token reduction for a pretrained vision transformer."""
 
+import warnings
 from typing import Any
 
 import torch
 from torch import nn
 
 from narrows.adapters.token_reduction import self_test
-from narrows.adapters.token_reduction.budget import FixedBudget, schedule_of
+from narrows.adapters.token_reduction.budget import FixedBudget, as_plain, schedule_of
 from narrows.adapters.token_reduction.calls import is_driven
 from narrows.adapters.token_reduction.hosts import HostModel, recognise
 from narrows.adapters.token_reduction.methods import METHODS, Merging, Pruning, ReductionMethod
@@ -58,6 +59,15 @@ def reduce_tokens(
     host = model if isinstance(model, HostModel) else recognise(model)
     outer = host.module if isinstance(model, HostModel) else model
     _check_state(outer, host)
+    stale = host.stale_heads(outer)
+    if stale:
+        warnings.warn(
+            f"{', '.join(stale)} may average over tokens, which narrows cannot make see kept ones only: it gets the "
+            "whole grid, with dropped tokens in the last state they had. Read the class token, or average over the "
+            "positions of reduction.routing[-1].",
+            stacklevel=2,
+        )
+    budget = as_plain(budget)
     error: float | None = None
 
     def attempt(entries: FixedBudget) -> Reduction:
@@ -67,7 +77,7 @@ def reduce_tokens(
         reduction.check_replaceable()
         if error is None:  # what is tested does not depend on how many tokens go on
             error = self_test.check(reduction, example)
-        reduction.error = error
+        reduction.error, reduction.example = error, example
         reduction.attach()
         return reduction
 

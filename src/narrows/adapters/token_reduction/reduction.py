@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from narrows.adapters.token_reduction.block import Plan, ReducedBlock
 from narrows.adapters.token_reduction.budget import Schedule, count_of
-from narrows.adapters.token_reduction.calls import Pool, Tower, drive, release, without_padding
+from narrows.adapters.token_reduction.calls import Averaging, Pool, Tower, drive, release, without_padding
 from narrows.adapters.token_reduction.hosts.base import HostBlock, HostModel, RunsItself
 from narrows.adapters.token_reduction.methods import Merging, ReductionMethod
 from narrows.adapters.token_reduction.tokens import Packed, TokenState, copy_kept_mask
@@ -45,6 +45,7 @@ class Reduction:
     ) -> None:
         self.model, self.host, self.method, self.schedule = model, host, method, schedule
         self.error: float | None = None  # of the self-test
+        self.example: Any = None  # what the whole model is called with, if not with images alone
         self.target: str | None = None  # what was asked of a target and what was reached
         first = next(index for index, entry in enumerate(schedule) if entry is not None)
         self.plan = Plan(host, method, execution, generator, first, self._record)
@@ -121,6 +122,8 @@ class Reduction:
         for module, name in pools:
             if module is not tower:
                 self._drive(module, Pool(self.host), name)
+        for module in self.host.averaging(self.model):
+            self._drive(module, Averaging(), "forward")
         self._hooks += [module.register_forward_hook(copy_kept_mask) for module in self.host.between]
         embedding = self.host.embedding
         self._hooks.append(embedding.register_forward_pre_hook(self._tower.note_images, with_kwargs=True))

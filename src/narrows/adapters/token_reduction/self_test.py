@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from narrows.adapters.token_reduction.block import ReducedBlock
+from narrows.adapters.token_reduction.calls import drive, release
 from narrows.adapters.token_reduction.methods import Merge, Merging, Pruning, Signals
 from narrows.adapters.token_reduction.reduction import Reduction
 from narrows.adapters.token_reduction.tokens import Call, Padded, TokenState, with_state
@@ -141,7 +142,11 @@ def _check_block(block: ReducedBlock, rehearsal: Reduction, call: _Call) -> None
     for entry in (1.0, None):
         alone = ReducedBlock(host, rehearsal.plan, entry, index=index, last=True, in_steps=True)
         with_state(before, TokenState(Call(), before.shape[1], Padded(*before.shape[:2])))
-        result = alone.run("forward", host.module, host.module.forward, *call.args, **call.kwargs)
+        drive(host.module, alone, ("forward",))
+        try:
+            result = host.module(*call.args, **call.kwargs)  # not `run`, so that what shards or offloads sees the call
+        finally:
+            release(host.module)
         error = (host.tokens(result) - after).abs().max().item()
         _require(error <= allowed, f"block {index} ({type(host.module).__name__})", error, allowed)
 

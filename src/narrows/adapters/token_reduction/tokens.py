@@ -207,12 +207,14 @@ class Call:
             last block; "special", nothing but special tokens after the last block.
         grid: `(height, width)` of the tokens of the images; None if unknown.
         packed: whether rows without a token are left out whatever the execution: so multiply-accumulates are counted.
+        averaged: whether what the model returns is averaged over the grid by a head that knows of no reduction.
         tower: the model that is called, which may be a replica of the one that was reduced.
     """
 
     reader: str = "grid"
     grid: tuple[int, int] | None = None
     packed: bool = False
+    averaged: bool = False
     tower: nn.Module | None = None
 
 

@@ -336,10 +336,17 @@ class HostModel(ABC):
         """
         return None
 
-    @property
-    def stale_heads(self) -> str | None:
-        """What in the model averages over tokens by itself and would see dropped ones, in the state they had then."""
-        return None
+    def averaging(self, model: nn.Module) -> Sequence[nn.Module]:
+        """Modules of `model` that hold the host and average what it returns over the grid, in their own forward."""
+        return ()
+
+    def averageable(self, result: Any, kwargs: dict[str, Any]) -> Any:
+        """What the host returned when called with `kwargs`, so changed that its mean is that of kept tokens alone."""
+        return result
+
+    def stale_heads(self, model: nn.Module) -> Sequence[str]:
+        """What else in `model` may average over tokens by itself: it sees dropped ones as they were."""
+        return ()
 
     @property
     def drops_patches(self) -> bool:

@@ -19,6 +19,9 @@ from narrows.adapters.token_reduction.tokens import kept_mask_of, pool_kept
 from narrows.validation import why_not_plain
 
 
+_READERS = ("forward", "forward_features", "forward_head", "pool")
+
+
 def recognise(module: nn.Module) -> HostModel | None:
     """The module as a host if it is a model of these families."""
     return TimmModel(module) if isinstance(module, VisionTransformer | Eva) else None
@@ -54,17 +57,15 @@ class TimmModel(HostModel):
     def reader(self, module: Any, name: str, kwargs: dict[str, Any]) -> str:
         if name == "forward_intermediates":
             return "blocks"
-        own = module.global_pool == "token" and self.stale_heads is None
+        own = module.global_pool == "token" and all(map(self._is_of_timm, _READERS))
         return "special" if name == "forward" and own and getattr(module, "attn_pool", None) is None else "grid"
 
-    @property
-    def stale_heads(self) -> str | None:
-        """Methods that somebody wrote anew: they may average, and there is no telling."""
-        kind = type(self.module)
-        for name in ("forward", "forward_features", "forward_head", "pool"):
-            if not getattr(kind, name).__module__.startswith("timm."):
-                return f"{kind.__name__}.{name}"
-        return None
+    def stale_heads(self, model: nn.Module) -> Sequence[str]:
+        """Methods that somebody wrote anew: there is no telling what they do with the tokens."""
+        return [f"{type(self.module).__name__}.{name}" for name in _READERS if not self._is_of_timm(name)]
+
+    def _is_of_timm(self, name: str) -> bool:
+        return getattr(type(self.module), name).__module__.startswith("timm.")
 
     def pooling_logits(self, module: Any, tokens: Float[Tensor, "R n D"]) -> Float[Tensor, "R n H"] | None:
         """Under attention pooling, logits of its latent query; under max pooling, the channels."""

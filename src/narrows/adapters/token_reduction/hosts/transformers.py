@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from narrows.adapters.token_reduction.hosts.base import BlockCall, HostBlock, HostModel, QueryKeyValue, unsupported
-from narrows.adapters.token_reduction.tokens import kept_mask_of
+from narrows.adapters.token_reduction.tokens import kept_mask_of, pool_kept
 from narrows.errors import InvalidArgument
 
 
@@ -141,13 +141,32 @@ class TransformersModel(HostModel):
 
     @property
     def pools(self) -> Sequence[tuple[nn.Module, str]]:
-        """Attention pooling. A mean taken inside the `forward` of a head cannot be replaced."""
+        """Attention pooling."""
         attention = self._pooling(self.module)
         return () if attention is None else ((attention, "forward"),)
 
     @property
     def between(self) -> Sequence[nn.Module]:
-        return (self.module.post_layernorm,) if self.pools else ()
+        norms = (getattr(self.module, name, None) for name in ("layernorm", "post_layernorm", "norm"))
+        return [norm for norm in norms if norm is not None]
+
+    def averaging(self, model: nn.Module) -> Sequence[nn.Module]:
+        return [module for module in model.modules() if type(module).__name__ in _AVERAGING]
+
+    def averageable(self, result: Any, kwargs: dict[str, Any]) -> Any:
+        """Dropped tokens become the mean of kept ones, of which padding is none."""
+        states = result[0]
+        kept = kept_mask_of(states)
+        if kept is None:
+            return result
+        tokens, kept = states[:, self.prefix :], kept[:, self.prefix :]
+        real = kwargs.get("pixel_attention_mask")
+        mean = pool_kept(tokens, kept if real is None else kept & real.bool(), "avg")
+        states = torch.cat((states[:, : self.prefix], torch.where(kept[..., None], tokens, mean[:, None])), 1)
+        if isinstance(result, tuple):
+            return (states, *result[1:])
+        result.last_hidden_state = states
+        return result
 
     def pool(
         self, module: Any, own: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor, **kwargs: Any
@@ -310,6 +329,10 @@ class TransformersBlock(HostBlock):
         return self._part(self._parts.after[update], tokens) if self._parts.after else tokens
 
 
+# Heads that average over the grid in their own forward.
+_AVERAGING = {
+    f"{family}ForImageClassification" for family in ("Dinov2", "Dinov2WithRegisters", "CLIP", "Siglip", "Siglip2")
+}
 # Arguments that do not change what a layer computes.
 _HARMLESS = {"output_hidden_states", "output_attentions", "return_dict", "num_items_in_batch"}
 
