@@ -1,10 +1,14 @@
 """How many tokens each block carries on."""
 
+import json
 from itertools import pairwise
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
-from narrows.adapters.token_reduction.budget import FixedBudget, count_of, schedule_of
+from narrows.adapters.token_reduction.budget import FixedBudget, as_plain, count_of, schedule_of
 from narrows.adapters.token_reduction.methods import METHODS
 from narrows.errors import InvalidArgument
 
@@ -45,3 +49,21 @@ def test_schedules_are_taken_as_they_are() -> None:
         None, None, None, 137, None, None, 96, None, None, 67, None, None
     ]  # fmt: skip
     assert counts([None, 0.5, 0.5, 10], "topk", depth=4) == [None, 98, 98, 10]
+
+
+@pytest.mark.parametrize(
+    ("given", "plain"),
+    [
+        (torch.tensor(20), 20),
+        (torch.tensor(0.5), 0.5),
+        (np.int64(20), 20),
+        (np.float64(0.5), 0.5),
+        (np.array([9, 5]), [9, 5]),
+        ([None, np.int32(9), torch.tensor(0.5)], [None, 9, 0.5]),
+        (json.loads(json.dumps({3: 0.7, 6: 9})), {3: 0.7, 6: 9}),
+        ({np.int64(3): 0.7}, {3: 0.7}),
+    ],
+)
+def test_numbers_of_other_libraries_and_keys_of_json_are_numbers(given: Any, plain: Any) -> None:
+    assert as_plain(given) == plain
+    assert type(as_plain(given)) is type(plain)

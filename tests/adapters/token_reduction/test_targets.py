@@ -4,12 +4,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import transformers
 
 import narrows
 from narrows.adapters.token_reduction import CostTarget, Reduction, targets
 from narrows.errors import InvalidArgument, InvalidType
-from narrows.measure import Timing, macs_per_sample
+from narrows.measure import Timing, count_macs, macs_per_sample
 from narrows.models import ImageClassifier, create_model
+from tests.adapters.token_reduction.hosts import HOSTS, inputs
 
 METHODS = ("ats", "topk", "evit", "tome", "random")
 SIDE, DEPTH, TOKENS, DIM, MLP = 16, 4, 16, 32, 64
@@ -63,6 +65,43 @@ def test_macs_are_met_with_as_many_tokens_as_they_allow(model: ImageClassifier, 
     reduction.remove()
     with narrows.reduce_tokens(model, method=method, budget=count + 1):
         assert macs_per_sample(model, images(), batch=3) > goal, "one more token would have fitted"
+
+
+@pytest.mark.parametrize("method", ["topk", "tome"])
+def test_macs_are_met_on_images_of_another_size(model: ImageClassifier, method: str) -> None:
+    """In shares of the tokens of these images: a count of those of the model's own could not reach so many."""
+    larger = torch.randn(2, 1, 2 * SIDE, 2 * SIDE, generator=torch.Generator().manual_seed(1))
+    goal = 0.7 * macs_per_sample(model, larger, batch=2)
+    with narrows.reduce_tokens(model, method=method, budget=narrows.TargetMACs(goal, larger)) as reduction:
+        assert 0.95 * goal <= macs_per_sample(model, larger, batch=2) <= goal
+        assert f"of {4 * TOKENS} tokens" in str(reduction)
+
+
+@torch.no_grad()
+def test_macs_of_a_tower_and_of_the_model_that_holds_it() -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 48}
+    text = {**sizes, "vocab_size": 40, "eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0}
+    vision = {**sizes, "image_size": 32, "patch_size": 8}
+    model = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision)).eval()
+    example = {"input_ids": torch.tensor([[1, 5, 7, 2]]), "pixel_values": torch.randn(1, 3, 32, 32)}
+    calls = {
+        "tower": lambda: model.vision_model(pixel_values=example["pixel_values"]),
+        "whole": lambda: model(**example),
+    }
+    for name, call in calls.items():
+        goal = 0.8 * count_macs(call)
+        given = example if name == "whole" else None
+        with narrows.reduce_tokens(model, method="topk", budget=narrows.TargetMACs(goal), example=given):
+            assert 0.9 * goal <= count_macs(call) <= goal
+
+
+@torch.no_grad()
+def test_macs_of_a_model_that_takes_more_than_images() -> None:
+    model = HOSTS["transformers siglip2"]()
+    goal = 0.7 * count_macs(lambda: model(**inputs(model, 1)))
+    for images in (None, inputs(model, 2)):
+        with narrows.reduce_tokens(model, method="ats", budget=narrows.TargetMACs(goal, images)):
+            assert count_macs(lambda: model(**inputs(model, 1))) <= 1.1 * goal
 
 
 @pytest.mark.parametrize("kept", [1, 6, 15])

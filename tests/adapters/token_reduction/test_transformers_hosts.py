@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from narrows.adapters.token_reduction import reduce_tokens
 from narrows.errors import InvalidArgument, InvalidType
 from narrows.measure import saved_for_backward
+from tests.adapters.token_reduction.families import awake
 from tests.adapters.token_reduction.hosts import HOSTS, PATCH, SIDE, config, inputs, outputs
 from tests.adapters.token_reduction.test_every_host import BUDGETS, Everything, assert_all_close, kept, run
 from tests.support import assert_close
@@ -159,6 +160,42 @@ def test_attention_pooling_uses_kept_tokens_only(name: str) -> None:
             carried = kept(reduction)[-1]
         alone = [model.head(tokens[keep][None]) for tokens, keep in zip(result.last_hidden_state, carried, strict=True)]
     assert_close(result.pooler_output, torch.cat(alone), 1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["Dinov2", "Dinov2WithRegisters", "CLIP", "Siglip", "Siglip2"])
+def test_heads_that_average_by_themselves_see_kept_tokens_only(family: str) -> None:
+    vision = config(family + ("Config" if family.startswith("Dino") else "VisionConfig"))
+    whole = vision
+    if not family.startswith("Dino"):
+        whole = getattr(transformers, f"{family}Config")(vision_config=vision.to_dict())
+    model = awake(getattr(transformers, f"{family}ForImageClassification")(whole))
+    seen: list[Tensor] = []
+    model.classifier.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    tower = model.vision_model if hasattr(model, "vision_model") else model.base_model
+    given = inputs(tower, 2)
+    for method in ("topk", "ats", "tome", "evit"):
+        with reduce_tokens(model, method=method, budget=0.5) as reduction:
+            model(**given)
+            states, prefix = reduction.host.module(**given).last_hidden_state, reduction.host.prefix
+            carried = kept(reduction)[-1]
+        means = [tokens[prefix:][keep[prefix:]].mean(0) for tokens, keep in zip(states, carried, strict=True)]
+        assert_close(seen[-1][:, -vision.hidden_size :], torch.stack(means), 1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["topk", "ats"])
+def test_padding_of_siglip2_has_no_say_where_queries_are_averaged(method: str) -> None:
+    model = transformers.Siglip2VisionModel(config("Siglip2VisionConfig", vision_use_head=False)).eval()
+    given = inputs(model, 2)
+    given["spatial_shapes"][1] = torch.tensor([3, 4])
+    given["pixel_attention_mask"][1, 12:] = 0
+    other = {**given, "pixel_values": given["pixel_values"].clone()}
+    other["pixel_values"][1, 12:] = 5.0
+    with reduce_tokens(model, method=method, budget=6, execution="static") as reduction:
+        first, positions = model(**given).last_hidden_state[:, :12], kept(reduction)
+        assert_close(model(**other).last_hidden_state[:, :12], first, 1e-5)
+        assert all(map(torch.equal, kept(reduction), positions))
 
 
 @pytest.mark.parametrize("kind", ["CLIP", "Siglip"])

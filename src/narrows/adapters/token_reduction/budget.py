@@ -70,7 +70,7 @@ def as_plain(budget: Any) -> Any:
 def _block(key: Any) -> Any:
     if isinstance(key, str) and key.isdigit():
         return int(key)
-    return key.tolist() if hasattr(key, "tolist") else key
+    return key.tolist() if hasattr(key, "tolist") else key  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def count_of(entry: int | float, num_tokens: int) -> int:

@@ -178,8 +178,16 @@ class Reduction:
         """Drop the record of the last call."""
         self._last_call.clear()
 
-    def without_padding(self, *inputs: Any, **keywords: Any) -> Iterator[Callable[[], object]]:
-        """For each image a call that runs it alone, without padding: what `narrows.measure` counts."""
+    def without_padding(
+        self, *inputs: Any, model: nn.Module | None = None, **keywords: Any
+    ) -> Iterator[Callable[[], object]]:
+        """For each image a call that runs it alone, without padding: what `narrows.measure` counts.
+
+        Args:
+            inputs: of the call.
+            model: what is called; the whole model by default.
+            keywords: of the call.
+        """
         tensors = [value for value in (*inputs, *keywords.values()) if isinstance(value, Tensor) and value.ndim]
         batch = len(tensors[0])
 
@@ -189,7 +197,7 @@ class Reduction:
         for image in range(batch):
             arguments = [of(image, value) for value in inputs]
             named = {name: of(image, value) for name, value in keywords.items()}
-            yield partial(without_padding, self.model, *arguments, **named)
+            yield partial(without_padding, self.model if model is None else model, *arguments, **named)
 
     def _routing_of(self, block: ReducedBlock) -> Routing:
         state, device = self._last_call[block.index]

@@ -1,15 +1,19 @@
 """Budgets given as a cost that the reduced model must not exceed: multiply-accumulates or time."""
 
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from narrows.adapters.token_reduction.budget import FixedBudget
 from narrows.adapters.token_reduction.reduction import Reduction
 from narrows.errors import InvalidArgument, InvalidType
-from narrows.measure import compare_speed, evaluating, macs_per_sample
+from narrows.measure import compare_speed, count_macs, evaluating
 from narrows.measure.cost import scaled
 from narrows.validation import check_tensor
 
@@ -46,33 +50,37 @@ Budget = FixedBudget | Target
 
 
 class CostTarget(ABC):
-    """Base class of targets: the greatest number of tokens whose cost does not exceed a goal, found by bisection.
+    """Base class of targets: the greatest number of tokens whose cost does not exceed a goal.
 
-    Cost grows with the number of tokens. The number holds from block `depth // 4` on, like a budget of one number.
+    Cost grows with the number of tokens. The number holds from block `depth // 4` on, like a budget of one number. It
+    is a count where the calibration batch is of the model's own image size, and a share of the tokens where it is not.
+
+    What costs is the whole model where it takes images alone or an `example` was given, else its vision transformer.
 
     Args:
         goal: the most that it may cost.
-        images: the calibration batch, as the model takes it. By default images are random: good enough for methods that
-            keep as many tokens of every image; `ats` keeps fewer of easy images and needs real ones.
+        images: the calibration batch: images, or a mapping of the arguments that the model takes. By default the
+            `example` of `reduce_tokens`, or random images: good enough for methods that keep as many tokens of every
+            image; `ats` keeps fewer of easy images and needs real ones.
     """
 
     batch: int  # number of random images to calibrate on
 
-    def __init__(self, goal: int | float, images: Tensor | None = None) -> None:
+    def __init__(self, goal: int | float, images: Tensor | Mapping[str, Any] | None = None) -> None:
         name = type(self).__name__
         if isinstance(goal, bool) or not isinstance(goal, int | float):
             raise InvalidType(name, expected="a number", got=repr(goal))
         if not 0 < goal < float("inf"):
             raise InvalidArgument(name, expected="a finite number above 0", got=goal)
-        if images is not None:
-            check_tensor("images", images, expected="a batch [B, C, H, W] or None")
-        if images is not None and (images.ndim != 4 or len(images) == 0):
+        if images is not None and not isinstance(images, Mapping):
+            check_tensor("images", images, expected="a batch [B, C, H, W], a mapping of arguments or None")
+        if isinstance(images, Tensor) and (images.ndim != 4 or len(images) == 0):
             raise InvalidArgument("images", expected="a batch [B, C, H, W]", got=f"shape {tuple(images.shape)}")
         self.goal, self.images = goal, images
 
     @abstractmethod
-    def cost(self, reduction: Reduction, images: Tensor) -> float:
-        """What the reduced model costs on these images."""
+    def cost(self, reduction: Reduction, images: Any) -> float:
+        """What the reduced model costs on these images, or arguments by name."""
 
     @abstractmethod
     def text(self, cost: int | float) -> str:
@@ -84,18 +92,27 @@ class CostTarget(ABC):
         Raises:
             InvalidArgument: not even the least number does; the message names what that costs.
         """
-        most, images = self._begin(attempt)
-        dearest = self._cost(attempt, most, images)
+        images, most, own_size = self._begin(attempt)
+
+        def budget(count: int) -> FixedBudget:
+            return count if own_size else count / most
+
+        dearest = self._cost(attempt, budget(most), images)
         assert dearest is not None, "keeping every token is possible with any method"
         if dearest <= self.goal:
-            return self._solution(most, dearest, most)
+            return Solution(budget(most), self._note(most, dearest, most))
         # `high` costs too much; `low` meets the goal, or is below what the method can reach.
-        low, high, met = 0, most, None
+        low, high, met, of_low = 0, most, None, 0.0
+        steps = 0
         while high - low > 1:
-            count = (low + high) // 2
-            cost = self._cost(attempt, count, images)
+            # Where a straight line meets the goal; halved now and then, for costs that are no line.
+            count = low + round((high - low) * (self.goal - of_low) / (dearest - of_low)) if dearest > of_low else 0
+            if steps % 3 == 2 or (met is None and steps):
+                count = (low + high) // 2
+            count, steps = min(max(count, low + 1), high - 1), steps + 1
+            cost = self._cost(attempt, budget(count), images)
             if cost is None or cost <= self.goal:
-                low, met = count, cost
+                low, met, of_low = count, cost, of_low if cost is None else cost
             else:
                 high, dearest = count, cost
         if met is None:
@@ -104,27 +121,47 @@ class CostTarget(ABC):
                 expected=f"a target of at least {self.text(dearest)}, which {high} of {most} tokens cost",
                 got=self.text(self.goal),
             )
-        return self._solution(low, met, most)
+        return Solution(budget(low), self._note(low, met, most))
 
-    def _solution(self, count: int, cost: float, most: int) -> Solution:
+    def _note(self, count: int, cost: float, most: int) -> str:
         asked, reached = self.text(self.goal), self.text(cost)
-        return Solution(count, f"at most {asked} asked, {reached} reached with {count} of {most} tokens")
+        return f"at most {asked} asked, {reached} reached with {count} of {most} tokens"
 
-    def _begin(self, attempt: Attempt) -> tuple[int, Tensor]:
-        """How many tokens there are, and the calibration batch."""
+    def _begin(self, attempt: Attempt) -> tuple[Any, int, bool]:
+        """The calibration batch, its tokens, and whether they are as many as those of the model's own images."""
         with attempt(1.0) as reduction:
             host = reduction.host
-            images = next(iter(host.example(self.batch).values())) if self.images is None else self.images
-            return host.num_tokens, images.to(next(host.module.parameters()).device)
+            images = reduction.example if self.images is None else self.images
+            if images is None:
+                example = host.example(self.batch)
+                images = example if len(example) > 1 else next(iter(example.values()))
+            device = next(host.module.parameters()).device
+            images = tree_map(lambda value: value.to(device) if isinstance(value, Tensor) else value, images)
+            seen = [value for value in tree_leaves(images) if isinstance(value, Tensor) and value.ndim == 4]
+            grid = host.grid_of(seen[0]) if seen else None
+            most = host.num_tokens if grid is None else grid[0] * grid[1]
+            return images, most, most == host.num_tokens
 
-    def _cost(self, attempt: Attempt, count: int, images: Tensor) -> float | None:
-        """The cost of `count` tokens; None where the method cannot reach so few."""
+    def _cost(self, attempt: Attempt, budget: FixedBudget, images: Any) -> float | None:
+        """The cost of a budget; None where the method cannot reach it."""
         try:
-            reduction = attempt(count)
+            reduction = attempt(budget)
         except InvalidArgument:
             return None
-        with reduction, evaluating(reduction.model):
+        with reduction, evaluating(reduction.model), torch.no_grad():
             return self.cost(reduction, images)
+
+
+def _call(reduction: Reduction, images: Any) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+    """What is called, and with what: the whole model where it takes images alone."""
+    model, host = reduction.model, reduction.host
+    named = dict(images) if isinstance(images, Mapping) else {}
+    unnamed = () if isinstance(images, Mapping) else tuple(images) if isinstance(images, tuple | list) else (images,)
+    takes = list(inspect.signature(model.forward).parameters)
+    whole = reduction.example is not None or set(named) - set(inspect.signature(host.module.forward).parameters)
+    if whole or (takes and takes[0] != "input_ids"):
+        return model, unnamed, named
+    return host.module, unnamed, named
 
 
 class TargetMACs(CostTarget):
@@ -135,9 +172,14 @@ class TargetMACs(CostTarget):
 
     batch = 4
 
-    def cost(self, reduction: Reduction, images: Tensor) -> float:
+    def cost(self, reduction: Reduction, images: Any) -> float:
         """Multiply-accumulates of an image."""
-        return macs_per_sample(reduction.model, images, batch=len(images))
+        model, args, kwargs = _call(reduction, images)
+        calls = reduction.without_padding(*args, model=model, **kwargs)
+        if not reduction.method.adaptive:  # every image costs the same
+            return count_macs(next(iter(calls)))
+        macs = [count_macs(call) for call in calls]
+        return sum(macs) / len(macs)
 
     def text(self, cost: int | float) -> str:
         """MMACs, GMACs or TMACs."""
@@ -152,9 +194,10 @@ class TargetLatency(CostTarget):
 
     batch = 1
 
-    def cost(self, reduction: Reduction, images: Tensor) -> float:
+    def cost(self, reduction: Reduction, images: Any) -> float:
         """Seconds for the batch."""
-        return compare_speed({"": lambda: reduction.model(images)}, device=images.device)[""].median
+        model, args, kwargs = _call(reduction, images)
+        return compare_speed({"": partial(model, *args, **kwargs)}, device=next(model.parameters()).device)[""].median
 
     def text(self, cost: int | float) -> str:
         """In milliseconds."""

@@ -18,7 +18,6 @@ from narrows.adapters.token_reduction.hosts.base import BlockCall, HostBlock, Ho
 from narrows.adapters.token_reduction.tokens import kept_mask_of, pool_kept
 from narrows.validation import why_not_plain
 
-
 _READERS = ("forward", "forward_features", "forward_head", "pool")
 
 
