@@ -92,7 +92,7 @@ class CostTarget(ABC):
         Raises:
             InvalidArgument: not even the least number does; the message names what that costs.
         """
-        images, most, own_size = self._begin(attempt)
+        images, most, own_size, before = self._begin(attempt)
 
         def budget(count: int) -> FixedBudget:
             return count if own_size else count / most
@@ -102,12 +102,12 @@ class CostTarget(ABC):
         if dearest <= self.goal:
             return Solution(budget(most), self._note(most, dearest, most))
         # `high` costs too much; `low` meets the goal, or is below what the method can reach.
-        low, high, met, of_low = 0, most, None, 0.0
+        low, high, met, of_low = 0, most, None, before * dearest
         steps = 0
         while high - low > 1:
             # Where a straight line meets the goal; halved now and then, for costs that are no line.
-            count = low + round((high - low) * (self.goal - of_low) / (dearest - of_low)) if dearest > of_low else 0
-            if steps % 3 == 2 or (met is None and steps):
+            count = low + int((high - low) * (self.goal - of_low) / max(dearest - of_low, 1e-9 * dearest))
+            if steps % 4 == 3:
                 count = (low + high) // 2
             count, steps = min(max(count, low + 1), high - 1), steps + 1
             cost = self._cost(attempt, budget(count), images)
@@ -127,8 +127,8 @@ class CostTarget(ABC):
         asked, reached = self.text(self.goal), self.text(cost)
         return f"at most {asked} asked, {reached} reached with {count} of {most} tokens"
 
-    def _begin(self, attempt: Attempt) -> tuple[Any, int, bool]:
-        """The calibration batch, its tokens, and whether they are as many as those of the model's own images."""
+    def _begin(self, attempt: Attempt) -> tuple[Any, int, bool, float]:
+        """The calibration batch, its tokens, whether they are those of the model's own size, the share of whole blocks."""
         with attempt(1.0) as reduction:
             host = reduction.host
             images = reduction.example if self.images is None else self.images
@@ -140,7 +140,7 @@ class CostTarget(ABC):
             seen = [value for value in tree_leaves(images) if isinstance(value, Tensor) and value.ndim == 4]
             grid = host.grid_of(seen[0]) if seen else None
             most = host.num_tokens if grid is None else grid[0] * grid[1]
-            return images, most, most == host.num_tokens
+            return images, most, most == host.num_tokens, reduction.plan.first / host.depth
 
     def _cost(self, attempt: Attempt, budget: FixedBudget, images: Any) -> float | None:
         """The cost of a budget; None where the method cannot reach it."""
