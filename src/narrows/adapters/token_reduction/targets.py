@@ -128,7 +128,7 @@ class CostTarget(ABC):
         return f"at most {asked} asked, {reached} reached with {count} of {most} tokens"
 
     def _begin(self, attempt: Attempt) -> tuple[Any, int, bool, float]:
-        """The calibration batch, its tokens, whether they are those of the model's own size, the share of whole blocks."""
+        """The calibration batch, its tokens, whether they are those of the own size, and the share of whole blocks."""
         with attempt(1.0) as reduction:
             host = reduction.host
             images = reduction.example if self.images is None else self.images
