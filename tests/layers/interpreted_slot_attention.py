@@ -45,11 +45,11 @@ def results(layer: nn.Module, impl: str, inputs: list[Tensor], **options: Any) -
     output = layer(tokens, slots=slots, **options)
     parameters = [value for name, value in layer.named_parameters() if "initial_slots" not in name]
     grads = gradients(torch.cat([part.flatten() for part in output]), tokens, slots, *parameters)
+    assert all(grad.stride() == value.stride() for grad, value in zip(grads[2:], parameters, strict=True))
     return [*(part.detach() for part in output), *grads[:2], torch.cat([value.flatten() for value in grads[2:]])]
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("form", "masked"), [("one head", False), *((form, True) for form in FORMS)])
 def test_is_algorithm_1_in_float32(form: str, masked: bool) -> None:
     layer = make(form)
     options: dict[str, Any] = {"temperature": 0.7, "num_iterations": 2 + (form == "heads")}
@@ -68,7 +68,7 @@ def test_is_algorithm_1_in_float32(form: str, masked: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_no_less_exact_than_the_textbook_in_low_precision(dtype: torch.dtype) -> None:
     draws = []
-    for seed in range(3):
+    for seed in range(2):
         torch.manual_seed(seed)
         layer = make("biases, wide" if seed else "joint heads and output").to(dtype)
         inputs = [torch.randn(1, 37, layer.dim).to(dtype), torch.randn(1, 3, layer.gru.hidden_size).to(dtype)]
@@ -155,7 +155,7 @@ def test_compiles_to_one_graph_for_all_sizes() -> None:
         return graph.forward
 
     compiled = torch.compile(layer, fullgraph=True, backend=backend, dynamic=True)
-    for batch, number, tokens in ((2, 3, 9), (3, 5, 40), (4, 20, 21)):
+    for batch, number, tokens in ((2, 3, 5), (3, 5, 8), (4, 9, 6)):
         inputs = torch.randn(batch, tokens, 16), torch.rand(batch, tokens) > 0.3, torch.randn(batch, number, 24)
         for value, expected in zip(compiled(*inputs), layer(*inputs), strict=True):
             assert torch.equal(value, expected)

@@ -50,7 +50,7 @@ def as_textbook(function: Function, inputs: list[Tensor], dtype: torch.dtype) ->
         return results(function, [value.double() for value in inputs])
 
 
-@settings(max_examples=14, deadline=None, derandomize=True)
+@settings(max_examples=9, deadline=None, derandomize=True)
 @given(
     B=st.integers(1, 2),
     N=st.sampled_from([1, 5, 31, 33, 70]),
@@ -82,14 +82,14 @@ def test_in_float32(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", [(2, 70, 48, 1, 7), (1, 40, 20, 3, 5)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 70, 48, 1, 7), (1, 40, 20, 3, 5)], ids=str)
 def test_no_less_exact_than_the_textbook(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     draws = []
-    for seed in range(4):
+    for seed in range(2):
         torch.manual_seed(seed)
         inputs = draw(*shape, dtype)
         mask = torch.rand(shape[:2]) > 0.3 if seed % 2 else None
-        function = partial(read, mask=mask, slot_mask=None, joint_heads=seed > 1)
+        function = partial(read, mask=mask, slot_mask=None, joint_heads=seed > 0)
         exact = results(function("reference"), [value.double() for value in inputs])
         draws.append((results(function("triton"), inputs), as_textbook(function("reference"), inputs, dtype), exact))
     assert_within_budget_on_average(draws)
@@ -148,7 +148,7 @@ def test_what_the_kernels_cannot_take_is_said() -> None:
     function = read("triton", None, None)
     for inputs, reason in (
         ([tokens.double(), readers.double(), bias.double()], "tokens are torch.float64"),
-        (draw(1, 3, 1025, 1, 2), "tokens 1024 wide at most"),
+        (draw(1, 3, 1025, 1, 2), "tokens 1024 wide, at most"),
         (draw(1, 3, 16, 5, 16), "64 slots of all heads"),
     ):
         with pytest.raises(ImplementationUnavailable, match=f"impl='triton' cannot run here: .*{reason}"):

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from narrows.ops.slot_attention.common import Settings, Weights
-from narrows.ops.slot_attention.triton import INTERPRETED, Read, _cast, aligned
+from narrows.ops.slot_attention.triton import INTERPRETED, Read, _cast, aligned, on_device_of
 
 
 @triton.jit
@@ -342,6 +342,7 @@ def tiling(dtype: torch.dtype) -> dict[str, int]:
 
 
 @torch.library.custom_op("narrows::slot_iterations", mutates_args=())
+@on_device_of
 def _slot_iterations(
     tokens: Tensor,
     slots: Tensor,
@@ -463,7 +464,7 @@ def _backward(ctx: Any, grad: Tensor | None, grad_attention: Tensor | None, *_: 
         if mask is None
         else mask.any(1)[:, None, None, None]
     )
-    grads = tuple(torch.zeros_like(weight) for weight in given)
+    grads: list[Tensor | None] = [None] * len(given)
     of_means, centres = [], []
     options = (mask, slot_mask, settings.joint_heads, settings.eps)
     for t in reversed(range(iterations)):
@@ -489,11 +490,13 @@ def _backward(ctx: Any, grad: Tensor | None, grad_attention: Tensor | None, *_: 
         grad_tokens = torch.ops.narrows.slot_read_backward_tokens(
             tokens, readers, bias, *options, torch.stack(of_means), torch.stack(centres), totals, grad_attention
         )
-    return grad_tokens, grad_slots, list(grads), *[None] * 10
+    grads = [None if one is None else one.contiguous() for one in grads]  # as the parameters lie
+    return grad_tokens, grad_slots, grads, *[None] * 10
 
 
-def _added(left: Any, right: Any) -> tuple[Tensor, ...]:
-    return tuple(one if other is None else one + other for one, other in zip(left, right, strict=True))
+def _added(left: list[Tensor | None], right: Any) -> list[Tensor | None]:
+    pairs = zip(left, right, strict=True)
+    return [one if other is None else other if one is None else one + other for one, other in pairs]
 
 
 _slot_iterations.register_autograd(_backward, setup_context=_keep)

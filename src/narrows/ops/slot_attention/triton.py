@@ -16,6 +16,8 @@ tokens at once. What is not loaded (masked tokens, padding) may hold anything.
 # What Triton compiles has types of its own.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportPossiblyUnboundVariable=false
 # pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false, reportOptionalMemberAccess=false, reportIndexIssue=false
+from collections.abc import Callable
+from functools import wraps
 from typing import Any, NamedTuple
 
 import torch
@@ -379,6 +381,17 @@ def chunks_of(num_tokens: int) -> tuple[int, int]:
     return length, max(1, -(-num_tokens // length))
 
 
+def on_device_of(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Launch kernels on the device of the first argument, whichever is the current one."""
+
+    @wraps(run)
+    def guarded(tokens: Tensor, *arguments: Any, **options: Any) -> Any:
+        with torch.cuda.device_of(tokens):
+            return run(tokens, *arguments, **options)
+
+    return guarded
+
+
 def aligned(tokens: Tensor) -> Tensor:
     """Tokens whose rows lie as the kernels load them: a multiple of 16 wide, columns next to one another."""
     if tokens.shape[-1] % 16:
@@ -493,6 +506,7 @@ def add_chunks(sums: Tensor, totals: Tensor, eps: float | None) -> tuple[Tensor,
 
 
 @torch.library.custom_op("narrows::slot_read", mutates_args=())
+@on_device_of
 def _slot_read(
     tokens: Tensor,
     readers: Tensor,
@@ -523,6 +537,7 @@ def _(tokens: Tensor, readers: Tensor, *options: Any) -> tuple[Tensor, Tensor, T
 
 
 @torch.library.custom_op("narrows::slot_read_backward_rows", mutates_args=())
+@on_device_of
 def backward_rows(
     tokens: Tensor,
     readers: Tensor,
@@ -552,6 +567,7 @@ def _(tokens: Tensor, readers: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("narrows::slot_read_backward_tokens", mutates_args=())
+@on_device_of
 def backward_tokens(
     tokens: Tensor,
     readers: Tensor,
