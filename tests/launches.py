@@ -24,7 +24,7 @@ from tests.fake_autograd import run_backward
 
 # Name storage, or give storage another name; no kernel runs.
 FREE = {"_unsafe_view", "alias", "detach", "empty", "empty_like", "empty_strided", "lift_fresh", "new_empty"}
-FREE |= {"new_empty_strided"}
+FREE |= {"new_empty_strided", "squeeze_"}
 
 Call = Callable[[nn.Module, torch.device], Any]
 

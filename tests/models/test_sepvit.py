@@ -142,7 +142,7 @@ def test_gradient_checkpointing_changes_nothing() -> None:
 
 def test_tokens_are_moved_for_convolutions_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Inside a stage windows of both sizes are views of the tokens as they stand."""
-    model = small(depths=(2, 5))
+    model = small(depths=(1, 5))
     calls: list[str] = []
 
     def watched(name: str) -> None:
@@ -159,21 +159,19 @@ def test_tokens_are_moved_for_convolutions_only(monkeypatch: pytest.MonkeyPatch)
         watched(name)
     with torch.no_grad():
         model.eval()(images(32, 32))
-    stage = ["arrange: copy", "windows: view", "tokens: view", "restore: copy", "arrange: copy"]
+    first = ["arrange: copy", "windows: view", "tokens: view", "restore: copy"]
     rest = ["windows: view", "tokens: view"]
-    assert calls == [*stage, *rest, "restore: copy", *stage, *rest * 4, "restore: copy"]
+    assert calls == [*first, *first, *rest * 4, "restore: copy"]
 
 
-def test_shared_window_tokens_are_projected_once() -> None:
-    """The multiply-accumulates of the two forms differ by the projections of the other windows' tokens."""
+def test_shared_window_tokens_cost_what_those_of_each_window_do() -> None:
+    """Both stand before the tokens of every window, and are projected with them."""
     shared, each = (
         create_model("sepvit_lite", depths=(1, 1, 1, 1), window_tokens=form, device="meta").eval()
         for form in ("shared", "per_window")
     )
     x = torch.randn(1, 3, 224, 224, device="meta")
-    windows = {32: 8 * 8, 64: 4 * 4, 128: 2 * 2}
-    projected = sum((count - 1) * 3 * width**2 for width, count in windows.items())
-    assert count_macs(lambda: each(x)) - count_macs(lambda: shared(x)) == projected
+    assert count_macs(lambda: each(x)) == count_macs(lambda: shared(x))
 
 
 def test_heads_pool_and_classes_can_be_exchanged() -> None:

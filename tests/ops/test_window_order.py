@@ -34,6 +34,15 @@ def test_what_is_arranged_is_restored(height: int, width: int, sizes: Sequence[i
 
 
 @every_map
+def test_a_map_is_added_to_tokens_where_they_stand(height: int, width: int, sizes: Sequence[int]) -> None:
+    order, feature_map = WindowOrder(height, width, tuple(sizes)), numbered(height, width)
+    tokens = torch.randn(2, height * width, 3)
+    added = order.add(tokens, feature_map)
+    assert torch.equal(added, tokens + order.arrange(feature_map))
+    assert added.is_contiguous()
+
+
+@every_map
 def test_windows_are_the_squares_of_the_map(height: int, width: int, sizes: Sequence[int]) -> None:
     """Whatever their order, with tokens inside in an order that is the same in all, and zeros for padding."""
     order, feature_map = WindowOrder(height, width, tuple(sizes)), numbered(height, width)

@@ -111,18 +111,16 @@ class SeparableAttention(nn.Module):
             order: the order of `[B, N, D]`; its window sizes must contain `window_size`.
         """
         tokens, token_mask, order = self._in_order(feature_map, mask, order)
-        windows = order.windows(self.norm(tokens), self.window_size)  # [B, K, n, D]
         window_mask = order.window_mask(tokens, token_mask, self.window_size)
-        window_token = self._window_token(order)
-        query, key, value = _query_key_value(self.qkv, windows, window_token, self.heads)
+        normed = self._normed_windows(tokens, order)  # [B, K, L, D]
+        query, key, value = self._query_key_value(normed)
 
-        attended = depthwise_attention(query, key, value, window_mask, impl=self.impl)
-        maps = attended[:, :, -windows.shape[2] :] + windows.unflatten(-1, (self.heads, -1))
-        if window_token is not None and self.window_norm is not None and self.window_query_key is not None:
-            attended_token = attended[:, :, 0] + window_token.unflatten(-1, (self.heads, -1))
-            activated = F.gelu(self.window_norm(attended_token.flatten(-2)))
-            query, key = self.window_query_key(activated).unflatten(-1, (2, self.heads, -1)).unbind(2)
-            maps = pointwise_attention(maps, query, key, window_mask, shortcut=True, impl=self.impl)
+        maps = depthwise_attention(query, key, value, window_mask, impl=self.impl)
+        maps = maps + normed.unflatten(-1, (self.heads, -1))
+        if self.window_norm is not None and self.window_query_key is not None:
+            activated = F.gelu(self.window_norm(maps[:, :, 0].flatten(-2)))
+            query, key = _by_heads(self.window_query_key(activated), self.heads)
+            maps = pointwise_attention(maps[:, :, 1:], query, key, window_mask, shortcut=True, impl=self.impl)
         result = self.out(maps.flatten(-2))
         if window_mask is not None:
             result = result.masked_fill(~window_mask.unsqueeze(-1), 0)
@@ -142,11 +140,10 @@ class SeparableAttention(nn.Module):
         window to window, not tokens to window tokens.
         """
         tokens, token_mask, order = self._in_order(feature_map, mask, order)
-        size, window_token = self.window_size, self._window_token(order)
-        windows = order.windows(self.norm(tokens), size)
-        query, key, _ = _query_key_value(self.qkv, windows, window_token, self.heads)
+        size = self.window_size
+        query, key, _ = self._query_key_value(self._normed_windows(tokens, order))
         window_mask = order.window_mask(tokens, token_mask, size)
-        reads = window_token_attention(query, key, window_mask, window_token=window_token is not None)
+        reads = window_token_attention(query, key, window_mask, window_token=self.window_token is not None)
         # Window k reads nothing of another window l: the diagonal of [B, heads, K, K, n].
         everywhere = reads.transpose(2, 3).diag_embed().permute(0, 1, 3, 4, 2)
         on_map = order.restore(order.tokens(everywhere.flatten(0, 2).unsqueeze(-1), size))
@@ -166,19 +163,26 @@ class SeparableAttention(nn.Module):
         order = WindowOrder(feature_map.shape[1], feature_map.shape[2], (self.window_size,))
         return order.arrange(feature_map), None if mask is None else order.arrange(mask.unsqueeze(-1))[..., 0], order
 
-    def _window_token(self, order: WindowOrder) -> Float[Tensor, "K_or_1 D"] | None:
-        """The normalised token of each window, or the one of all windows; None where there is none."""
-        tokens = self.window_token
-        if tokens is None:
-            return None
-        shared, grid = tuple(tokens.shape[:2]) == (1, 1), order.grid(self.window_size)
-        if not shared and grid != tuple(tokens.shape[:2]):
-            resized = F.interpolate(tokens.permute(2, 0, 1)[None], grid, mode="bilinear", align_corners=False)
-            tokens = resized[0].permute(1, 2, 0)
-        # The parameter itself, not a view of it: without gradients, a view has none of the history that torch's module
-        # tracker (in its FLOP counter) expects of what requires gradients.
-        normed = self.norm(tokens)
-        return normed[0] if shared else order.arrange_windows(normed, self.window_size)
+    def _normed_windows(self, tokens: Float[Tensor, "B N D"], order: WindowOrder) -> Float[Tensor, "B K L D"]:
+        """The tokens of each window, its window token before them if there is one."""
+        window_token = self.window_token
+        # Where windows are views, all is normalised together; where they are padded copies, before that.
+        together = order.nested
+        windows = order.windows(tokens if together else self.norm(tokens), self.window_size)
+        if window_token is not None:
+            shared, grid = tuple(window_token.shape[:2]) == (1, 1), order.grid(self.window_size)
+            if not shared and grid != tuple(window_token.shape[:2]):
+                resized = F.interpolate(window_token.permute(2, 0, 1)[None], grid, mode="bilinear", align_corners=False)
+                window_token = resized[0].permute(1, 2, 0)
+            window_token = window_token if together else self.norm(window_token)
+            one_each = window_token[0] if shared else order.arrange_windows(window_token, self.window_size)
+            windows = _with_first(one_each, windows)
+        return self.norm(windows) if together else windows
+
+    def _query_key_value(self, normed: Float[Tensor, "B K L D"]) -> tuple[Tensor, Tensor, Tensor]:
+        """`[B, K, L, heads, d]` each."""
+        query, key, value = self.qkv(normed).unflatten(-1, (3, self.heads, -1)).unbind(-3)
+        return query, key, value
 
 
 class UpstreamSeparableAttention(nn.Module):
@@ -254,12 +258,12 @@ class UpstreamSeparableAttention(nn.Module):
         """
         cut = self._windows(feature_map)
         windows, dropout = cut.flatten(1, 2), self.dropout if self.training else 0.0
-        query, key, value = _query_key_value(self.qkv, windows, self.window_token, self.heads)
+        query, key, value = self._query_key_value(windows)
         attended = depthwise_attention(query, key, value, dropout=dropout, impl=self.impl)
         maps = attended[:, :, 1:]
         if self.window_norm is not None and self.window_query_key is not None:
             activated = F.gelu(self.window_norm(attended[:, :, 0])).flatten(-2)
-            query, key = self.window_query_key(activated).unflatten(-1, (2, self.heads, -1)).unbind(2)
+            query, key = _by_heads(self.window_query_key(activated), self.heads)
             maps = pointwise_attention(maps, query, key, dropout=dropout, impl=self.impl)
         result = F.dropout(self.out(maps.flatten(-2)), dropout).unflatten(1, cut.shape[1:3])
         return result if feature_map.ndim == 5 else from_windows(result, self.window_size)
@@ -272,13 +276,19 @@ class UpstreamSeparableAttention(nn.Module):
         """
         windows = self._windows(feature_map)
         batch, rows, columns = windows.shape[:3]
-        query, key, _ = _query_key_value(self.qkv, windows.flatten(1, 2), self.window_token, self.heads)
+        query, key, _ = self._query_key_value(windows.flatten(1, 2))
         reads = window_token_attention(query, key)
         # Window k reads nothing of another window l: the diagonal of [B, heads, K, K, n], in raster order.
         everywhere = reads.transpose(2, 3).diag_embed().permute(0, 1, 3, 4, 2)
         raster = from_windows(everywhere.reshape(-1, rows, columns, self.window_size**2, 1), self.window_size)
         weights = raster.reshape(batch, self.heads, rows * columns, -1)
         return Routing(weights, "windows", grid=(rows * self.window_size, columns * self.window_size))
+
+    def _query_key_value(self, windows: Float[Tensor, "B K n D"]) -> tuple[Tensor, Tensor, Tensor]:
+        """`[B, K, 1 + n, heads, d]` each, the window token's first."""
+        projected = self.qkv(_with_first(self.window_token, windows))
+        query, key, value = projected.unflatten(-1, (3, self.heads, -1)).unbind(-3)
+        return query, key, value
 
     def _windows(self, feature_map: Tensor) -> Tensor:
         if feature_map.ndim != 5:
@@ -294,16 +304,15 @@ class UpstreamSeparableAttention(nn.Module):
         return feature_map
 
 
-def _query_key_value(
-    qkv: nn.Module, windows: Float[Tensor, "B K n D"], window_token: Float[Tensor, "*K D"] | None, heads: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values `[B, K, L, heads, d]`, the window token's first; a shared one is projected once."""
-    projected = qkv(windows)
-    if window_token is not None:
-        first = qkv(window_token).to(projected.dtype).expand(*windows.shape[:2], -1).unsqueeze(2)
-        projected = torch.cat((first, projected), 2)
-    query, key, value = projected.unflatten(-1, (3, heads, -1)).unbind(-3)
-    return query, key, value
+def _by_heads(query_key: Float[Tensor, "B K C"], heads: int) -> tuple[Tensor, Tensor]:
+    """Queries and keys of windows, `[B, K, heads, d]` each, brought into the order of products over heads together."""
+    query, key = query_key.unflatten(-1, (2, heads, -1)).permute(2, 0, 3, 1, 4).contiguous().transpose(2, 3).unbind(0)
+    return query, key
+
+
+def _with_first(window_token: Float[Tensor, "*K D"], windows: Float[Tensor, "B K n D"]) -> Float[Tensor, "B K L D"]:
+    """The window token before the tokens of every window: of all that attention needs, they are the narrowest."""
+    return torch.cat((window_token.expand(*windows.shape[:2], -1).unsqueeze(2), windows), 2)
 
 
 def _reset(layer: nn.Module) -> None:

@@ -147,7 +147,10 @@ class SepViTStage(nn.Module):
             tokens = self._run(block, tokens, token_mask, order)
             if index == 0:
                 raster = order.restore(without_padding(tokens, token_mask))
-                tokens = tokens + order.arrange(self._convolve(self.position, raster))
+                position = self._convolve(self.position, raster)
+                if len(self.blocks) == 1:
+                    return without_padding(raster + position, mask)
+                tokens = order.add(tokens, position)
         return order.restore(without_padding(tokens, token_mask))
 
     def _run(self, block: nn.Module, *arguments: Any) -> Tensor:

@@ -59,13 +59,22 @@ class WindowOrder:
 
     def arrange(self, feature_map: Shaped[Tensor, "B H W D"]) -> Shaped[Tensor, "B N D"]:
         """The tokens of a feature map in this order."""
+        return self._split(feature_map).flatten(1, -2)
+
+    def add(self, tokens: Shaped[Tensor, "B N D"], feature_map: Shaped[Tensor, "B H W D"]) -> Shaped[Tensor, "B N D"]:
+        """`tokens + arrange(feature_map)` in one pass over memory."""
+        split = self._split(feature_map)
+        return (tokens.unflatten(1, split.shape[1:-1]) + split).flatten(1, -2)
+
+    def _split(self, feature_map: Shaped[Tensor, "B H W D"]) -> Shaped[Tensor, "B *nested D"]:
+        """A view with the axes of nested windows, from the largest down to single tokens, rows before columns."""
         if not self.nested:
-            return feature_map.flatten(1, 2)
+            return feature_map
         steps = self._steps()
         split = feature_map.unflatten(2, (-1, *steps)).unflatten(1, (-1, *steps))
         depth = 1 + len(steps)
         pairs = [axis for level in range(1, depth + 1) for axis in (level, level + depth)]
-        return split.permute(0, *pairs, -1).flatten(1, -2)
+        return split.permute(0, *pairs, -1)
 
     def restore(self, tokens: Shaped[Tensor, "B N D"]) -> Shaped[Tensor, "B H W D"]:
         """The feature map of tokens in this order."""
