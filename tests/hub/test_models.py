@@ -130,6 +130,9 @@ def test_a_model_that_has_one_size_says_so(tmp_path: Path) -> None:
     torch.save(timm.create_model("test_resnet").state_dict(), tmp_path / "weights.pth")
     with pytest.raises(InvalidArgument, match="model: expected one that takes image_size=80, got timm:test_resnet"):
         open_model("timm:test_resnet", tmp_path / "weights.pth", image_size=80)
+    weights = save_timm(tmp_path / "vit.pth")
+    with pytest.raises(InvalidArgument, match=r"image_size: expected a size that timm:test_vit takes, got 81 \(Input"):
+        open_model("timm:test_vit", weights, image_size=81)
     with pytest.raises(InvalidArgument, match="checkpoint_key: expected a checkpoint that it is a part of, got 'ema'"):
         open_model("timm:test_resnet", checkpoint_key="ema")
 

@@ -307,6 +307,13 @@ def _open_timm(name: str, checkpoint: Checkpoint | None, arguments: Mapping[str,
             f"--checkpoint; or download them where there is a network, with timm.create_model({name!r}, "
             "pretrained=True) and bring the folder that HF_HOME names here."
         ) from error
+    if side is not None:
+        try:
+            with torch.no_grad():
+                model.eval()(torch.zeros(1, arguments.get("channels", 3), side, side))
+        except Exception as error:  # every model refuses sizes in its own way
+            got = f"{side} ({str(error).partition(chr(10))[0][:200]})"
+            raise InvalidArgument("image_size", expected=f"a size that timm:{name} takes", got=got) from error
     num_classes = getattr(model, "num_classes", 0)
     named = getattr(model, "pretrained_cfg", {}).get("label_names")
     wordnet = ImageNetInfo().label_names() if num_classes == 1000 else ()
