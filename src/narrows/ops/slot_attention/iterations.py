@@ -412,15 +412,16 @@ def _unpacked(weights: list[Tensor], present: list[bool]) -> Weights:
 
 
 def _updated(
-    means: Tensor, slots: Tensor, some: Tensor, weights: Weights, settings: Settings, low: torch.dtype
+    means: Tensor, slots: Tensor, some: Tensor | None, weights: Weights, settings: Settings, low: torch.dtype
 ) -> Tensor:
-    """Lines 8 to 10 of Algorithm 1 in plain operations; `some` is 1 for samples with a token, `[B, 1, 1, 1]`."""
+    """Lines 8 to 10 of Algorithm 1 in plain operations; `some`, `[B, 1, 1, 1]`, is 1 for samples with a token."""
     heads = settings.heads
     rows = means if weights.gain is None else means * weights.gain
-    rows = rows if weights.shift is None else rows + weights.shift * some
+    rows = rows if weights.shift is None else rows + (weights.shift if some is None else weights.shift * some)
     values = rows.to(low) @ weights.value.to(low).unflatten(0, (heads, -1)).mT
     if weights.value_bias is not None:
-        values = values + (weights.value_bias.unflatten(0, (heads, 1, -1)) * some).to(low)
+        constant = weights.value_bias.unflatten(0, (heads, 1, -1))
+        values = values + (constant if some is None else constant * some).to(low)
     update = values.transpose(1, 2).flatten(2)
     cast = Weights(*(None if weight is None else weight.to(low) for weight in weights))  # pyright: ignore[reportArgumentType]
     update = update if cast.out is None else F.linear(update, cast.out, cast.out_bias)
@@ -438,7 +439,7 @@ def _readers(slots: Tensor, weights: Weights, settings: Settings, low: torch.dty
     queries = F.linear(normed, cast.query, cast.query_bias) * settings.scale
     queries = queries.unflatten(-1, (settings.heads, -1)).transpose(1, 2)
     readers = (queries @ cast.key.unflatten(0, (settings.heads, -1))).float()
-    bias = readers.new_zeros(readers.shape[:3]) if weights.shift is None else readers @ weights.shift.float()
+    bias = readers.new_zeros(readers.shape[:3]) if weights.shift is None else readers @ weights.shift.to(readers.dtype)
     if cast.key_bias is not None:
         bias = bias + (queries * cast.key_bias.unflatten(0, (settings.heads, 1, -1))).sum(-1)
     return readers if weights.gain is None else readers * weights.gain, bias
@@ -455,48 +456,50 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _backward(ctx: Any, grad: Tensor | None, grad_attention: Tensor | None, *_: Any) -> tuple[Any, ...]:
     tokens, slots, mask, slot_mask, new, readers, bias, means, totals, *given = ctx.saved_tensors
     settings, low = ctx.settings, tokens.dtype
-    iterations, _, _, _, dim = readers.shape
+    iterations, dim = readers.shape[0], readers.shape[-1]
     means = means[..., :dim]
+    before = torch.cat([slots[None], new[:-1]])
     grad_slots = torch.zeros_like(slots) if grad is None else grad[-1]
     grad_attention = None if grad_attention is None else grad_attention.contiguous()
-    some = (
-        (totals[0, :, :1, :1] > settings.eps / 2).to(low)[..., None]
-        if mask is None
-        else mask.any(1)[:, None, None, None]
-    )
-    grads: list[Tensor | None] = [None] * len(given)
-    of_means, centres = [], []
+    some = None  # whether a sample has a token, where one may have none
+    if mask is not None or tokens.shape[1] == 0:
+        some = (totals[0, :, :1, :1] > settings.eps).to(low)[..., None]
+        some = some if mask is None else mask.any(1)[:, None, None, None].to(low)
+    weights = _unpacked([weight.detach() for weight in given], ctx.present)
     options = (mask, slot_mask, settings.joint_heads, settings.eps)
-    for t in reversed(range(iterations)):
+    of_new, of_means, centres, of_readers, of_bias = [], [], [], [], []
+    for t in reversed(range(iterations)):  # of inputs, one iteration after the other
         with torch.enable_grad():
-            leaves = [leaf.detach().requires_grad_() for leaf in (means[t], new[t - 1] if t else slots, *given)]
-            weights = _unpacked(leaves[2:], ctx.present)
-            updated = _updated(leaves[0], leaves[1], some, weights, settings, low)
-            asked = _readers(leaves[1], weights, settings, low)
-        grad_means, grad_state, *more = torch.autograd.grad(updated, leaves, grad_slots, allow_unused=True)
-        grads = _added(grads, more)
+            read, state = means[t].detach().requires_grad_(), before[t].detach().requires_grad_()
+            updated = _updated(read, state, some, weights, settings, low)
+            asked = _readers(state, weights, settings, low)
+        of_new.insert(0, grad_slots)
+        grad_means, grad_state = torch.autograd.grad(updated, (read, state), grad_slots)
         of_means.insert(0, grad_means.to(low))
         centres.insert(0, (grad_means * means[t]).sum(-1))
-        of_readers = torch.ops.narrows.slot_read_backward_rows(
-            tokens, readers[t], bias[t], *options, of_means[0], centres[0], totals[t],
-            grad_attention if t == iterations - 1 else None,
-        )  # fmt: skip
-        of_readers = [one.to(value.dtype) for one, value in zip(of_readers, asked, strict=True)]
-        through, *more = torch.autograd.grad(asked, leaves[1:], of_readers, allow_unused=True)
-        grads = _added(grads, more)
-        grad_slots = grad_state + through
+        last = grad_attention if t == iterations - 1 else None
+        rows = torch.ops.narrows.slot_read_backward_rows(
+            tokens, readers[t], bias[t], *options, of_means[0], centres[0], totals[t], last
+        )
+        of_readers.insert(0, rows[0].to(asked[0].dtype))
+        of_bias.insert(0, rows[1].to(asked[1].dtype))
+        grad_slots = grad_state + torch.autograd.grad(asked, state, (of_readers[0], of_bias[0]))[0]
+    with torch.enable_grad():  # of weights, all iterations together
+        leaves = [weight.detach().requires_grad_() for weight in given]
+        weights, rows = _unpacked(leaves, ctx.present), before.flatten(0, 1)
+        some = None if some is None else some.repeat(iterations, 1, 1, 1)
+        updated = _updated(means.flatten(0, 1), rows, some, weights, settings, low)
+        asked = _readers(rows, weights, settings, low)
+    grad_outputs = [torch.cat(grads) for grads in (of_new, of_readers, of_bias)]
+    outputs = (updated, *asked)
+    grads = torch.autograd.grad(outputs, leaves, grad_outputs, allow_unused=True)
+    grads = [None if one is None else one.contiguous() for one in grads]  # as the parameters lie
     grad_tokens = None
     if ctx.needs_input_grad[0]:
         grad_tokens = torch.ops.narrows.slot_read_backward_tokens(
             tokens, readers, bias, *options, torch.stack(of_means), torch.stack(centres), totals, grad_attention
         )
-    grads = [None if one is None else one.contiguous() for one in grads]  # as the parameters lie
     return grad_tokens, grad_slots, grads, *[None] * 10
-
-
-def _added(left: list[Tensor | None], right: Any) -> list[Tensor | None]:
-    pairs = zip(left, right, strict=True)
-    return [one if other is None else other if one is None else one + other for one, other in pairs]
 
 
 _slot_iterations.register_autograd(_backward, setup_context=_keep)
