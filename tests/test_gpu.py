@@ -5,10 +5,28 @@ import torch
 from torch import Tensor, nn
 
 from tests.cases import LayerCase
-from tests.layers.every_layer import build, cast, every_implementation, every_layer, inputs, total
+from tests.layers.every_layer import CASES, build, cast, every_layer, inputs, total
 from tests.support import assert_close, parameter_gradients
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+every_implementation = pytest.mark.parametrize(
+    ("case", "impl"),
+    [(case, impl) for case in CASES for impl in dict.fromkeys((*case.impls, "auto"))],
+    ids=lambda value: value.name if isinstance(value, LayerCase) else value,
+)
+
+# Of each kind of layer one: compiling takes longer than all the rest.
+COMPILED = {
+    "SlotAttention",
+    "TwoWaySlotAttention",
+    "PerceiverResampler-clips",
+    "MaskedCrossAttention",
+    "SoftMoE",
+    "DynamicSlotsSoftMoE",
+    "separable_attention",
+    "SampledAttention-sampling",
+}
 
 
 def given(case: LayerCase, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
@@ -75,24 +93,6 @@ def test_a_cuda_graph_replays_forward_and_backward(case: LayerCase, impl: str) -
 
 
 @every_layer
-@pytest.mark.compiled
-def test_compiled_with_its_own_graphs_it_gives_the_same(case: LayerCase) -> None:
-    torch._dynamo.reset()
-    layer, arguments = build(case).cuda(), given(case, torch.float32, "cuda")
-    expected = {name: value.clone() for name, value in case.outputs(layer(**arguments)).items()}
-    right = parameter_gradients(layer, total(case.outputs(layer(**arguments))))
-    compiled: nn.Module = torch.compile(layer, fullgraph=True, mode="reduce-overhead")  # type: ignore[assignment]
-    for _ in range(3):  # the first calls warm up and record
-        torch.compiler.cudagraph_mark_step_begin()
-        outputs = case.outputs(compiled(**arguments))
-        found = parameter_gradients(layer, total(outputs))
-    for name, value in outputs.items():
-        assert_close(value.double(), expected[name].double(), 1e-4)
-    for name, gradient in found.items():
-        assert_close(gradient, right[name], 1e-3)
-
-
-@every_layer
 def test_noise_is_drawn_on_the_gpu(case: LayerCase) -> None:
     if not case.random:
         pytest.skip("draws nothing")
@@ -114,3 +114,21 @@ def test_what_stands_at_masked_places_reaches_nothing(case: LayerCase) -> None:
     outputs = case.outputs(layer(**arguments))
     for name, value in outputs.items():
         assert_close(value.double(), expected[name].double(), 1e-5)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.name in COMPILED], ids=lambda case: case.name)
+@pytest.mark.compiled
+def test_compiled_with_its_own_graphs_it_gives_the_same(case: LayerCase) -> None:
+    torch._dynamo.reset()
+    layer, arguments = build(case).cuda(), given(case, torch.float32, "cuda")
+    expected = {name: value.clone() for name, value in case.outputs(layer(**arguments)).items()}
+    right = parameter_gradients(layer, total(case.outputs(layer(**arguments))))
+    compiled: nn.Module = torch.compile(layer, fullgraph=True, mode="reduce-overhead")  # type: ignore[assignment]
+    for _ in range(3):  # the first calls warm up and record
+        torch.compiler.cudagraph_mark_step_begin()
+        outputs = case.outputs(compiled(**arguments))
+        found = parameter_gradients(layer, total(outputs))
+    for name, value in outputs.items():
+        assert_close(value.double(), expected[name].double(), 1e-4)
+    for name, gradient in found.items():
+        assert_close(gradient, right[name], 1e-3)

@@ -17,7 +17,7 @@ from vit_pytorch import ats_vit, sep_vit
 from narrows import create_model, from_upstream, list_models, reduce_tokens
 from tests.cases import LayerCase
 from tests.launches import Call, launches
-from tests.layers.every_layer import every_implementation
+from tests.layers.every_layer import every_implementation, every_layer
 from tests.layers.every_layer import inputs as inputs_of
 
 # Shape checks would take as long again, and nothing is computed.
@@ -157,15 +157,23 @@ def test_a_usual_call_launches_as_much_as_the_table_says(row: Row, monkeypatch: 
 
 @every_implementation
 def test_no_layer_waits_for_the_gpu_or_copies_from_the_host(case: LayerCase, impl: str) -> None:
-    given = inputs_of(case)
-    masks = {
-        name: torch.ones(given[masked].shape[: case.pad_axis + 1], dtype=torch.bool)
-        for name, masked in case.padded.items()
-    }
-    calls = [(given, False), ({**given, **masks}, False), ({**given, **masks}, True)]
-    for arguments, backward in calls if masks else calls[1:]:
+    given, masked = inputs_of(case), with_masks(case)
+    for arguments, backward in [(given, False), (masked, False), (masked, True)][not case.padded :]:
         found = launches(lambda: case.construct(impl=impl), on_fakes(case, arguments), backward=backward)
         assert (found.copies, found.waits) == ([], [])
+
+
+@every_layer
+def test_what_is_chosen_on_a_gpu_neither_waits_nor_copies(case: LayerCase) -> None:
+    for arguments in (inputs_of(case), with_masks(case)):
+        found = launches(lambda: case.construct(impl="auto"), on_fakes(case, arguments))
+        assert (found.copies, found.waits) == ([], [])
+
+
+def with_masks(case: LayerCase) -> dict[str, Tensor]:
+    given = inputs_of(case)
+    shapes = {name: given[masked].shape[: case.pad_axis + 1] for name, masked in case.padded.items()}
+    return {**given, **{name: torch.ones(shape, dtype=torch.bool) for name, shape in shapes.items()}}
 
 
 def on_fakes(case: LayerCase, arguments: dict[str, Tensor]) -> Call:
@@ -198,17 +206,18 @@ class TestWhatIsSeen:
         found = launches(nn.Identity, call_with(lambda x: torch.empty_like(x.reshape(2, 16).T)))
         assert found.total == 0
 
-    def test_a_linear_map_is_one_launch_and_three_with_its_backward(self) -> None:
+    def test_a_linear_map_is_one_launch_and_two_with_its_backward(self) -> None:
         call = on(4, 8)
         assert launches(lambda: nn.Linear(8, 8), call).operations == {"addmm": 1}
         assert launches(lambda: nn.Linear(8, 8, bias=False), call, backward=True).total == 2
 
     def test_fused_attention_is_one_launch_each_way(self) -> None:
-        def attend(x: Tensor) -> Tensor:
-            x = x.view(1, 2, 2, 8).requires_grad_()
-            return nn.functional.scaled_dot_product_attention(x, x, x)
+        def attend(module: nn.Module, device: torch.device) -> Tensor:
+            parts = [torch.empty(1, 2, 4, 8, device=device, requires_grad=True) for _ in range(3)]
+            return nn.functional.scaled_dot_product_attention(*parts)
 
-        assert launches(nn.Identity, call_with(attend)).total == 1
+        assert launches(nn.Identity, attend).total == 1
+        assert launches(nn.Identity, attend, backward=True).total == 2
 
     def test_copies_from_the_host_are_listed_and_numbers_are_not(self) -> None:
         copy = launches(nn.Identity, call_with(lambda x: x + torch.tensor([1.0] * 8, device=x.device)))
