@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
 
@@ -205,3 +205,17 @@ def test_fit_starts_from_a_saved_model_and_leaves_one(tmp_path: Path, monkeypatc
     arguments = json.loads((run / "reduction.json").read_text())
     assert (arguments["method"], arguments["budget"]) == ("topk", 0.5)
     narrows.reduce_tokens(left, **arguments)
+
+
+def test_an_exception_takes_the_reduction_out_of_the_model(tmp_path):
+    task = small_task()
+    before = [(type(module), len(module._forward_hooks), len(module._forward_pre_hooks)) for module in task.modules()]
+
+    class Fails(Callback):
+        def on_train_batch_end(self, *_) -> None:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        small_trainer(tmp_path, callbacks=[ReduceTokens(), Fails()]).fit(task, small_data())
+    after = [(type(module), len(module._forward_hooks), len(module._forward_pre_hooks)) for module in task.modules()]
+    assert after == before

@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import re
 import signal
 import warnings
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import torch
 import yaml
 from jsonargparse import Namespace, set_parsing_settings
 
@@ -50,6 +52,8 @@ OPTIONS = "narrows_options"
 IMPORTS = ("narrows", "lightning", "torch.nn", "torch.optim", "torchmetrics", "torchvision", "timm", "transformers")
 """Where the classes are that a configuration may name as its `class_path`."""
 
+# What the backends say of a process that is gone.
+_LOST = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset)")
 _CHECKPOINT_WORDS = ("best", "last", "hpc")
 
 
@@ -132,6 +136,7 @@ class TrainingCLI(LightningCLI):
     """
 
     def __init__(self, task: str, **kwargs: Any) -> None:
+        self.parent = os.getppid()
         self.task, self.choice, self.args = task, TASKS[task](), kwargs["args"]
         left = [StopOnSignal(), self.choice.saving()]
         if self.choice.predictions is not None:
@@ -245,6 +250,14 @@ class TrainingCLI(LightningCLI):
                 raise SystemExit(0) from None
             kept = self._kept()
             raise Terminated(getattr(asked, "signum", signal.SIGINT), kept) from None
+        except RuntimeError as error:
+            if self.trainer.world_size == 1 or not _LOST.search(str(error)):
+                raise
+            # The first process tells; where it is the one that is gone, the second does.
+            orphaned = os.getppid() != self.parent
+            if self.trainer.global_rank != int(orphaned):
+                raise SystemExit(1) from None
+            raise NarrowsError(f"Another process of this run is gone, and this one ends. {self._kept()}") from error
 
     def _kept(self) -> str:
         last = Path(_only(self.trainer, Checkpoints).last_model_path)
@@ -268,15 +281,24 @@ def run(arguments: list[str]) -> None:
     )
     arguments = _short_forms(underscored(arguments))
     task = _task_of(arguments)
-    TrainingCLI(
-        task,
-        args=arguments,
-        parser_class=TrainingParser,
-        parser_kwargs={"prog": "narrows"},
-        seed_everything_default=0,
-        auto_configure_optimizers=False,
-        save_config_callback=SaveConfig,
-    )
+    stopped = None
+    try:
+        TrainingCLI(
+            task,
+            args=arguments,
+            parser_class=TrainingParser,
+            parser_kwargs={"prog": "narrows"},
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            save_config_callback=SaveConfig,
+        )
+    except KeyboardInterrupt as asked:
+        stopped = asked
+    # Leave the group, but not after an error: the others may be gone, and to leave would be to wait for them.
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    if stopped is not None:
+        raise stopped
 
 
 def _task_of(arguments: Sequence[str]) -> str:

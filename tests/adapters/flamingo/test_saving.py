@@ -77,3 +77,15 @@ def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(InvalidArgument, match=r"path: expected a folder with model.safetensors"):
         Flamingo.from_pretrained(tmp_path, language_model=lm)
+
+
+def test_loading_that_fails_leaves_no_hooks(tmp_path: Path) -> None:
+    model = flamingo(language_model("llama"))
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"cut")
+    lm = language_model("llama")
+    trained = [parameter.requires_grad for parameter in lm.parameters()]
+    with pytest.raises(Exception, match=r"."):
+        Flamingo.from_pretrained(tmp_path, language_model=lm)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in lm.modules())
+    assert [parameter.requires_grad for parameter in lm.parameters()] == trained
