@@ -177,7 +177,7 @@ class TargetMACs(CostTarget):
         model, args, kwargs = _call(reduction, images)
         calls = reduction.without_padding(*args, model=model, **kwargs)
         if not reduction.method.adaptive:  # every image costs the same
-            return count_macs(next(iter(calls)))
+            return float(count_macs(next(iter(calls))))
         macs = [count_macs(call) for call in calls]
         return sum(macs) / len(macs)
 
