@@ -283,9 +283,9 @@ def test_messages(change: dict[str, Any], message: str) -> None:
 
 # Dtype of tokens, slots of all heads, softmaxes: of what `Tiling.of` may choose, what needs most registers.
 TILINGS = [("bf16", 16, 1), ("fp16", 64, 4), ("fp32", 64, 4)]
-INTEGERS = {*"NDHKBWSEMURT", "rows", "chunk", "chunks", "blocks", "tiles", "reads", "stride_b", "stride_n"}
-FLOATS = {"eps", "scale", "mlp_eps", "slot_eps"}
-MULTIPLES_OF_16 = {*"DWSEMU", "chunk", "stride_b", "stride_n"}
+INTEGERS = {*"NDHKBWSEMURT", "rows", "wide", "chunk", "chunks", "blocks", "tiles", "reads", "stride_b", "stride_n"}
+FLOATS = {"eps", "scale", "mlp_eps", "slot_eps", "read_scale", "read_eps", "readers_eps"}
+MULTIPLES_OF_16 = {*"DWSEMU", "wide", "chunk", "stride_b", "stride_n"}
 
 
 def check_registers(kernel: Any, low: str, in_float32: str, constants: dict[str, Any]) -> None:
@@ -324,3 +324,14 @@ def test_kernel_that_updates_fits_into_registers(dtype: str) -> None:
     of_torch = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
     constants = {**iterations.tiling(of_torch), "HAS_READ": True, "READS_ON": True}
     check_registers(iterations._update, dtype, "sums totals means total bias", constants)
+
+
+@pytest.mark.compiled
+def test_kernels_of_the_two_way_form_fit_into_registers() -> None:
+    two_way = pytest.importorskip("narrows.ops.slot_attention.two_way_triton")
+    wide = "means seen reader_bias next_bias totals"
+    tokens = {"ROWS": 16, "BLOCK_N": two_way.TOKENS, **two_way.tiling(two_way.TOKENS, 1024)}
+    check_registers(two_way._update_tokens, "bf16", wide, tokens)
+    check_registers(two_way._update_slots, "bf16", wide, {"UPDATE": True, "ROWS": 16, **two_way.tiling(16, 1024)})
+    gates = {"BLOCK_R": 8, "BLOCK_D": 256, "num_warps": 4, "num_stages": 3}
+    check_registers(two_way._gate_backward, "bf16", wide, gates)

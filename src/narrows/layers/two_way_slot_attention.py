@@ -1,5 +1,6 @@
 """Two-way slot attention as a layer."""
 
+import importlib.util
 from functools import partial
 from typing import NamedTuple
 
@@ -23,7 +24,16 @@ from narrows.layers.slot_attention import (
     reset_like_keras,
     starting_slots,
 )
-from narrows.ops.slot_attention import Cell, Reading, TokenUpdate, read_slots, slot_attention, update_tokens
+from narrows.ops.slot_attention import (
+    Cell,
+    Reading,
+    SlotUpdate,
+    TokenUpdate,
+    read_slots,
+    slot_attention,
+    update_slots,
+    update_tokens,
+)
 from narrows.precision import at_least_float32, autocast_off, compute_dtype, is_transformed
 from narrows.routing import Routing
 from narrows.validation import as_tokens, check_choice, check_not_negative, check_positive, checked, why_not_plain
@@ -74,7 +84,8 @@ class TwoWaySlotAttention(nn.Module):
         initial_slots: how slots begin where a call gives none, as in `SlotAttention`.
         impl: "reference" (attention in float32 or better), "mixed" (products in the layer's dtype, sums in float32 or
             better), "absorbed" (tokens are not projected, and products of what they read with the gates are taken on
-            the side of the slots; only where the modules that it folds are plain), or "auto".
+            the side of the slots; only where the modules that it folds are plain), "triton" (the same in kernels for
+            CUDA, where all modules are plain), or "auto".
         device: where parameters are made.
         dtype: of the parameters.
 
@@ -179,34 +190,74 @@ class TwoWaySlotAttention(nn.Module):
         output, grid = self._exchange(tokens, mask, slots, num_slots, generator, num_iterations, slot_mask, temperature)
         return Routing(output.attention[:, None], carriers="slots", grid=grid)
 
-    def implementation(self, tokens: Float[Tensor, "B N D"] | Float[Tensor, "B D H W"]) -> str:
-        """Which of "reference", "mixed" and "absorbed" `forward` takes: under "auto" the last where it can run.
+    def implementation(
+        self,
+        tokens: Float[Tensor, "B N D"] | Float[Tensor, "B D H W"],
+        slots: Float[Tensor, "B K S"] | None = None,
+        num_slots: int | None = None,
+    ) -> str:
+        """Which of "reference", "mixed", "absorbed" and "triton" `forward` takes for these arguments.
+
+        "auto" takes "triton" for float16 and bfloat16 on a CUDA device, "absorbed" for tokens elsewhere, each where
+        it can run, and "mixed" otherwise. `torch.export` takes no "triton" that is not asked for by name.
 
         Raises:
-            ImplementationUnavailable: `impl="absorbed"` where a module that it folds is not plain.
+            ImplementationUnavailable: `impl="absorbed"` where a module that it folds is not plain; `impl="triton"`
+                where a module is not plain, or kernels cannot take these arguments.
         """
-        check_choice("impl", self.impl, ("auto", *IMPLEMENTATIONS))
-        if self.impl not in ("auto", "absorbed"):
+        check_choice("impl", self.impl, (*IMPLEMENTATIONS, "auto", "triton"))
+        if self.impl not in ("auto", "absorbed", "triton"):
             return self.impl
-        norms = ["slots_read.norm_read", "tokens_read.norm_readers", "tokens_read.mlp.norm"]
-        linears = ["slots_read.to_k", "slots_read.to_v", "tokens_read.to_q"]
-        linears += ["tokens_read.mlp.expand", "tokens_read.mlp.contract"]
-        cells, containers = ["tokens_read.gru", "tokens_read.mlp_gru"], ["tokens_read.mlp"]
-        for names, kind in (
-            (containers, FeedForward),
-            (norms, nn.LayerNorm),
-            (linears, nn.Linear),
-            (cells, nn.GRUCell),
-        ):
-            reason = why_not_plain(((name, self.get_submodule(name)) for name in names), kinds=(kind,))
-            if reason is None:
-                continue
-            if self.impl == "auto":
+        if self.impl == "auto" and not tokens.is_cuda:
+            return "absorbed" if self._why_not_folded() is None else "mixed"
+        if self.impl != "absorbed":
+            num_slots = slots.shape[1] if slots is not None else num_slots
+            num_slots = getattr(self.initial_slots, "num_slots", 1) if num_slots is None else num_slots
+            low = compute_dtype(self.tokens_read.gru.weight_hh) in (torch.float16, torch.bfloat16)
+            asked = self.impl == "triton"
+            reason = self._why_not_folded(slots=True) or self._why_not_triton(tokens, num_slots)
+            if reason is None and (asked or (low and not torch.compiler.is_exporting())):
+                return "triton"
+            if not asked:
                 return "mixed"
-            raise ImplementationUnavailable(
-                f"TwoWaySlotAttention: impl='absorbed' cannot run here: {reason}. Use impl='auto'."
-            )
-        return "absorbed"
+        else:
+            reason = self._why_not_folded()
+            if reason is None:
+                return "absorbed"
+        raise ImplementationUnavailable(
+            f"TwoWaySlotAttention: impl={self.impl!r} cannot run here: {reason}. Use impl='auto'."
+        )
+
+    def _why_not_folded(self, *, slots: bool = False) -> str | None:
+        """The first reason why modules of the tokens' side, or of both, must be called."""
+        sides = {"tokens_read": self.tokens_read, "slots_read": self.slots_read}
+        folded: list[tuple[str, type[nn.Module]]] = []
+        for name in sides if slots else ("tokens_read",):
+            folded += [(f"{name}.mlp", FeedForward), (f"{name}.mlp.norm", nn.LayerNorm)]
+            folded += [(f"{name}.{linear}", nn.Linear) for linear in ("mlp.expand", "mlp.contract")]
+            folded += [(f"{name}.{cell}", nn.GRUCell) for cell in ("gru", "mlp_gru")]
+            if slots:
+                folded += [(f"{name}.{norm}", nn.LayerNorm) for norm in ("norm_read", "norm_readers")]
+                folded += [(f"{name}.{linear}", nn.Linear) for linear in ("to_q", "to_k", "to_v")]
+        if not slots:
+            folded += [("slots_read.norm_read", nn.LayerNorm), ("tokens_read.norm_readers", nn.LayerNorm)]
+            folded += [(name, nn.Linear) for name in ("slots_read.to_k", "slots_read.to_v", "tokens_read.to_q")]
+        reasons = (why_not_plain(((name, self.get_submodule(name)),), kinds=(kind,)) for name, kind in folded)
+        return next((reason for reason in reasons if reason is not None), None)
+
+    def _why_not_triton(self, tokens: Tensor, num_slots: int) -> str | None:
+        """The reason why kernels cannot take these tokens."""
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed"
+        sides = self.slots_read, self.tokens_read
+        hidden = [side.mlp.expand.out_features for side in sides]
+        if hidden[1] > 2 * self.dim:
+            return "the MLP of the tokens is wider than twice the tokens, and would be folded into a larger product"
+        if tokens.dtype == torch.float64 or self.tokens_read.gru.weight_hh.dtype == torch.float64:
+            return "kernels do not take float64"
+        from narrows.ops.slot_attention import two_way_triton
+
+        return two_way_triton.why_not(tokens, num_slots, self.slots_read.to_q.in_features, self.dim, hidden)
 
     def _exchange(
         self,
@@ -226,7 +277,7 @@ class TwoWaySlotAttention(nn.Module):
         check_positive(num_iterations=iterations)
         check_temperature(temperature)
         slots: Tensor = starting_slots(self.initial_slots, tokens.shape[0], given, num_slots, generator, slot_mask)
-        impl = self.implementation(tokens)
+        impl = self.implementation(tokens, slots)
         tokens = tokens.to(slots.dtype)
         if mask is not None:
             tokens = tokens.masked_fill(~mask[..., None], 0)
@@ -234,7 +285,8 @@ class TwoWaySlotAttention(nn.Module):
             mask = tokens.new_zeros(tokens.shape[:2], dtype=torch.bool)
         tokens = self.norm_tokens(tokens).to(slots.dtype)
         state = tokens, slots, mask, slot_mask, iterations, temperature
-        slots, tokens, attention = self._absorbed(*state) if impl == "absorbed" else self._projected(*state, impl=impl)
+        folded = {"absorbed": self._absorbed, "triton": self._fused}.get(impl)
+        slots, tokens, attention = self._projected(*state, impl=impl) if folded is None else folded(*state)
         if slot_mask is not None:
             slots = slots.masked_fill(~slot_mask[..., None], 0)
         if mask is not None:
@@ -294,16 +346,12 @@ class TwoWaySlotAttention(nn.Module):
         """
         side, dtype = self.slots_read, compute_dtype(tokens)
         projections = AbsorbedProjections.of(side.norm_read, side.to_k, side.to_v, scale=scaling(slots, temperature))
-        query, gates, weights = self._absorb(dtype)
-        reading = Reading(
-            mask,
-            slot_mask,
-            scaling(tokens, temperature),
-            self.token_normalization,
-            self.eps,
-            self.tokens_read.norm_readers.eps,
-            self.tokens_read.mlp.norm.eps,
-        )
+        weights = self._token_update(dtype, folds=self._folds_contract())
+        with autocast_off(tokens):
+            query, bias = fold_norm(self.tokens_read.norm_readers, self.tokens_read.to_q)
+            bias = query.new_zeros(query.shape[:1]) if bias is None else bias
+            query, gates = torch.cat([query, bias[:, None]], -1), at_least_float32(self.tokens_read.gru.weight_ih)
+        reading = self._reading(mask, slot_mask, scaling(tokens, temperature))
 
         def read(tokens: Tensor, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             rows = normalized(tokens, side.norm_read)
@@ -324,30 +372,81 @@ class TwoWaySlotAttention(nn.Module):
                 tokens = update_tokens(tokens, *sums, weights, reading, normalized=known)
         return slots, tokens, attention  # pyright: ignore[reportPossiblyUnboundVariable]
 
-    def _absorb(self, dtype: torch.dtype) -> tuple[Float[Tensor, "D E"], Float[Tensor, "G D"], TokenUpdate]:
-        """What keys of slots are multiplied with, in its last column the bias; their values; and tokens in `dtype`."""
+    def _fused(
+        self,
+        tokens: Float[Tensor, "B N D"],
+        slots: Float[Tensor, "B K S"],
+        mask: Bool[Tensor, "B N"] | None,
+        slot_mask: Bool[Tensor, "B K"] | None,
+        iterations: int,
+        temperature: float,
+    ) -> tuple[Float[Tensor, "B K S"], Float[Tensor, "B N D"], Float[Tensor, "B 1 K N"]]:
+        """The same by kernels: in each iteration one reads the tokens, one updates the slots, one the tokens."""
+        dtype, own_dtype = compute_dtype(tokens), slots.dtype
+        scales = scaling(tokens, temperature), scaling(slots, temperature)
+        sides = self.slots_read, self.tokens_read
+        of_slots = self._slot_update(dtype)
+        of_tokens = self._token_update(dtype, folds=True)
+        reading = self._reading(mask, slot_mask, 1.0)
+        eps = sides[0].mlp.norm.eps, sides[1].norm_read.eps, sides[0].norm_readers.eps
+        seen = None if mask is None else mask.any(1)
+        tokens = tokens.to(dtype)
+        impl = "auto" if is_transformed(tokens, slots) else self.impl
+        updated = update_slots(None, None, slots.to(dtype), of_slots, scales, eps)
+        for _ in range(iterations):
+            rows = normalized(tokens, sides[0].norm_read)
+            with autocast_off(tokens):
+                readers, bias, read = updated.next_readers[:, None], updated.next_bias[:, None], rows[:, None]
+                options = {"bias": bias, "scale": 1.0, "eps": self.eps, "impl": impl}
+                means, attention = slot_attention(readers, read, read, mask, slot_mask, **options)
+            updated = update_slots(means.squeeze(1), seen, updated.slots, of_slots, scales, eps)
+            known = rows if sides[1].norm_readers.eps == sides[0].norm_read.eps else None
+            read = updated.readers, updated.reader_bias, updated.gates
+            tokens = update_tokens(tokens, *read, of_tokens, reading, normalized=known, kernels=True)
+        return updated.slots.to(own_dtype), tokens, attention  # pyright: ignore[reportPossiblyUnboundVariable]
+
+    def _slot_update(self, dtype: torch.dtype) -> SlotUpdate:
+        """All that kernels need of the slots' side and of what reads slots, in `dtype`."""
+        side, other = self.slots_read, self.tokens_read
+        with autocast_off(side.to_q.weight):
+            weights = SlotUpdate(
+                *(side.norm_read.weight, side.norm_read.bias, side.to_v.weight, side.to_v.bias),
+                *(side.gru.weight_ih, *_cell(side.gru, side.gru.bias_ih if side.gru.bias else None, dtype)),
+                *(side.mlp.norm.weight, side.mlp.norm.bias, side.mlp.expand.weight, side.mlp.expand.bias),
+                *(side.mlp.contract.weight, side.mlp.contract.bias),
+                side.mlp_gru.weight_ih,
+                *_cell(side.mlp_gru, side.mlp_gru.bias_ih if side.mlp_gru.bias else None, dtype),
+                *(other.norm_read.weight, other.norm_read.bias, other.to_k.weight, other.to_k.bias),
+                *(other.to_q.weight, other.to_q.bias, other.norm_readers.weight, other.norm_readers.bias),
+                *(other.to_v.weight, other.to_v.bias, other.gru.weight_ih),
+                *(side.norm_readers.weight, side.norm_readers.bias, side.to_q.weight, side.to_q.bias),
+                *(side.to_k.weight, side.to_k.bias),
+            )
+            return SlotUpdate(*(None if weight is None else weight.to(dtype) for weight in weights))  # pyright: ignore[reportArgumentType]
+
+    def _reading(self, mask: Tensor | None, slot_mask: Tensor | None, scale: float) -> Reading:
+        eps = self.tokens_read.norm_readers.eps, self.tokens_read.mlp.norm.eps
+        return Reading(mask, slot_mask, scale, self.token_normalization, self.eps, *eps)
+
+    def _token_update(self, dtype: torch.dtype, *, folds: bool) -> TokenUpdate:
+        """Cells and MLP of the tokens in `dtype`; with `folds` the MLP's last map is part of the second cell's."""
         side = self.tokens_read
         norm, expand, contract = side.mlp.norm, side.mlp.expand, side.mlp.contract
         with autocast_off(side.to_q.weight):
-            query, bias = fold_norm(side.norm_readers, side.to_q)
-            column = query.new_zeros(query.shape[:1]) if bias is None else bias
-            query = torch.cat([query, column[:, None]], -1)
             inputs, inputs_bias = side.mlp_gru.weight_ih, side.mlp_gru.bias_ih if side.mlp_gru.bias else None
-            folds = self._folds_contract()
             if folds:
                 inputs = at_least_float32(inputs)
                 if contract.bias is not None:
                     image = inputs @ contract.bias.to(inputs.dtype)
                     inputs_bias = image if inputs_bias is None else image + inputs_bias
                 inputs = inputs @ contract.weight.to(inputs.dtype)
-            weights = TokenUpdate(
+            return TokenUpdate(
                 _cell(side.gru, side.gru.bias_ih if side.gru.bias else None, dtype),
                 *(None if x is None else x.to(dtype) for x in (norm.weight, norm.bias, expand.weight, expand.bias)),
                 *(None if folds or x is None else x.to(dtype) for x in (contract.weight, contract.bias)),
                 inputs.to(dtype),
                 _cell(side.mlp_gru, inputs_bias, dtype),
             )
-            return query, at_least_float32(side.gru.weight_ih), weights
 
     def _folds_contract(self) -> bool:
         """Whether the MLP's last map (D x M) and the gates' (3D x D) cost more one after the other than as one."""
