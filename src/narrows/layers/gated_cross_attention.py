@@ -35,12 +35,12 @@ class MediaKeysValues(NamedTuple):
     Args:
         key: `[B, M, N, H, E]`.
         value: as `key`.
-        mask: `[B, M, N]`, True at real latents, or None where all are.
+        mask: `[B, M]` or `[B, M, N]`, True at real media or latents, or None where all are.
     """
 
     key: Float[Tensor, "B M N H E"]
     value: Float[Tensor, "B M N H E"]
-    mask: Bool[Tensor, "B M N"] | None = None
+    mask: Bool[Tensor, "B M *N"] | None = None
 
 
 class MaskedCrossAttention(nn.Module):
@@ -138,10 +138,10 @@ class MaskedCrossAttention(nn.Module):
     ) -> MediaKeysValues:
         """The keys and values of media, which `forward` takes in their place."""
         check_tokens("media", media, dim=self.media_dim, layout="[B, M, N, D]")
-        media_mask = _of_latents(media_mask, media)
+        _check_media_mask(media_mask, media)
         if media_mask is not None:
             # Before the projection: its weight's gradient would take in 0 * NaN otherwise.
-            media = media.masked_fill(~media_mask[..., None], 0.0)
+            media = media.masked_fill(~media_mask[(...,) + (None,) * (4 - media_mask.ndim)], 0.0)
         key, value = self.to_kv(media).unflatten(-1, (2, self.heads, -1)).unbind(3)
         return MediaKeysValues(key, value, media_mask)
 
@@ -305,20 +305,16 @@ def _reads(
     """Which text tokens see a latent at all, `[B, T]`; where all see all, `[B, 1]`."""
     if isinstance(media, MediaKeysValues):
         media, _, media_mask = media
-    mask = _of_latents(media_mask, media)
+    _check_media_mask(media_mask, media)
     if visible is not None:
-        return visible.any(media.shape[1], mask)
-    mask = media.new_ones(media.shape[:3], dtype=torch.bool) if mask is None else mask
-    return mask.flatten(1).any(-1, keepdim=True)
+        return visible.any(media.shape[1], media_mask)
+    there = media.new_ones(media.shape[:2], dtype=torch.bool) if media_mask is None else media_mask
+    return there.flatten(1).any(-1, keepdim=True)
 
 
-def _of_latents(media_mask: Tensor | None, media: Tensor) -> Tensor | None:
-    """A mask `[B, M]` of media, or `[B, M, N]` of their latents, as the latter."""
-    if media_mask is None:
-        return None
-    check_tensor("media_mask", media_mask, expected="None or a boolean tensor [B, M] or [B, M, N]")
-    if media_mask.ndim == 2:
+def _check_media_mask(media_mask: Tensor | None, media: Tensor) -> None:
+    """Raise unless it is a mask `[B, M]` of media, or `[B, M, N]` of their latents."""
+    if media_mask is not None and media_mask.ndim == 2:
         check_mask("media_mask", media_mask, media.shape[:2], layout="[B, M]")
-        media_mask = media_mask[..., None].expand(media.shape[:3])
-    check_mask("media_mask", media_mask, media.shape[:3], layout="[B, M, N]")
-    return media_mask
+    else:
+        check_mask("media_mask", media_mask, media.shape[:3], layout="[B, M, N]")
