@@ -1,6 +1,7 @@
 """What a GPU is asked for: exact counts, so that one launch more is seen in review, and nothing that makes it wait."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import flamingo_pytorch
@@ -14,7 +15,17 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from vit_pytorch import ats_vit, sep_vit
 
-from narrows import create_model, from_upstream, list_models, reduce_tokens
+from narrows import (
+    GatedCrossAttentionBlock,
+    PerceiverResampler,
+    create_model,
+    from_upstream,
+    list_models,
+    reduce_tokens,
+)
+from narrows import MaskedCrossAttention as OurCrossAttention
+from narrows.layers.gated_cross_attention import MediaKeysValues
+from narrows.ops.media_attention import VisibleMedia
 from tests.cases import LayerCase
 from tests.launches import Call, launches
 from tests.layers.every_layer import every_implementation, every_layer
@@ -153,6 +164,64 @@ def test_a_usual_call_launches_as_much_as_the_table_says(row: Row, monkeypatch: 
     # Fake parameters cannot be moved to where they are, as upstream's experts are in each call.
     monkeypatch.setattr(nn.Module, "to", lambda module, *_: module)
     assert (count(ours), count(rival)) == (row.launches, row.rival_launches)
+
+
+def text_and_media(*masks: tuple[int, ...], dtype: torch.dtype = torch.bfloat16, locations: bool = True) -> Call:
+    """Calls masked attention on 2048 tokens and 32 media, with masks of these shapes."""
+
+    def call(module: nn.Module, device: torch.device) -> Tensor:
+        text = torch.empty(4, 2048, 1024, device=device, dtype=dtype, requires_grad=True)
+        media = torch.empty(4, 32, 64, 1024, device=device, dtype=dtype, requires_grad=True)
+        places = torch.zeros(4, 2048, device=device, dtype=torch.bool) if locations else None
+        return module(text, media, places, *(torch.ones(mask, device=device, dtype=torch.bool) for mask in masks))
+
+    return call
+
+
+def decodes(module: nn.Module, device: torch.device) -> Tensor:
+    """One token behind a medium that was projected before."""
+    kept = [torch.empty(4, 1, 64, 8, 64, device=device, dtype=torch.bfloat16) for _ in range(2)]
+    number = torch.ones(4, 1, device=device, dtype=torch.long)
+    text = torch.empty(4, 1, 1024, device=device, dtype=torch.bfloat16)
+    return module(text, MediaKeysValues(*kept), visible=VisibleMedia(number, number, 1))
+
+
+def resampled(*shape: int, masked: bool = False) -> Call:
+    def call(module: nn.Module, device: torch.device) -> Tensor:
+        media = torch.empty(*shape, 1024, device=device, dtype=torch.bfloat16)
+        return module(media, torch.ones(shape, device=device, dtype=torch.bool) if masked else None)
+
+    return call
+
+
+ATTENTION, BLOCK = partial(OurCrossAttention, 1024), partial(GatedCrossAttentionBlock, 1024)
+RESAMPLER = partial(PerceiverResampler, 1024, depth=6)
+FLAMINGO = {
+    "attention": (ATTENTION, text_and_media(), 16, 28),
+    "attention, float32": (ATTENTION, text_and_media(dtype=torch.float32), 26, 56),
+    "attention, masked media": (ATTENTION, text_and_media((4, 32)), 22, 37),
+    "attention, masked latents": (ATTENTION, text_and_media((4, 32, 64)), 44, 75),
+    "attention to all media": (ATTENTION, text_and_media(locations=False), 6, 22),
+    "block": (BLOCK, text_and_media(), 26, 54),
+    "block, one token": (BLOCK, decodes, 18, 48),
+    "resampler": (RESAMPLER, resampled(16, 4, 256), 87, 233),
+    "resampler, masked": (RESAMPLER, resampled(16, 4, 256, masked=True), 91, 238),
+    "resampler, 30 frames": (RESAMPLER, resampled(2, 1, 30, 256, masked=True), 113, 268),
+}
+
+
+@pytest.mark.parametrize(("make", "call", "forward", "both"), FLAMINGO.values(), ids=FLAMINGO.keys())
+def test_layers_of_flamingo_launch_no_more_than_they_did(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, make: Make, call: Call, forward: int, both: int
+) -> None:
+    """Backward too, by the forms that a GPU takes."""
+    why_not = "narrows.ops.media_attention.varlen.why_not_varlen"
+    monkeypatch.setattr(why_not, lambda query, *_: None if query.dtype == torch.bfloat16 else "float32")
+    monkeypatch.setattr("narrows.layers.perceiver_resampler._in_one_product", lambda tokens: True)
+    dtype = torch.float32 if request.node.callspec.id.endswith("float32") else torch.bfloat16
+    found = [launches(make, call, dtype=dtype, backward=backward) for backward in (False, True)]
+    assert [(count.copies, count.waits) for count in found] == [([], []), ([], [])]
+    assert [count.total for count in found] == [forward, both]
 
 
 @every_implementation

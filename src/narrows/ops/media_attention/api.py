@@ -7,13 +7,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from narrows.errors import InvalidArgument, InvalidType
-from narrows.ops.dispatch import Implementation, resolve
+from narrows.ops.dispatch import Implementation, is_exporting, resolve
 from narrows.ops.media_attention.common import VisibleMedia
 from narrows.ops.media_attention.fused import fused
 from narrows.ops.media_attention.reference import attention_weights, reference
 from narrows.ops.media_attention.segmented import segmented
 from narrows.ops.media_attention.varlen import varlen, why_not
-from narrows.precision import compute_dtype
 from narrows.validation import check_mask, check_tokens
 
 IMPLEMENTATIONS: Mapping[str, Implementation] = {
@@ -63,7 +62,6 @@ def media_attention(
         ImplementationUnavailable: impl="segmented" without a bound on the media that a token sees, impl="varlen" with
             arguments that its kernel does not take.
     """
-    query, key, value = (rows.to(compute_dtype(rows)) for rows in (query, key, value))
     _check(query, key, visible, mask)
     if value.shape != key.shape:
         raise InvalidArgument("value", expected=f"the shape of key {tuple(key.shape)}", got=tuple(value.shape))
@@ -99,7 +97,7 @@ def _choice(query: Tensor, key: Tensor, value: Tensor, visible: VisibleMedia | N
     if isinstance(num_media, int) and 2 * visible.most - 1 >= num_media:
         return "fused"
     # An exported program holds no kernel of one device, unless it is asked for.
-    if torch.compiler.is_exporting() or why_not(query, key, value, visible, mask):
+    if is_exporting() or why_not(query, key, value, visible, mask):
         return "segmented"
     return "varlen"
 

@@ -98,8 +98,8 @@ def _attend(
         """Of each pair the rows of its tile, `[pairs, height, ...]`."""
         of_rows = of_rows.flatten(0, 1) if order is None else of_rows.flatten(0, 1).index_select(0, order)
         length = of_rows.shape[0]
-        if not isinstance(length, int):
-            # torch.export cannot divide a length that it leaves open into tiles.
+        if torch.compiler.is_compiling():
+            # A length that a compiler leaves open cannot be divided into tiles, or not for all lengths in one graph.
             row = tile[:, None] * height + torch.arange(height, device=tile.device)
             return of_rows[row.clamp(max=length - 1)]
         if spare := -length % height:
