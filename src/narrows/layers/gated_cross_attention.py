@@ -314,7 +314,10 @@ def _reads(
 
 def _check_media_mask(media_mask: Tensor | None, media: Tensor) -> None:
     """Raise unless it is a mask `[B, M]` of media, or `[B, M, N]` of their latents."""
-    if media_mask is not None and media_mask.ndim == 2:
+    if media_mask is None:
+        return
+    check_tensor("media_mask", media_mask, expected="None or a boolean tensor [B, M] or [B, M, N]")
+    if media_mask.ndim == 2:
         check_mask("media_mask", media_mask, media.shape[:2], layout="[B, M]")
     else:
         check_mask("media_mask", media_mask, media.shape[:3], layout="[B, M, N]")
