@@ -23,14 +23,12 @@ def dynamic(dim: int, num_experts: int, **options: bool) -> Callable[[], nn.Modu
 
 SOFT_MIXTURES = {
     "fixed": (fixed(768, 128, 2), (64, 256, 768)),
-    "fixed, few rows": (fixed(384, 32, 1), (8, 196, 384)),
+    "fixed, few rows": (fixed(384, 16, 1), (8, 196, 384)),
     "fixed, many rows": (fixed(256, 4, 16), (64, 256, 256)),
-    "fixed, gated": (fixed(256, 8, 8, geglu=True), (16, 256, 256)),
     "fixed, gated, many rows": (fixed(256, 8, 8, geglu=True), (256, 256, 256)),
     "dynamic": (dynamic(384, 28), (64, 196, 384)),
-    "dynamic, few rows": (dynamic(768, 16), (8, 512, 768)),
-    "dynamic, 4 experts": (dynamic(384, 4), (8, 196, 384)),
-    "dynamic, gated": (dynamic(384, 14, geglu=True), (8, 196, 384)),
+    "dynamic, few rows": (dynamic(768, 8), (4, 512, 768)),
+    "dynamic, gated": (dynamic(384, 7, geglu=True), (8, 196, 384)),
     "dynamic, gated, many rows": (dynamic(256, 8, geglu=True), (64, 256, 256)),
     "dynamic, many tokens": (dynamic(64, 4), (1, 1024, 64)),
 }

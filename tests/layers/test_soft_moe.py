@@ -619,6 +619,20 @@ def test_every_implementation_compiles_to_one_graph(impl: str) -> None:
         assert compiled(x).dtype == torch.bfloat16
 
 
+@pytest.mark.compiled
+def test_other_numbers_of_samples_and_tokens_and_other_masks_are_not_compiled_anew() -> None:
+    torch._dynamo.reset()
+    graphs: list[object] = []
+    layer = DynamicSlotsSoftMoE(DIM, num_experts=3, impl="shared").eval()
+    compiled = torch.compile(
+        layer, fullgraph=True, dynamic=True, backend=lambda graph, _: graphs.append(graph) or graph.forward
+    )
+    for batch, num_tokens in ((2, 11), (3, 12), (5, 70)):
+        x, mask = torch.randn(batch, num_tokens, DIM), torch.rand(batch, num_tokens) < 0.7
+        assert_close(compiled(x, mask), layer(x, mask), 1e-5)
+    assert len(graphs) == 1
+
+
 # What users are told.
 
 

@@ -66,5 +66,7 @@ def soft_moe(
         )
     check_mask("mask", mask, values.shape[:2])
     check_mask("slot_mask", slot_mask, (values.shape[0], slot_keys.shape[-2]), layout="[B, S]")
-    run = resolve("soft_moe", impl, IMPLEMENTATIONS, auto=_auto(values.shape[1], *slot_keys.shape[-2:]))
+    # Compiled programs are guarded by what decides, so it decides nothing where an implementation is named.
+    auto = _auto(values.shape[1], *slot_keys.shape[-2:]) if impl == "auto" else impl
+    run = resolve("soft_moe", impl, IMPLEMENTATIONS, auto=auto)
     return run(values, token_keys, slot_keys, experts, mask, slot_mask)

@@ -51,8 +51,8 @@ def segments_of_length(
         return Segments(means.to(tokens.dtype), None)
     count = (num_tokens + length - 1) // length
     tokens = tokens if mask is None else _compacted(tokens, mask)
-    padded = F.pad(tokens, (0, 0, 0, count * length - num_tokens)).unflatten(1, (count, length))
-    sums = padded.sum(2, dtype=wide)
+    padded = F.pad(tokens, (0, 0, 0, length))[:, : count * length]  # More than 0, or it would be traced anew for 0.
+    sums = padded.unflatten(1, (count, length)).sum(2, dtype=wide)
     starts = torch.arange(count, device=tokens.device) * length
     if mask is None:
         return Segments((sums / (num_tokens - starts).clamp(max=length)[:, None]).to(tokens.dtype), None)

@@ -23,12 +23,13 @@ def soft_moe(
         values = values.to(dtype)
         logits = token_keys.to(dtype) @ slot_keys.to(dtype).mT
         lowest = torch.finfo(dtype).min
-        to_slots = logits if mask is None else logits.masked_fill(~mask[..., None], lowest)
-        slots = to_slots.softmax(-2).mT @ values
+        weights = (logits if mask is None else logits.masked_fill(~mask[..., None], lowest)).softmax(-2)
+        slots = weights.mT @ values
+        del weights  # Experts run next, and need the memory.
     outputs = experts(slots)
     with autocast_off(values):
         if slot_mask is not None:
             logits = logits.masked_fill(~slot_mask[:, None], lowest)
             outputs = outputs.masked_fill(~slot_mask[..., None], 0)
         mixed = logits.softmax(-1) @ outputs.to(dtype)
-    return mixed if mask is None else mixed.masked_fill(~mask[..., None], 0)
+    return mixed if mask is None else mixed.masked_fill_(~mask[..., None], 0)
