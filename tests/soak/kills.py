@@ -202,7 +202,7 @@ def kill_reduce(folder: Path, kills: int, seed: int, most: float = 6.0) -> Found
     return kill_often(lambda: command, runs, kills=kills, most=most, seed=seed)
 
 
-def kill_saving(folder: Path, kills: int, seed: int, most: float = 0.3) -> Found:
+def kill_saving(folder: Path, kills: int, seed: int, most: float = 2.0) -> Found:
     """`save_pretrained` into one folder without end."""
     model = folder / "models" / "model"
     command = [sys.executable, "-c", SAVING, str(model)]

@@ -216,3 +216,15 @@ def test_a_full_disk_ends_a_run_with_one_line_and_the_checkpoint_of_before(tmp_p
         _run(tmp_path, Cut(tmp_path))
     assert _read(tmp_path / "last.ckpt")["global_step"] == 3
     assert not list(tmp_path.glob(".unfinished*"))
+
+
+def test_a_signal_to_one_process_ends_all(tmp_path):
+    class Signal(Cut):
+        def on_train_batch_start(self, trainer, *args) -> None:
+            if trainer.global_rank == 1 and trainer.fit_loop.epoch_loop.batch_progress.total.ready == 3:
+                signal.raise_signal(signal.SIGTERM)
+
+    options = {"devices": 2, "strategy": "ddp_fork", "accumulate_grad_batches": 1}
+    # Torch tells of the first process, which got no signal.
+    with pytest.raises(Exception, match=r"Process 0 terminated [\s\S]*narrows.errors.Terminated"):
+        _run(tmp_path, Signal(tmp_path), callbacks=[StopOnSignal()], **options)
