@@ -38,6 +38,8 @@ from narrows.precision import at_least_float32, autocast_off, compute_dtype, is_
 from narrows.routing import Routing
 from narrows.validation import as_tokens, check_choice, check_not_negative, check_positive, checked, why_not_plain
 
+_INSTALLED = importlib.util.find_spec("triton") is not None  # Compilers cannot trace the question.
+
 
 class TwoWaySlotAttentionOutput(NamedTuple):
     """Slots and tokens after they have read each other.
@@ -117,7 +119,7 @@ class TwoWaySlotAttention(nn.Module):
         slot_dim = dim if slot_dim is None else slot_dim
         check_positive(dim=dim, num_iterations=num_iterations, slot_dim=slot_dim)
         check_not_negative(eps=eps)
-        check_choice("impl", impl, ("auto", *IMPLEMENTATIONS))
+        check_choice("impl", impl, ("auto", *IMPLEMENTATIONS, "triton"))
         dim, num_iterations, slot_dim = int(dim), int(num_iterations), int(slot_dim)
         check_choice("token_normalization", token_normalization, ("slots", "tokens"))
         self.dim, self.num_iterations, self.token_normalization = dim, num_iterations, token_normalization
@@ -205,7 +207,7 @@ class TwoWaySlotAttention(nn.Module):
             ImplementationUnavailable: `impl="absorbed"` where a module that it folds is not plain; `impl="triton"`
                 where a module is not plain, or kernels cannot take these arguments.
         """
-        check_choice("impl", self.impl, (*IMPLEMENTATIONS, "auto", "triton"))
+        check_choice("impl", self.impl, ("auto", *IMPLEMENTATIONS, "triton"))
         if self.impl not in ("auto", "absorbed", "triton"):
             return self.impl
         if self.impl == "auto" and not tokens.is_cuda:
@@ -247,7 +249,7 @@ class TwoWaySlotAttention(nn.Module):
 
     def _why_not_triton(self, tokens: Tensor, num_slots: int) -> str | None:
         """The reason why kernels cannot take these tokens."""
-        if importlib.util.find_spec("triton") is None:
+        if not _INSTALLED:
             return "triton is not installed"
         sides = self.slots_read, self.tokens_read
         hidden = [side.mlp.expand.out_features for side in sides]
