@@ -9,7 +9,7 @@ nothing is prepared. Backward runs the update again, in plain operations.
 # What Triton compiles has types of its own.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportPossiblyUnboundVariable=false
 # pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false, reportOptionalMemberAccess=false, reportIndexIssue=false
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -415,16 +415,8 @@ def _updated(
     means: Tensor, slots: Tensor, some: Tensor | None, weights: Weights, settings: Settings, low: torch.dtype
 ) -> Tensor:
     """Lines 8 to 10 of Algorithm 1 in plain operations; `some`, `[B, 1, 1, 1]`, is 1 for samples with a token."""
-    heads = settings.heads
-    rows = means if weights.gain is None else means * weights.gain
-    rows = rows if weights.shift is None else rows + (weights.shift if some is None else weights.shift * some)
-    values = rows.to(low) @ weights.value.to(low).unflatten(0, (heads, -1)).mT
-    if weights.value_bias is not None:
-        constant = weights.value_bias.unflatten(0, (heads, 1, -1))
-        values = values + (constant if some is None else constant * some).to(low)
-    update = values.transpose(1, 2).flatten(2)
-    cast = Weights(*(None if weight is None else weight.to(low) for weight in weights))  # pyright: ignore[reportArgumentType]
-    update = update if cast.out is None else F.linear(update, cast.out, cast.out_bias)
+    cast = _cast_weights(weights, low)
+    update = _values(means, some, weights, settings, low)
     cell = (cast.input, cast.state, cast.input_bias, cast.state_bias)
     state = torch.gru_cell(update.flatten(0, 1), slots.to(low).flatten(0, 1), *cell).view_as(slots)
     normed = F.layer_norm(state, state.shape[-1:], cast.mlp_gain, cast.mlp_shift, settings.mlp_eps)
@@ -432,9 +424,126 @@ def _updated(
     return (state + F.linear(hidden, cast.contract, cast.contract_bias)).to(slots.dtype)
 
 
+def _cast_weights(weights: Weights, low: torch.dtype) -> Weights:
+    return Weights(*(None if weight is None else weight.to(low) for weight in weights))
+
+
+def _values(means: Tensor, some: Tensor | None, weights: Weights, settings: Settings, low: torch.dtype) -> Tensor:
+    """Line 8: what the recurrent cell takes in, `[..., K, H E]`, or `[..., K, S]` after the map after the heads."""
+    heads = settings.heads
+    rows = means if weights.gain is None else means * weights.gain
+    rows = rows if weights.shift is None else rows + (weights.shift if some is None else weights.shift * some)
+    values = rows.to(low) @ weights.value.to(low).unflatten(0, (heads, -1)).mT
+    if weights.value_bias is not None:
+        constant = weights.value_bias.unflatten(0, (heads, 1, -1))
+        values = values + (constant if some is None else constant * some).to(low)
+    update = values.transpose(-2, -3).flatten(-2)
+    if weights.out is None:
+        return update
+    return F.linear(update, weights.out.to(low), None if weights.out_bias is None else weights.out_bias.to(low))
+
+
+class _Chain(NamedTuple):
+    """What the gradients of slots and means need of all iterations T, computed for all of them at once.
+
+    Args:
+        weights: in the dtype of the products.
+        settings: numbers of the call.
+        keys: `[H, E, D]`, with gain and scale.
+        constants: what the readers' bias is of the queries, `[H, 1, E]`.
+        values: `[H, E, D]`, with gain.
+        gates: how the new state moves with reset, update, candidate, and the state's part of the candidate,
+            `[T, B, K, 4, S]`.
+        back: from these four to the state before, `[4 S, S]`.
+        keep: how it moves with the state before itself, `[T, B, K, S]`.
+        positive: where the MLP's hidden layer is, `[T, B, K, M]`.
+        after: the new state, and its mean and inverse deviation.
+        before: the same of the state before.
+    """
+
+    weights: Weights
+    settings: Settings
+    keys: Tensor
+    constants: Tensor
+    values: Tensor
+    gates: Tensor
+    back: Tensor
+    keep: Tensor
+    positive: Tensor
+    after: tuple[Tensor, Tensor, Tensor]
+    before: tuple[Tensor, Tensor, Tensor]
+
+    @classmethod
+    def of(
+        cls,
+        means: Tensor,
+        slots: Tensor,
+        some: Tensor | None,
+        weights: Weights,
+        settings: Settings,
+        low: torch.dtype,
+    ) -> "_Chain":
+        """From the means and the slots before each iteration, `[T, B, ...]`."""
+        cast, size = _cast_weights(weights, low), slots.shape[-1]
+        update, slots = _values(means, some, weights, settings, low), slots.to(low)
+        of_input = F.linear(update, cast.input, cast.input_bias).float().chunk(3, -1)
+        of_state = F.linear(slots, cast.state, cast.state_bias).float().chunk(3, -1)
+        reset, keep = (of_input[0] + of_state[0]).sigmoid(), (of_input[1] + of_state[1]).sigmoid()
+        new = torch.tanh(of_input[2] + reset * of_state[2])
+        moved = (1 - keep) * (1 - new * new)
+        of_reset, of_keep = moved * of_state[2] * reset * (1 - reset), (slots - new) * keep * (1 - keep)
+        gates = torch.stack([of_reset, of_keep, moved, moved * reset], -2)
+        state = torch.lerp(new, slots.float(), keep).to(low)
+        normed, *after = torch.native_layer_norm(state, [size], cast.mlp_gain, cast.mlp_shift, settings.mlp_eps)
+        _, *before = torch.native_layer_norm(slots, [size], None, None, settings.slot_eps)
+        zeros = cast.state.new_zeros(size, size)
+        keys = cast.key.float() * settings.scale
+        constants = keys.new_zeros(keys.shape[0]) if cast.shift is None else keys @ cast.shift.float()
+        if cast.key_bias is not None:
+            constants = constants + cast.key_bias * settings.scale
+        heads = (settings.heads, -1)
+        return cls(
+            weights=cast,
+            settings=settings,
+            keys=(keys if cast.gain is None else keys * cast.gain).to(low).unflatten(0, heads),
+            constants=constants.unflatten(0, heads)[:, None],
+            values=(cast.value if cast.gain is None else cast.value * cast.gain).unflatten(0, heads),
+            gates=gates,
+            back=torch.cat([cast.state[: 2 * size], zeros, cast.state[2 * size :]]),
+            keep=keep,
+            positive=F.linear(normed, cast.expand, cast.expand_bias) > 0,
+            after=(state, *after),
+            before=(slots, *before),
+        )
+
+    def through_update(self, t: int, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """From the gradient of the slots after iteration t to that of the slots before and of the means."""
+        weights, low = self.weights, self.values.dtype
+        hidden = (grad.to(low) @ weights.contract) * self.positive[t]
+        grad = grad + _through_norm(hidden @ weights.expand, self.after, t, weights.mlp_gain)
+        gates = (self.gates[t] * grad[..., None, :]).to(low).flatten(-2)
+        update = gates[..., : weights.input.shape[0]] @ weights.input
+        update = update if weights.out is None else update @ weights.out
+        means = update.unflatten(-1, (self.settings.heads, -1)).transpose(1, 2) @ self.values
+        return self.keep[t] * grad + gates @ self.back, means
+
+    def through_readers(self, t: int, readers: Tensor, bias: Tensor) -> Tensor:
+        """From the gradients of the readers and their bias to that of the slots they are made of."""
+        queries = readers @ self.keys.mT + (bias[..., None] * self.constants).to(readers.dtype)
+        normed = queries.transpose(1, 2).flatten(2) @ self.weights.query
+        return _through_norm(normed, self.before, t, self.weights.slot_gain)
+
+
+def _through_norm(grad: Tensor, normed: tuple[Tensor, Tensor, Tensor], t: int, gain: Tensor | None) -> Tensor:
+    """The gradient of what a LayerNorm took in iteration t."""
+    x, mean, inverse = (part[t] for part in normed)
+    wanted = [True, False, False]
+    return torch.ops.aten.native_layer_norm_backward(grad, x, [x.shape[-1]], mean, inverse, gain, None, wanted)[0]
+
+
 def _readers(slots: Tensor, weights: Weights, settings: Settings, low: torch.dtype) -> tuple[Tensor, Tensor]:
     """Line 6, and the map of the keys applied to its queries: readers `[B, H, K, D]` and their bias, in float32."""
-    cast = Weights(*(None if weight is None else weight.to(low) for weight in weights))  # pyright: ignore[reportArgumentType]
+    cast = _cast_weights(weights, low)
     normed = F.layer_norm(slots.to(low), slots.shape[-1:], cast.slot_gain, cast.slot_shift, settings.slot_eps)
     queries = F.linear(normed, cast.query, cast.query_bias) * settings.scale
     queries = queries.unflatten(-1, (settings.heads, -1)).transpose(1, 2)
@@ -459,7 +568,7 @@ def _backward(ctx: Any, grad: Tensor | None, grad_attention: Tensor | None, *_: 
     iterations, dim = readers.shape[0], readers.shape[-1]
     means = means[..., :dim]
     before = torch.cat([slots[None], new[:-1]])
-    grad_slots = torch.zeros_like(slots) if grad is None else grad[-1]
+    grad_slots = torch.zeros_like(slots, dtype=torch.float32) if grad is None else grad[-1].float()
     grad_attention = None if grad_attention is None else grad_attention.contiguous()
     some = None  # whether a sample has a token, where one may have none
     if mask is not None or tokens.shape[1] == 0:
@@ -468,30 +577,28 @@ def _backward(ctx: Any, grad: Tensor | None, grad_attention: Tensor | None, *_: 
     weights = _unpacked([weight.detach() for weight in given], ctx.present)
     options = (mask, slot_mask, settings.joint_heads, settings.eps)
     of_new, of_means, centres, of_readers, of_bias = [], [], [], [], []
+    chain = _Chain.of(means, before, some, weights, settings, low)
     for t in reversed(range(iterations)):  # of inputs, one iteration after the other
-        with torch.enable_grad():
-            read, state = means[t].detach().requires_grad_(), before[t].detach().requires_grad_()
-            updated = _updated(read, state, some, weights, settings, low)
-            asked = _readers(state, weights, settings, low)
         of_new.insert(0, grad_slots)
-        grad_means, grad_state = torch.autograd.grad(updated, (read, state), grad_slots)
-        of_means.insert(0, grad_means.to(low))
+        grad_state, grad_means = chain.through_update(t, grad_slots)
+        of_means.insert(0, grad_means)
         centres.insert(0, (grad_means * means[t]).sum(-1))
         last = grad_attention if t == iterations - 1 else None
         rows = torch.ops.narrows.slot_read_backward_rows(
             tokens, readers[t], bias[t], *options, of_means[0], centres[0], totals[t], last
         )
-        of_readers.insert(0, rows[0].to(asked[0].dtype))
-        of_bias.insert(0, rows[1].to(asked[1].dtype))
-        grad_slots = grad_state + torch.autograd.grad(asked, state, (of_readers[0], of_bias[0]))[0]
+        of_readers.insert(0, rows[0])
+        of_bias.insert(0, rows[1])
+        grad_slots = grad_state + chain.through_readers(t, *rows)
     with torch.enable_grad():  # of weights, all iterations together
         leaves = [weight.detach().requires_grad_() for weight in given]
         weights, rows = _unpacked(leaves, ctx.present), before.flatten(0, 1)
         some = None if some is None else some.repeat(iterations, 1, 1, 1)
         updated = _updated(means.flatten(0, 1), rows, some, weights, settings, low)
         asked = _readers(rows, weights, settings, low)
-    grad_outputs = [torch.cat(grads) for grads in (of_new, of_readers, of_bias)]
     outputs = (updated, *asked)
+    collected = zip((of_new, of_readers, of_bias), outputs, strict=True)
+    grad_outputs = [torch.cat(grads).to(output.dtype) for grads, output in collected]
     grads = torch.autograd.grad(outputs, leaves, grad_outputs, allow_unused=True)
     grads = [None if one is None else one.contiguous() for one in grads]  # as the parameters lie
     grad_tokens = None
@@ -499,7 +606,7 @@ def _backward(ctx: Any, grad: Tensor | None, grad_attention: Tensor | None, *_: 
         grad_tokens = torch.ops.narrows.slot_read_backward_tokens(
             tokens, readers, bias, *options, torch.stack(of_means), torch.stack(centres), totals, grad_attention
         )
-    return grad_tokens, grad_slots, grads, *[None] * 10
+    return grad_tokens, grad_slots.to(slots.dtype), grads, *[None] * 10
 
 
 _slot_iterations.register_autograd(_backward, setup_context=_keep)
