@@ -229,8 +229,8 @@ def read_slots(
     with autocast_off(queries):
         dtype = accumulation_dtype(queries, keys, values)
         product_dtype = dtype if impl == "reference" else queries.dtype
-        scale = keys.shape[-1] ** -0.5 if scale is None else scale
+        factor: float = keys.shape[-1] ** -0.5 if scale is None else scale
         keys, queries = keys.to(product_dtype), queries.to(product_dtype)
-        logits = torch.baddbmm(keys.new_empty(1, 1, 1), keys, queries.mT, beta=0, alpha=scale)
+        logits = torch.baddbmm(keys.new_empty(1, 1, 1), keys, queries.mT, beta=0, alpha=factor)
         weights = token_weights(logits, mask, slot_mask, normalization=normalization, eps=eps)
         return weights.mT.to(product_dtype) @ values.to(product_dtype)
