@@ -20,12 +20,12 @@ from narrows.errors import InvalidArgument, MissingExtra, NarrowsError, Terminat
 from narrows.files import new_folder, replacing
 
 try:
+    from lightning.fabric.utilities.rank_zero import rank_zero_only
     from lightning.pytorch import LightningModule, Trainer
     from lightning.pytorch.callbacks import BasePredictionWriter, Callback
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
     from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
     from lightning.pytorch.plugins.io import CheckpointIO
-    from lightning.pytorch.utilities.rank_zero import rank_zero_only
 except ImportError as error:
     raise MissingExtra(error.name or "lightning", extra="train", purpose="train") from error
 
@@ -223,7 +223,7 @@ class TrainingCLI(LightningCLI):
         if asked["logger"] in (None, True):
             root = Path(asked["default_root_dir"] or "runs")
             # Processes but the first write nothing, and take the folder from it.
-            run = new_folder(root).name if rank_zero_only.rank == 0 and not asked["fast_dev_run"] else ""
+            run = new_folder(root).name if getattr(rank_zero_only, "rank", 0) == 0 and not asked["fast_dev_run"] else ""
             kwargs["logger"] = [CSVLogger(root, name="", version=run), TensorBoardLogger(root, name="", version=run)]
         return super().instantiate_trainer(**kwargs)
 

@@ -76,7 +76,8 @@ class DrawnBySample:
     def _slots(
         self, rows: NDArray[np.uint64], module: GaussianSlots, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[tuple[Any, ...], Mapping[str, Any]] | None:
-        batch, slots, count, generator = (*args, None, None, None)[:4]
+        slots, count, generator = (*args[1:], None, None, None)[:3]
+        batch: int = args[0]
         if slots is not None or generator is not None or kwargs or batch != len(rows):
             return None
         shape = (batch, module.num_slots if count is None else count, module.slot_dim)

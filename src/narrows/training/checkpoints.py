@@ -109,7 +109,7 @@ class Checkpoints(ModelCheckpoint):
     def _write_last(self, trainer: Trainer, task: LightningModule) -> None:
         """Write the last checkpoint, unless it is of this very place."""
         assert isinstance(task, Task)
-        if not self.save_last or trainer.fast_dev_run or task.place == self._written:
+        if not self.save_last or getattr(trainer, "fast_dev_run", False) or task.place == self._written:
             return
         best = self._last_global_step_saved, self._last_checkpoint_saved  # by these Lightning knows what it has saved
         super()._save_last_checkpoint(trainer, self._monitor_candidates(trainer))

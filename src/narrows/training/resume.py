@@ -41,7 +41,7 @@ def place(trainer: Trainer, validated: tuple[int, int] | None) -> Place:
         trainer: of the run.
         validated: epoch and number of its batches after which the last validation took place.
     """
-    loop = trainer.fit_loop
+    loop: Any = trainer.fit_loop
     epochs, progress = loop.epoch_progress.current, loop.epoch_loop.batch_progress
     epoch, done, total, steps = (
         epochs.processed,

@@ -105,7 +105,8 @@ class Task(LightningModule):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Note that parameters change now: until the batch is done, a checkpoint would hold half a step."""
-        self._changing = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
+        loop: Any = self.trainer.fit_loop
+        self._changing = loop.epoch_loop.batch_progress.total.processed
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Stop where the loss is no number: at once on one CPU, elsewhere every few steps, since to look is to wait.
@@ -137,7 +138,7 @@ class Task(LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Remember that this place was validated."""
         if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
-            loop = self.trainer.fit_loop
+            loop: Any = self.trainer.fit_loop
             self._validated = (loop.epoch_progress.current.processed, loop.epoch_loop.batch_progress.current.processed)
 
     @property
@@ -148,7 +149,8 @@ class Task(LightningModule):
     @property
     def is_between_steps(self) -> bool:
         """Whether parameters and optimizer are as a whole number of steps leaves them."""
-        return self._changing != self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
+        loop: Any = self.trainer.fit_loop
+        return self._changing != loop.epoch_loop.batch_progress.total.processed
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Write where the run is, so that it is resumed exactly, by a run whose checkpoints are as exact.
