@@ -10,7 +10,6 @@ from torch import Tensor
 
 from narrows.errors import ImplementationUnavailable, InvalidArgument, InvalidType
 from narrows.measure import saved_for_backward
-from narrows.ops import attention as fused_attention
 from narrows.ops.media_attention import (
     AllPrevious,
     LastMedia,
@@ -400,7 +399,7 @@ def one_sequence_at_a_time(
 @pytest.fixture
 def varlen_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel for sequences of variable lengths, which needs a GPU, as a loop that runs here."""
-    monkeypatch.setattr(fused_attention, "varlen_attn", one_sequence_at_a_time)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", one_sequence_at_a_time)
     monkeypatch.setattr(varlen_form, "why_not_varlen", lambda *rows: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
 

@@ -4,7 +4,6 @@ import torch
 from jaxtyping import Bool, Float, Int32
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 
 from narrows.precision import is_transformed
@@ -64,6 +63,8 @@ def varlen_attention(
         max_keys: no sequence has more keys than this.
         scale: as `attention`.
     """
+    from torch.nn.attention.varlen import varlen_attn  # It imports all that torch compiles with.
+
     query, key, value = (rows if rows.stride(-1) == 1 else rows.contiguous() for rows in (query, key, value))
     # Of the kernels behind `varlen_attn`, this one runs on every device and for every length that it is given here.
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):

@@ -3,15 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import torch
-
 from narrows.errors import ImplementationUnavailable, InvalidArgument
-
-
-@torch.compiler.assume_constant_result
-def is_exporting() -> bool:
-    """Whether `torch.export` is at work. Traced by `torch.compile`, torch 2.11's own function answers with True."""
-    return torch.compiler.is_exporting()
 
 
 def _runs_everywhere() -> str | None:

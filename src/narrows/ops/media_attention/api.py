@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from narrows.errors import InvalidArgument, InvalidType
-from narrows.ops.dispatch import Implementation, is_exporting, resolve
+from narrows.ops.dispatch import Implementation, resolve
 from narrows.ops.media_attention.common import VisibleMedia
 from narrows.ops.media_attention.fused import fused
 from narrows.ops.media_attention.reference import attention_weights, reference
@@ -97,7 +97,7 @@ def _choice(query: Tensor, key: Tensor, value: Tensor, visible: VisibleMedia | N
     if isinstance(num_media, int) and 2 * visible.most - 1 >= num_media:
         return "fused"
     # An exported program holds no kernel of one device, unless it is asked for.
-    if is_exporting() or why_not(query, key, value, visible, mask):
+    if torch.compiler.is_exporting() or why_not(query, key, value, visible, mask):
         return "segmented"
     return "varlen"
 
