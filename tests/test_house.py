@@ -35,10 +35,10 @@ def files_passed(call: Callable[[], object]) -> set[str]:
 
 
 @pytest.mark.parametrize("impl", ["reference", "absorbed"])
-def test_slot_attention_passes_at_most_six_files(impl: str) -> None:
+def test_slot_attention_passes_at_most_seven_files(impl: str) -> None:
     layer, tokens = SlotAttention(32, num_slots=3, impl=impl), torch.randn(2, 20, 32)
     passed = files_passed(lambda: layer(tokens, torch.ones(2, 20, dtype=torch.bool)))
-    assert len(passed) <= 6, sorted(passed)
+    assert len(passed) <= 7, sorted(passed)
 
 
 @pytest.mark.parametrize(

@@ -213,11 +213,11 @@ class TwoWaySlotAttention(nn.Module):
         if self.impl == "auto" and not tokens.is_cuda:
             return "absorbed" if self._why_not_folded() is None else "mixed"
         if self.impl != "absorbed":
-            num_slots = slots.shape[1] if slots is not None else num_slots
-            num_slots = getattr(self.initial_slots, "num_slots", 1) if num_slots is None else num_slots
+            own: int = getattr(self.initial_slots, "num_slots", 1)
+            count = slots.shape[1] if slots is not None else own if num_slots is None else num_slots
             low = compute_dtype(self.tokens_read.gru.weight_hh) in (torch.float16, torch.bfloat16)
             asked = self.impl == "triton"
-            reason = self._why_not_folded(slots=True) or self._why_not_triton(tokens, num_slots)
+            reason = self._why_not_folded(slots=True) or self._why_not_triton(tokens, count)
             if reason is None and (asked or (low and not torch.compiler.is_exporting())):
                 return "triton"
             if not asked:
@@ -357,7 +357,8 @@ class TwoWaySlotAttention(nn.Module):
 
         def read(tokens: Tensor, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             rows = normalized(tokens, side.norm_read)
-            return *projections.read(rows, mask, slot_mask, queries, eps=self.eps), rows
+            means, attention = projections.read(rows, mask, slot_mask, queries, eps=self.eps)
+            return means, attention, rows
 
         if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not is_transformed(tokens, slots, query):
             read = partial(checkpoint, read, use_reentrant=False, preserve_rng_state=False)
@@ -416,7 +417,7 @@ class TwoWaySlotAttention(nn.Module):
                 *(side.gru.weight_ih, *_cell(side.gru, side.gru.bias_ih if side.gru.bias else None, dtype)),
                 *(side.mlp.norm.weight, side.mlp.norm.bias, side.mlp.expand.weight, side.mlp.expand.bias),
                 *(side.mlp.contract.weight, side.mlp.contract.bias),
-                side.mlp_gru.weight_ih,
+                side.mlp_gru.weight_ih,  # pyright: ignore[reportCallIssue]
                 *_cell(side.mlp_gru, side.mlp_gru.bias_ih if side.mlp_gru.bias else None, dtype),
                 *(other.norm_read.weight, other.norm_read.bias, other.to_k.weight, other.to_k.bias),
                 *(other.to_q.weight, other.to_q.bias, other.norm_readers.weight, other.norm_readers.bias),
@@ -424,7 +425,8 @@ class TwoWaySlotAttention(nn.Module):
                 *(side.norm_readers.weight, side.norm_readers.bias, side.to_q.weight, side.to_q.bias),
                 *(side.to_k.weight, side.to_k.bias),
             )
-            return SlotUpdate(*(None if weight is None else weight.to(dtype) for weight in weights))  # pyright: ignore[reportArgumentType]
+            cast = (None if weight is None else weight.to(dtype) for weight in weights)
+            return SlotUpdate(*cast)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
     def _reading(self, mask: Tensor | None, slot_mask: Tensor | None, scale: float) -> Reading:
         eps = self.tokens_read.norm_readers.eps, self.tokens_read.mlp.norm.eps
@@ -444,10 +446,10 @@ class TwoWaySlotAttention(nn.Module):
                 inputs = inputs @ contract.weight.to(inputs.dtype)
             return TokenUpdate(
                 _cell(side.gru, side.gru.bias_ih if side.gru.bias else None, dtype),
-                *(None if x is None else x.to(dtype) for x in (norm.weight, norm.bias, expand.weight, expand.bias)),
+                *(None if x is None else x.to(dtype) for x in (norm.weight, norm.bias, expand.weight, expand.bias)),  # pyright: ignore[reportArgumentType]
                 *(None if folds or x is None else x.to(dtype) for x in (contract.weight, contract.bias)),
-                inputs.to(dtype),
-                _cell(side.mlp_gru, inputs_bias, dtype),
+                inputs=inputs.to(dtype),
+                write=_cell(side.mlp_gru, inputs_bias, dtype),
             )
 
     def _folds_contract(self) -> bool:

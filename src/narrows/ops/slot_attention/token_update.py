@@ -177,7 +177,7 @@ class _Update(torch.autograd.Function):
         first, state, expanded, second, *inputs = ctx.saved_tensors
         if torch.is_grad_enabled():  # to be differentiated once more
             inputs = [None if x is None else x.view_as(x) for x in inputs]  # one may depend on another
-            asked = [x for x, need in zip(inputs, needed, strict=True) if need]
+            asked = [x for x, need in zip(inputs, needed, strict=True) if need and x is not None]
             found = iter(torch.autograd.grad(_update(reading, *inputs), asked, grad, create_graph=True))
             return None, None, None, *(next(found) if need else None for need in needed)
         tokens, readers, reader_bias, gates, *flat = inputs
