@@ -4,13 +4,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo test check bench pictures lock clean
+.PHONY: help demo test check bench gpu soak pictures lock clean
 
 help:
 	@echo "make demo      train and compare every mechanism on real handwritten digits (about five minutes after the install)"
 	@echo "make test      checks and tests"
 	@echo "make check     lint, format, types, import floors, examples in the documentation"
 	@echo "make bench     time narrows against upstream and record the rows under benchmarks/results/"
+	@echo "make gpu       tests and benchmarks on a GPU, under eight minutes (see docs/benchmarks.md)"
+	@echo "make soak      kill runs two hundred times and look at what is left"
 	@echo "make pictures  redraw the pictures of the README"
 	@echo "make lock      resolve requirements/lock.txt anew (needs uv)"
 
@@ -40,6 +42,14 @@ test: check
 
 bench: $(INSTALLED)
 	$(BIN)/narrows bench --record benchmarks/results
+
+# With the Python that has the GPU's torch; the rivals lie in runs/gpu.
+gpu:
+	-PYTHONPATH=src:runs/gpu timeout 130 $(PYTHON) -m pytest -q -m gpu tests/test_gpu.py
+	PYTHONPATH=src:runs/gpu $(PYTHON) benchmarks/run.py --device cuda --quick --record benchmarks/results
+
+soak: $(INSTALLED)
+	$(BIN)/python -m tests.soak.kills --folder $$(mktemp -d)/kills
 
 pictures: $(INSTALLED)
 	$(BIN)/python docs/make_pictures.py

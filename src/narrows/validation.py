@@ -175,14 +175,14 @@ def check_positive(**values: Any) -> None:
             raise InvalidArgument(name, expected="a positive integer", got=value)
 
 
-def check_share(**values: float) -> None:
+def check_share(**values: int | float) -> None:
     """Raise on the first of the named numbers that is not a share in [0, 1)."""
     for name, value in values.items():
         if not 0 <= value < 1:
             raise InvalidArgument(name, expected="a share in [0, 1)", got=value)
 
 
-def check_not_negative(**values: float) -> None:
+def check_not_negative(**values: int | float) -> None:
     """Raise on the first of the named numbers that is below 0."""
     for name, value in values.items():
         if value < 0:
