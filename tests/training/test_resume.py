@@ -225,6 +225,6 @@ def test_a_signal_to_one_process_ends_all(tmp_path):
                 signal.raise_signal(signal.SIGTERM)
 
     options = {"devices": 2, "strategy": "ddp_fork", "accumulate_grad_batches": 1}
-    # Torch tells of the first process, which got no signal.
-    with pytest.raises(Exception, match=r"Process 0 terminated [\s\S]*narrows.errors.Terminated"):
+    # Torch tells of the process that ended first: the one with the signal, or the other.
+    with pytest.raises(Exception, match=r"Process [01] terminated [\s\S]*narrows.errors.Terminated"):
         _run(tmp_path, Signal(tmp_path), callbacks=[StopOnSignal()], **options)

@@ -58,7 +58,7 @@ class _Recomputed(torch.autograd.Function):
         return result, None if isinstance(result, Tensor) else (None,) * len(result)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of what is computed again; with `create_graph` as differentiable as it is."""
         again, needed = torch.is_grad_enabled(), ctx.needs_input_grad[1:]
         saved = ctx.saved_tensors
@@ -70,7 +70,7 @@ class _Recomputed(torch.autograd.Function):
             with ctx.autocast():
                 result = ctx.function(*args)
             outputs = [result] if isinstance(result, Tensor) else result
-            learned = [(o, g) for o, g in zip(outputs, grads, strict=True) if o is not None and o.requires_grad]
-            outputs, grads = zip(*learned, strict=True)
-            found = iter(torch.autograd.grad(outputs, inputs, grads, create_graph=again, allow_unused=True))
+            pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o is not None and g is not None]
+            outputs, given = zip(*((o, g) for o, g in pairs if o.requires_grad), strict=True)
+            found = iter(torch.autograd.grad(outputs, inputs, given, create_graph=again, allow_unused=True))
         return None, *(next(found) if n else None for n in needed)

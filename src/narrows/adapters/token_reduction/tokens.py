@@ -324,7 +324,7 @@ def with_kept_mask(tokens: Float[Tensor, "R n D"], state: TokenState) -> Float[T
     return grid
 
 
-def kept_mask_of(features: Float[Tensor, "B N D"]) -> Bool[Tensor, "B N"] | None:
+def kept_mask_of(features: Float[Tensor, "B *features"]) -> Bool[Tensor, "B N"] | None:
     """Which positions were kept through all blocks; None where all were, or where no mask is attached."""
     return getattr(features, _KEPT, None)
 
