@@ -29,8 +29,10 @@ _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 def replacing(path: str | Path) -> Iterator[Path]:
     """The name of a new file beside `path`, which becomes `path` at the end unless something went wrong.
 
-    >>> with replacing(folder / "weights.pt") as unfinished:
-    ...     torch.save(weights, unfinished)
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder, replacing(Path(folder) / "notes.txt") as unfinished:
+    ...     unfinished.write_text("whole or not at all")
+    19
 
     A link stays a link: what it points to is replaced. What is no file, such as `/dev/stdout`, is written to directly.
 

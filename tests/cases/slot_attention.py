@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from narrows.layers.slot_attention import LearnedSlots, SlotAttention
+from narrows.layers.initial_slots import LearnedSlots
+from narrows.layers.slot_attention import SlotAttention
 from narrows.layers.two_way_slot_attention import TwoWaySlotAttention
 from tests.cases import LayerCase
 

@@ -18,7 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from narrows.checkpoints import from_upstream
 from narrows.errors import ImplementationUnavailable, InvalidArgument, InvalidType, NarrowsError
-from narrows.layers.slot_attention import IMPLEMENTATIONS, GaussianSlots, LearnedSlots, SlotAttention
+from narrows.layers.initial_slots import GaussianSlots, LearnedSlots
+from narrows.layers.slot_attention import IMPLEMENTATIONS, SlotAttention
 from narrows.layers.two_way_slot_attention import TwoWaySlotAttention
 from tests.support import assert_close, assert_within_budget_on_average, gradients
 

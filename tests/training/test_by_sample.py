@@ -5,7 +5,7 @@ import torch
 from lightning.pytorch import seed_everything
 from torch.testing import assert_close
 
-from narrows.layers.slot_attention import GaussianSlots
+from narrows.layers.initial_slots import GaussianSlots
 from narrows.layers.token_sampling import AdaptiveTokenSampler
 from narrows.models import create_model
 from narrows.models.sepvit import DropPath

@@ -10,17 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from narrows.errors import ImplementationUnavailable, InvalidArgument, InvalidType
-from narrows.layers.initial_slots import (
-    GaussianSlots as GaussianSlots,
-)
-from narrows.layers.initial_slots import (
-    LearnedSlots as LearnedSlots,
-)
-from narrows.layers.initial_slots import (
-    make_initial_slots,
-    reset_initial_slots,
-    starting_slots,
-)
+from narrows.layers.initial_slots import make_initial_slots, reset_initial_slots, starting_slots
 from narrows.layers.initialisation import draw_
 from narrows.ops.slot_attention import (
     Settings,

@@ -11,9 +11,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from narrows.errors import InvalidArgument
+from narrows.layers.initial_slots import LearnedSlots
 from narrows.layers.initialisation import reset_submodules
 from narrows.layers.perceiver_resampler import PerceiverResampler
-from narrows.layers.slot_attention import LearnedSlots, SlotAttention
+from narrows.layers.slot_attention import SlotAttention
 from narrows.layers.soft_moe import SoftMoE
 from narrows.layers.token_sampling import AdaptiveTokenSampler, SampledAttention, SampledTokens, one_hot_routing
 from narrows.models.base import ImageClassifier

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from narrows.data.positions import keys, uniforms
-from narrows.layers.slot_attention import GaussianSlots
+from narrows.layers.initial_slots import GaussianSlots
 from narrows.layers.token_sampling import AdaptiveTokenSampler
 from narrows.models.sepvit import DropPath
 from narrows.ops.token_sampling import TokenSample
