@@ -114,9 +114,10 @@ class Steps(Callback):
 def _changed(folder: Path) -> int:
     """When anything below a folder changed last, in nanoseconds."""
     times = [0]
-    for path in folder.rglob("*"):
-        with suppress(OSError):
-            times.append(path.stat().st_mtime_ns)
+    for place, folders, files in os.walk(folder):  # passes over what vanishes meanwhile
+        for name in (*folders, *files):
+            with suppress(OSError):
+                times.append(os.stat(os.path.join(place, name)).st_mtime_ns)
     return max(times)
 
 

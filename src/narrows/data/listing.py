@@ -233,7 +233,7 @@ def split(samples: Sequence[Sample], *, root: Path, classes: Sequence[str]) -> t
     held_out: list[Sample] = []
     of_class: list[list[tuple[float, Path]]] = [[] for _ in classes]
     for path, label in samples:
-        of_class[label].append((_hash(path.parts[len(root.parts) :]), path))
+        of_class[label].append((path_hash(path.parts[len(root.parts) :]), path))
     for label, (name, files) in enumerate(zip(classes, of_class, strict=True)):
         if len(files) < 2:
             raise DataError(
@@ -350,6 +350,6 @@ def _is_run(path: str) -> bool:
     return any(os.path.exists(os.path.join(path, name)) for name in ("config.yaml", "runs.csv", "report.html"))
 
 
-def _hash(names: Sequence[str]) -> float:
+def path_hash(names: Sequence[str]) -> float:
     """A number in [0, 1), a pure function of the names that lead to a file."""
     return int.from_bytes(hashlib.sha256(os.fsencode("/".join(names))).digest()[:8], "big") / 2**64
