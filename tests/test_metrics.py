@@ -12,6 +12,7 @@ from narrows.errors import InvalidArgument, InvalidType
 from narrows.metrics import (
     ARI,
     FGARI,
+    IGNORED,
     MBO,
     CorLoc,
     MatchedIoU,
@@ -95,7 +96,7 @@ def test_where_a_metric_is_not_defined_the_sample_does_not_count() -> None:
         measured.update(torch.stack([labels, labels]), torch.stack([nothing, labels]))
         assert measured.compute() == 1
         assert math.isnan(_score(metric, labels, nothing))
-    assert math.isnan(_score(ARI, labels, torch.full_like(labels, -1)))
+    assert math.isnan(_score(ARI, labels, torch.full_like(labels, IGNORED)))
     assert _score(ARI, nothing, nothing) == 1
     assert _score(FGARI, nothing, labels.clamp(max=1)) == 1  # one object in one segment
     assert _score(FGARI, labels.cumsum(1), labels.clamp(max=1)) == 0  # and split
@@ -144,7 +145,7 @@ NOTHING = torch.zeros(1, 4, 4, dtype=torch.int64)
             r"truth: expected masks \[B, M, \*pix",
         ),
         (torch.zeros(1, 4, 4).long() - 1, torch.zeros(1, 4, 4).long(), InvalidArgument, "labels of 0 and more, got -1"),
-        (torch.zeros(1, 4, 4).long(), torch.zeros(1, 4, 4).long() - 2, InvalidArgument, "or -1 to ignore, got -2"),
+        (torch.zeros(1, 4, 4).long(), torch.zeros(1, 4, 4).long() - 2, InvalidArgument, "or -100 to ignore, got -2"),
     ],
 )
 def test_bad_input_is_named(prediction: Tensor, truth: Tensor, error: type[Exception], message: str) -> None:

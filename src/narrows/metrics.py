@@ -24,7 +24,8 @@ try:
 except ImportError as error:
     raise MissingExtra(error.name or "torchmetrics", extra="train", purpose="score objects") from error
 
-IGNORED = -1
+IGNORED = -100
+"""The label of pixels that do not count, as in `torch.nn.functional.cross_entropy` and in the images of `narrows`."""
 
 
 class Overlaps(NamedTuple):

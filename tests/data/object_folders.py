@@ -65,7 +65,9 @@ def write_coco(root: Path) -> Path:
         write(root / part, names)
         height, width = MASK.shape
         index = {
-            "images": [{"id": 7 + i, "file_name": name, "height": height, "width": width} for i, name in enumerate(names)],
+            "images": [
+                {"id": 7 + i, "file_name": name, "height": height, "width": width} for i, name in enumerate(names)
+            ],
             "annotations": [{"image_id": 7, "segmentation": [POLYGON], "iscrowd": 0, "category_id": 1}],
             "categories": [{"id": 1, "name": "cat"}],
         }

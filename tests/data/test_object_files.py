@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from narrows.data.object_files import UNKNOWN, CocoClip, FileClip, decode_mask, list_movi
+from narrows.data.images import IGNORED
+from narrows.data.object_files import CocoClip, FileClip, decode_mask, list_movi
 from narrows.errors import DataError
 from tests.data.object_folders import MASK, write_movi
 
@@ -44,7 +45,7 @@ def test_numbers_palettes_and_colours_are_objects(image: Image.Image, tmp_path: 
 def test_an_ignored_value_is_unknown(tmp_path: Path) -> None:
     Image.fromarray(np.where(MASK == 2, 255, MASK).astype(np.uint8)).save(tmp_path / "mask.png")
     assert decode_mask(tmp_path / "mask.png", "mask").max() == 255
-    assert np.array_equal(decode_mask(tmp_path / "mask.png", "mask", ignored=255) == UNKNOWN, MASK == 2)
+    assert np.array_equal(decode_mask(tmp_path / "mask.png", "mask", ignored=255) == IGNORED, MASK == 2)
 
 
 @pytest.mark.parametrize("ending", ["jpg", "txt", "png"])
@@ -76,9 +77,15 @@ def test_overlaps_and_crowds_are_unknown() -> None:
     pytest.importorskip("pycocotools")
     first, second, crowd = (np.zeros((4, 6), bool) for _ in range(3))
     first[:, :3], second[2:, 2:5], crowd[0, 5] = True, True, True
-    clip = CocoClip("a", (Path("a.png"),), (4, 6), ((runs(first),), (runs(second),), (runs(crowd),), (None,)), (False, False, True, False))
+    clip = CocoClip(
+        "a",
+        (Path("a.png"),),
+        (4, 6),
+        ((runs(first),), (runs(second),), (runs(crowd),), (None,)),
+        (False, False, True, False),
+    )
     expected = np.zeros((4, 6), np.int64)
-    expected[first], expected[second], expected[first & second], expected[crowd] = 1, 2, UNKNOWN, UNKNOWN
+    expected[first], expected[second], expected[first & second], expected[crowd] = 1, 2, IGNORED, IGNORED
     assert np.array_equal(clip.mask(0), expected)
 
 

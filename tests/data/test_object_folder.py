@@ -3,8 +3,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
-from narrows.data.object_folder import list_objects
+from narrows.data.images import IGNORED, picture
+from narrows.data.object_folder import ObjectImages, list_objects, load_object_folder
 from narrows.errors import DataError, InvalidArgument
 from tests.data.object_folders import MASK, write, write_coco, write_davis, write_movi, write_voc, write_ytvis
 
@@ -83,7 +86,9 @@ def test_layouts_are_known_as_images(
         assert clip.mask(0).max() == (1 if make in (coco, ytvis) else 2) or make in (coco, ytvis)
 
 
-@pytest.mark.parametrize(("make", "clips", "frames"), [(kubric, 5, 2), (write_davis, 3, 3), (ytvis, 3, 2), (movi, 4, 3)])
+@pytest.mark.parametrize(
+    ("make", "clips", "frames"), [(kubric, 5, 2), (write_davis, 3, 3), (ytvis, 3, 2), (movi, 4, 3)]
+)
 def test_folders_of_frames_are_clips(make: Callable[[Path], Path], clips: int, frames: int, tmp_path: Path) -> None:
     found = list_objects(make(tmp_path / "data"), clips=True)
     every = [clip for part in found.parts.values() for clip in part]
@@ -164,3 +169,70 @@ def test_what_is_no_folder_is_an_error(name: str, tmp_path: Path) -> None:
     write(tmp_path, ["file.png"])
     with pytest.raises(InvalidArgument, match=name):
         list_objects(tmp_path / name)
+
+
+def test_images_and_masks_are_cropped_alike(tmp_path: Path) -> None:
+    """The object of each pixel is painted into the image, so that one tells the other."""
+    root = tmp_path / "data"
+    numbers = np.add.outer(np.arange(20) // 5, 4 * (np.arange(31) // 5)).astype(np.uint8)
+    for name in "abcde":
+        root.mkdir(exist_ok=True)
+        Image.fromarray(np.repeat(numbers[..., None] * 8, 3, 2)).save(root / f"{name}.png")
+        Image.fromarray(numbers).save(root / f"{name}_mask.png")
+    clips = list_objects(root).parts["training"]
+    for size, crop, augmented in ((20, 1.0, False), (20, 1.0, True), (16, 0.8, False)):
+        images, masks = ObjectImages(clips, image_size=size, crop=crop, augmented=augmented).batch(range(len(clips)))
+        assert images.shape == (len(clips), 3, size, size)
+        painted = (picture(images)[:, 0] * 255 / 8).round().long()
+        assert torch.equal(painted, masks)
+
+
+def test_mirroring_and_windows_are_a_function_of_seed_epoch_and_index(tmp_path: Path) -> None:
+    clips = list_objects(write_davis(tmp_path, frames=5), clips=True).parts["training"]
+    images = ObjectImages(clips * 8, image_size=8, frames=2, augmented=True)
+    first, again, later = (images.batch(range(len(images)), epoch)[0] for epoch in (0, 0, 1))
+    assert first.shape == (16, 2, 3, 8, 8)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, later)
+    fixed = ObjectImages(clips, image_size=8, frames=2)
+    assert torch.equal(fixed.batch([0], 0)[0], fixed.batch([0], 1)[0])
+
+
+def test_images_without_masks_are_all_ignored(tmp_path: Path) -> None:
+    clips = list_objects(write(tmp_path, [f"{n}.png" for n in "abc"])).parts["training"]
+    images = ObjectImages(clips, image_size=8)
+    assert not images.has_masks
+    assert (images.batch([0])[1] == IGNORED).all()
+
+
+def test_a_mask_of_another_size_is_named(tmp_path: Path) -> None:
+    root = write(tmp_path, [f"{n}.png" for n in "abc"], [f"{n}_mask.png" for n in "abc"])
+    for file in root.glob("*_mask.png"):
+        Image.new("L", (5, 4)).save(file)
+    clips = list_objects(root).parts["training"]
+    with pytest.raises(DataError, match=r"5 x 4 pixels, the image 24 x 16"):
+        ObjectImages(clips, image_size=8).batch([0])
+
+
+def test_a_short_clip_is_named(tmp_path: Path) -> None:
+    clips = list_objects(write_davis(tmp_path, frames=2), clips=True).parts["training"]
+    with pytest.raises(DataError, match="bear has 2 frames, and 3 are asked for"):
+        ObjectImages(clips, image_size=8, frames=3).batch([0])
+
+
+def test_a_broken_image_is_skipped_and_said(tmp_path: Path) -> None:
+    names = [f"{n}.png" for n in range(40)]
+    write(tmp_path, names, [f"{n}_mask.png" for n in range(40)])
+    (tmp_path / "7.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    found = load_object_folder(tmp_path, image_size=8)
+    assert found.skipped == (tmp_path / "7.png",)
+    assert len(found.train) + len(found.held_out) == 39
+    images, masks = found.held_out.batch([0])
+    assert images.shape == (1, 3, 8, 8)
+    assert masks.unique().tolist() == [0, 1, 2]
+
+
+def test_clips_are_loaded_whole(tmp_path: Path) -> None:
+    found = load_object_folder(write_davis(tmp_path), image_size=8, frames=3)
+    assert found.train.batch([0, 1])[0].shape == (2, 3, 3, 8, 8)
+    assert found.test is found.held_out

@@ -1,4 +1,8 @@
-"""Images and clips on disk with the masks of their objects, read a frame at a time: files, COCO, YouTube-VIS, MOVi."""
+"""Images and clips on disk with the masks of their objects, read a frame at a time: files, COCO, YouTube-VIS, MOVi.
+
+A mask holds 0 on the background, a number for each object, the same in all frames of a clip, and `IGNORED` where
+nothing is known.
+"""
 
 import struct
 from collections.abc import Mapping, Sequence
@@ -6,41 +10,17 @@ from dataclasses import dataclass
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from narrows.data.decoding import decode_image
+from narrows.data.images import IGNORED
 from narrows.errors import DataError, MissingExtra
 
-UNKNOWN = -1
-"""Label of pixels of which nothing is known: they do not count in `narrows.metrics`."""
-
 Labels = NDArray[np.int64]
-
-
-class Clip(Protocol):
-    """An image, or a clip of several frames, and which object is where.
-
-    A mask holds 0 on the background, a number for each object, the same in all frames of a clip, and `UNKNOWN`.
-    """
-
-    name: str
-    has_masks: bool
-
-    def __len__(self) -> int:
-        """How many frames."""
-        ...
-
-    def image(self, frame: int) -> Image.Image:
-        """A frame as RGB."""
-        ...
-
-    def mask(self, frame: int) -> Labels:
-        """The object of each pixel of a frame, `[H, W]`."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -99,7 +79,7 @@ class CocoClip:
         return decode_image(self.frames[frame], str(self.frames[frame]))
 
     def mask(self, frame: int) -> Labels:
-        """Pixels of several objects, and of crowds, are `UNKNOWN`, as in the code of DINOSAUR."""
+        """Pixels of several objects, and of crowds, are `IGNORED`, as in the code of DINOSAUR."""
         labels, covered = np.zeros(self.size, np.int64), np.zeros(self.size, np.int64)
         for number, (segmentations, crowd) in enumerate(zip(self.objects, self.crowd, strict=True), start=1):
             if segmentations[frame] is None:
@@ -107,7 +87,7 @@ class CocoClip:
             inside = decode_segmentation(segmentations[frame], self.size, self.name)
             labels[inside] = number
             covered += np.where(inside, 2 if crowd else 1, 0)
-        labels[covered > 1] = UNKNOWN
+        labels[covered > 1] = IGNORED
         return labels
 
 
@@ -139,6 +119,10 @@ class MoviClip:
 
     def _read(self) -> Mapping[str, Sequence[bytes]]:
         return _record(self.file, self.offset, self.length, self.name)
+
+
+Clip = FileClip | CocoClip | MoviClip
+"""An image, or a clip of several frames, and which object is where."""
 
 
 def list_movi(file: Path) -> list[MoviClip]:
@@ -197,11 +181,13 @@ def decode_mask(file: Path | BytesIO, name: str, *, ignored: int | None = None) 
         with Image.open(file, formats=("PNG", "TIFF", "BMP", "GIF")) as image:
             image.load()
             if image.mode == "LA":
-                image = image.convert("RGBA")  # noqa: PLW2901
+                image = image.convert("RGBA")
             values = np.asarray(image)
             mode = image.mode
     except UnidentifiedImageError as error:
-        raise DataError(f"{name} is no PNG, TIFF, BMP or GIF: a mask is one of these (JPEG changes numbers).") from error
+        raise DataError(
+            f"{name} is no PNG, TIFF, BMP or GIF: a mask is one of these (JPEG changes numbers)."
+        ) from error
     except Exception as error:  # a broken file makes decoders raise anything
         raise DataError(f"{name} cannot be read as a mask: {type(error).__name__}: {error}") from error
     if mode == "F":
@@ -213,7 +199,7 @@ def decode_mask(file: Path | BytesIO, name: str, *, ignored: int | None = None) 
     elif values.ndim != 2:
         raise DataError(f"{name} has the mode {mode}: expected a grey or coloured image, or one with a palette.")
     labels = values.astype(np.int64)
-    return labels if ignored is None else np.where(labels == ignored, UNKNOWN, labels)
+    return labels if ignored is None else np.where(labels == ignored, IGNORED, labels)
 
 
 def decode_segmentation(segmentation: Any, size: tuple[int, int], name: str) -> NDArray[np.bool_]:

@@ -2,7 +2,7 @@
 
 | layout | images | masks |
 | --- | --- | --- |
-| beside one another | `cat.jpg` | `cat_mask.png`, or `_masks`, `_seg`, `_segmentation`, `_instances`, `_flat` (CLEVRTex) |
+| side by side | `cat.jpg` | `cat_mask.png`, or `_masks`, `_seg`, `_segmentation`, `_instances`, CLEVRTex's `_flat` |
 | twin folders | `images/a/cat.jpg` | `masks/a/cat.png`, or `annotations/`, `segmentations/`, `instances/` |
 | VOC | `JPEGImages/1.jpg` | `SegmentationObject/1.png`, parts in `ImageSets/Segmentation/` |
 | DAVIS | `JPEGImages/480p/dog/00000.jpg` | `Annotations/480p/dog/00000.png`, parts in `ImageSets/2017/` |
@@ -17,14 +17,24 @@ Folders called `train`, `val` and `test` (or `Training`, `val2017`, ...) above t
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from narrows.data.listing import HELD_OUT_SHARE, part_called, path_hash, printable, walk
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from PIL import Image
+from torch import Tensor
+
+from narrows.data.folder import UNREADABLE_SHARE, find_unreadable
+from narrows.data.images import IGNORED, MEAN_AND_STD, ImageData, ImageSet
+from narrows.data.listing import HELD_OUT_SHARE, part_called, path_hash, printable, say_once, walk
 from narrows.data.object_files import Clip, CocoClip, FileClip, list_movi
+from narrows.data.positions import keys, uniforms
 from narrows.errors import DataError, InvalidArgument
+from narrows.validation import check_positive
 
 IMAGE_FOLDERS = ("images", "image", "imgs", "jpegimages", "rgb", "frames")
 MASK_FOLDERS = ("masks", "mask", "annotations", "segmentations", "segmentation", "instances", "segmentationobject")
@@ -74,20 +84,159 @@ def list_objects(root: Path, *, clips: bool = False, ignored: int | None = None)
         found.parts = {part: [frame for clip in held for frame in _frames(clip)] for part, held in found.parts.items()}
     every = [clip for part in found.parts.values() for clip in part]
     if not every:
-        raise DataError(f"{root} ({found.layout}) holds no images. docs/objects.md describes the layouts. {found.left_out}")
+        raise DataError(
+            f"{root} ({found.layout}) holds no images. docs/objects.md describes the layouts. {found.left_out}"
+        )
     if clips and (found.layout in ("PASCAL VOC", "CLEVRTex") or all(len(clip) == 1 for clip in every)):
         raise DataError(f"{root} ({found.layout}) holds images and no clips, which are folders of frames.")
     without = [clip.name for clip in every if not clip.has_masks]
     if 0 < len(without) < len(every):
         raise DataError(
-            f"{root}: {len(without)} of {len(every)} have no mask: {_some(without)}. Add the masks or move these images "
-            "elsewhere. A folder of images alone trains without scores."
+            f"{root}: {len(without)} of {len(every)} have no mask: {_some(without)}. Add the masks or move these "
+            "images elsewhere. A folder of images alone trains without scores."
         )
     if "training" not in found.parts:
         raise DataError(f"{root} holds {' and '.join(found.parts)} images, and none to train on.")
     if len(found.parts) == 1:
         _hold_out(found)
     return found
+
+
+class ObjectImages(ImageSet):
+    """Images or clips with the masks of their objects, cropped to a square at the centre, resized and normalised.
+
+    The label of a pixel is the number of its object, 0 on the background, and `IGNORED` where nothing is known; all are
+    `IGNORED` where there are no masks. Masks are resized by nearest neighbours.
+
+    Args:
+        clips: images or clips, as `list_objects` finds them.
+        image_size: side of the square images, in pixels.
+        frames: T, of a clip: a random window of training clips, the first T frames of others. None for images.
+        crop: side of the square that is cropped, as a share of the shorter side (0.8 for CLEVRTex).
+        augmented: mirror at random and choose windows at random, as a pure function of (seed, epoch, index).
+        seed: of the augmentation.
+
+    Raises:
+        DataError: a clip with fewer frames, or a mask of another size than its image, when it is read.
+    """
+
+    def __init__(
+        self,
+        clips: Sequence[Clip],
+        *,
+        image_size: int,
+        frames: int | None = None,
+        crop: float = 1.0,
+        augmented: bool = False,
+        seed: int = 0,
+    ) -> None:
+        check_positive(image_size=image_size, frames=1 if frames is None else frames)
+        if not 0 < crop <= 1:
+            raise InvalidArgument("crop", expected="a share in (0, 1]", got=crop)
+        self.clips, self.image_size, self.frames, self.crop = tuple(clips), image_size, frames, crop
+        self.augmented, self.seed = augmented, seed
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def name(self, index: int) -> str:
+        """The file, or the folder of a clip."""
+        return self.clips[index].name
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether there are masks to score with."""
+        return all(clip.has_masks for clip in self.clips)
+
+    def batch(
+        self, indices: Sequence[int], epoch: int = 0
+    ) -> tuple[Float[Tensor, "B *T 3 H W"], Int[Tensor, "B *T H W"]]:
+        """Normalised images and the object of each pixel; with `frames`, of clips."""
+        samples = [self._sample(index, epoch) for index in indices]
+        images, masks = (torch.stack(part) for part in zip(*samples, strict=True))
+        return images, masks
+
+    def _sample(self, index: int, epoch: int) -> tuple[Tensor, Tensor]:
+        clip, count = self.clips[index], self.frames or 1
+        if len(clip) < count:
+            raise DataError(
+                f"{clip.name} has {len(clip)} frames, and {count} are asked for. Ask for fewer, or remove it."
+            )
+        mirror, where = uniforms(keys(self.seed, epoch, np.array([index])), 2)[0] if self.augmented else (1.0, 0.0)
+        begin = int(where * (len(clip) - count + 1))
+        images, masks = zip(*(self._frame(clip, frame) for frame in range(begin, begin + count)), strict=True)
+        pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
+        mean, std = (torch.tensor(value).view(3, 1, 1) for value in MEAN_AND_STD[3])
+        pixels, labels = (pixels - mean) / std, torch.from_numpy(np.stack(masks))
+        if mirror < 0.5:
+            pixels, labels = pixels.flip(-1), labels.flip(-1)
+        return (pixels[0], labels[0]) if self.frames is None else (pixels, labels)
+
+    def _frame(self, clip: Clip, frame: int) -> tuple[np.ndarray, np.ndarray]:
+        image = clip.image(frame)
+        side = max(1, round(self.crop * min(image.size)))
+        left, top = ((whole - side) // 2 for whole in image.size)
+        box, size = (left, top, left + side, top + side), (self.image_size, self.image_size)
+        pixels = np.asarray(image.resize(size, Image.Resampling.BICUBIC, box=box))
+        if not clip.has_masks:
+            return pixels, np.full(size, IGNORED)
+        mask = clip.mask(frame)
+        if mask.shape != image.size[::-1]:
+            raise DataError(
+                f"{clip.name}: the mask of frame {frame} is {mask.shape[1]} x {mask.shape[0]} pixels, the image "
+                f"{image.width} x {image.height}. A mask has the size of its image."
+            )
+        nearest = ((np.arange(self.image_size) + 0.5) * side / self.image_size).astype(int)
+        return pixels, mask[(top + nearest)[:, None], left + nearest]
+
+
+def load_object_folder(
+    root: Path,
+    *,
+    image_size: int,
+    frames: int | None = None,
+    crop: float = 1.0,
+    seed: int = 0,
+    ignored: int | None = None,
+    unreadable_share: float = UNREADABLE_SHARE,
+) -> ImageData:
+    """A folder of images, or of clips, with the masks of their objects; see `list_objects` and `ObjectImages`.
+
+    Every image file is opened once; the first mask of each part is compared with its image.
+
+    Raises:
+        DataError: what `list_objects` finds, too many unreadable images, or masks that do not fit the images.
+    """
+    found = list_objects(root, clips=frames is not None, ignored=ignored)
+    files = [clip.frames for held in found.parts.values() for clip in held if isinstance(clip, FileClip | CocoClip)]
+    skipped = find_unreadable([file for inside in files for file in inside], allowed_share=unreadable_share)
+
+    def images(part: str) -> ObjectImages:
+        clips = [clip for clip in found.parts[part] if skipped.isdisjoint(getattr(clip, "frames", ()))]
+        training = part == "training"
+        part_images = ObjectImages(
+            clips, image_size=image_size, frames=frames, crop=crop, augmented=training, seed=seed if training else 0
+        )
+        if not clips:
+            raise DataError(f"{root}: no readable image among the {part} images.")
+        part_images.batch([0])
+        return part_images
+
+    held_out = [images(part) for part in ("validation", "test") if part in found.parts]
+    if found.left_out:
+        say_once(f"{printable(str(root))}: left out {found.left_out}")
+    return ImageData(
+        name=str(root),
+        train=images("training"),
+        held_out=held_out[0],
+        test=held_out[-1],
+        classes=(),
+        image_size=image_size,
+        channels=3,
+        held_out_rule=found.held_out_rule,
+        skipped=tuple(sorted(skipped)),
+        left_out=found.left_out,
+    )
 
 
 def _hold_out(found: ObjectFolder) -> None:
@@ -207,15 +356,15 @@ def _files(root: Path, ignored: int | None) -> ObjectFolder:
     unlisted = len(images) - sum(map(len, of_clip.values()))
     if unlisted:
         tree.left_out["images that no list in ImageSets/ names"] += ["..."] * unlisted
-    for (_, part), keys in sorted(of_clip.items()):
-        keys.sort()
-        with_mask = [key for key in keys if key in masks]
-        if with_mask and len(with_mask) < len(keys):
-            missing = _some("/".join(images[key]) for key in keys if key not in masks)
+    for (_, part), frame_keys in sorted(of_clip.items()):
+        frame_keys.sort()
+        with_mask = [key for key in frame_keys if key in masks]
+        if with_mask and len(with_mask) < len(frame_keys):
+            missing = _some("/".join(images[key]) for key in frame_keys if key not in masks)
             raise DataError(f"{root}: no mask of {missing}, while other frames beside it have one. Add or remove some.")
-        frames = tuple(root.joinpath(*images[key]) for key in keys)
-        place = frames[0].parent if len(frames) > 1 else frames[0]
-        name = printable(place.relative_to(root).as_posix())
+        frames = tuple(root.joinpath(*images[key]) for key in frame_keys)
+        names = images[frame_keys[0]]
+        name = printable("/".join(names[:-1] if len(frames) > 1 else names))
         clip = FileClip(name, frames, tuple(root.joinpath(*masks[key]) for key in with_mask), ignored)
         found.parts.setdefault(part, []).append(clip)
     found.left_out = tree.describe_left_out()
