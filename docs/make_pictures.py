@@ -7,11 +7,14 @@ Run it with `make pictures`; `python docs/make_pictures.py runs/<time>` draws fr
 import sys
 from pathlib import Path
 
+import numpy as np
+import timm
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
+from skimage.data import astronaut
 
-from narrows import GatedCrossAttentionBlock, load_model
+from narrows import GatedCrossAttentionBlock, load_model, reduce_tokens
 from narrows.data import DigitScenes, picture
 from narrows.jobs.compare import compare
 from narrows.jobs.generate import generate
@@ -55,19 +58,38 @@ def draw_text_and_media() -> None:
     save(figure, PICTURES / "gated_cross_attention.png")
 
 
+def draw_merged_tokens() -> None:
+    """A photograph before and after ToMe. The network is untrained: no pretrained weights come with a package."""
+    torch.manual_seed(0)
+    model = timm.create_model("vit_small_patch16_384", pretrained=False).eval()
+    photograph = Image.fromarray(astronaut()).resize((384, 384))
+    image = torch.from_numpy(np.array(photograph)).movedim(-1, 0) / 255
+    budget = {0: 0.7, 2: 0.45, 4: 0.25, 6: 0.15, 8: 0.1}
+    with torch.no_grad(), reduce_tokens(model, method="tome", budget=budget) as reduction:
+        model((image[None] - 0.5) / 0.5)
+        save(overlay(image, reduction.routing[-1]), PICTURES / "merged_tokens.png")
+    shrink(PICTURES / "merged_tokens.png", PICTURES / "merged_tokens.png")
+
+
+def shrink(picture: Path, target: Path, *, by: int = 1) -> None:
+    """The same picture in 256 colours and smaller."""
+    with Image.open(picture) as large:
+        few = large.convert("RGB").reduce(by).quantize(256, method=Image.Quantize.FASTOCTREE)
+    few.save(target, optimize=True)
+
+
 def main() -> None:
     """Draw them all."""
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else compare(output="runs").folder
     PICTURES.mkdir(exist_ok=True)
     draw_mechanisms(folder / "models")
     draw_text_and_media()
+    draw_merged_tokens()
     generate(picture=PICTURES / "flamingo_digits.png")
     for name in ("gallery", "pareto"):
         (PICTURES / f"{name}.png").write_bytes((folder / "pictures" / f"{name}.png").read_bytes())
     reduced = reduce(output="runs").folder
-    with Image.open(reduced / "pictures" / "methods.png") as large:
-        few = large.convert("RGB").reduce(2).quantize(256, method=Image.Quantize.FASTOCTREE)
-        few.save(PICTURES / "token_reduction.png", optimize=True)
+    shrink(reduced / "pictures" / "methods.png", PICTURES / "token_reduction.png", by=2)
 
 
 if __name__ == "__main__":

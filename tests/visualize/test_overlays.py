@@ -145,6 +145,24 @@ def test_dropped_background_is_told_from_kept_background_on_black() -> None:
     assert (pixels[0] - pixels[5]).abs().max() > 0.1
 
 
+def test_merged_tokens_have_the_mean_colour_of_what_they_hold() -> None:
+    image = torch.zeros(3, 4, 8)
+    image[:, :, :2], image[0, :, 4:], image[:, :, 2:4] = 1.0, 0.5, 0.2
+    weights = torch.tensor([[0.5, 0.5, 0, 0], [0, 0, 1.0, 0]])[None, None]  # two merged, one alone, one dropped
+    routing = Routing(weights, carriers="kept tokens", grid=(1, 4))
+    figure = visualize.overlay(image, routing)
+    assert figure._suptitle.get_text() == "4 tokens, merged to 2"  # pyright: ignore
+    painted = panels(figure)[1]
+    size = painted.shape[1] // 4
+    first, second, third, fourth = (painted[painted.shape[0] // 2, i * size + size // 2] for i in range(4))
+    assert torch.allclose(first, torch.full((3,), 0.6))
+    assert torch.equal(first, second)
+    assert torch.allclose(third, torch.tensor([0.5, 0, 0]))
+    assert not torch.allclose(fourth, torch.tensor([0.5, 0, 0]))
+    dropped = Routing(weights.clone(), carriers="windows", grid=(1, 4))
+    assert "merged" not in visualize.overlay(image, dropped)._suptitle.get_text()  # pyright: ignore
+
+
 def test_owners_are_outlined_against_each_other() -> None:
     weights = torch.zeros(1, 1, 2, HEIGHT * WIDTH).unflatten(-1, (HEIGHT, WIDTH))
     weights[:, :, 0, :, :3], weights[:, :, 1, :, 3:] = 1, 1

@@ -86,17 +86,34 @@ def paint_owners(
     return torch.where(_outlines(labels), _OUTLINE[:, None, None], painted)
 
 
+def paint_means(canvas: Float[Tensor, "3 H W"], owner: Int[Tensor, "h w"]) -> Float[Tensor, "3 H W"]:
+    """Every token in the mean colour of the tokens that share its owner, and outlines between owners.
+
+    Tokens without an owner (negative) are grey and dim.
+    """
+    labels = _enlarged(owner, canvas)
+    index = (labels + 1).clamp(min=0).flatten()  # 0: nobody
+    pixels = canvas.flatten(1).double()
+    sums = pixels.new_zeros(3, int(index.max()) + 1).index_add_(1, index, pixels)
+    means = (sums / index.bincount().clamp(min=1))[:, index].view_as(canvas).to(canvas.dtype)
+    painted = torch.where(labels < 0, _dimmed(canvas), means)
+    return torch.where(_outlines(labels), _OUTLINE[:, None, None], painted)
+
+
 def paint_kept(canvas: Float[Tensor, "3 H W"], keep: Bool[Tensor, "h w"]) -> Float[Tensor, "3 H W"]:
     """The image with dropped tokens grey and dim, and an outline around kept ones."""
     labels = _enlarged(keep.long(), canvas)
-    dropped = torch.lerp(_grey(canvas), _DROPPED[:, None, None], 0.75)
-    painted = torch.where(labels == 1, canvas, dropped)
+    painted = torch.where(labels == 1, canvas, _dimmed(canvas))
     return torch.where(_outlines(labels), _OUTLINE[:, None, None], painted)
 
 
 def _grey(canvas: Float[Tensor, "3 H W"]) -> Float[Tensor, "3 H W"]:
     red, green, blue = canvas
     return (0.299 * red + 0.587 * green + 0.114 * blue).expand(3, -1, -1)
+
+
+def _dimmed(canvas: Float[Tensor, "3 H W"]) -> Float[Tensor, "3 H W"]:
+    return torch.lerp(_grey(canvas), _DROPPED[:, None, None], 0.75)
 
 
 def _faded(canvas: Float[Tensor, "3 H W"]) -> Float[Tensor, "3 H W"]:

@@ -23,7 +23,7 @@ from narrows.visualize.canvas import (
     set_title,
     show_picture,
 )
-from narrows.visualize.images import fit, paint_kept, paint_owners, paint_weights, to_image
+from narrows.visualize.images import fit, paint_kept, paint_means, paint_owners, paint_weights, to_image
 
 if TYPE_CHECKING:
     import matplotlib.figure
@@ -38,7 +38,9 @@ def overlay(
     """Draw over an image which carriers its tokens went to.
 
     The routing decides the kind of picture. Where every carrier reads one token at most, tokens were kept or dropped:
-    one panel shows the kept ones and dims the rest. Otherwise the image stands first, then every token in the colour of
+    one panel shows the kept ones and dims the rest. Where carriers are tokens that hold several others, tokens were
+    merged: beside the image every token has the mean colour of those it was merged with, as in the paper of ToMe
+    (arXiv 2210.09461). Otherwise the image stands first, then every token in the colour of
     the carrier with the greatest share of it, then for each carrier the weights with which it reads the tokens, each
     map scaled to its own maximum. Of many carriers, those that carry most tokens are shown.
 
@@ -61,6 +63,8 @@ def overlay(
     maps = _maps_of(routing, sample)
     if keeps_tokens(routing):
         return _kept_figure(canvas, maps, title)
+    if merges_tokens(routing):
+        return _merged_figure(canvas, maps, routing, title)
     return _mixed_figure(canvas, maps, routing, max_carriers, title)
 
 
@@ -102,7 +106,8 @@ def gallery(
                 axes[row][column].set_xlabel(_kept_count(maps), fontsize=8, color=MUTED, labelpad=3)
         set_heading(axes[0][column], heading, _passage(routing))
     set_note(
-        figure, "Colour: the carrier with the greatest share of the token. Grey: dropped tokens, read by no carrier."
+        figure,
+        "Colour: the carrier with the greatest share of the token; of merged tokens, their mean. Grey: dropped tokens.",
     )
     return figure
 
@@ -126,6 +131,8 @@ def _summary(canvas: Tensor, maps: Tensor, routing: Routing) -> Tensor:
     if keeps_tokens(routing):
         return paint_kept(canvas, maps.amax(0) > 0)
     owner = owners(maps)
+    if merges_tokens(routing):
+        return paint_means(canvas, owner)
     own = {carrier: carrier for carrier in range(len(maps))} if len(maps) <= len(CARRIERS) else neighbour_colours(owner)
     return paint_owners(canvas, owner, {carrier: carrier_colour(rank) for carrier, rank in own.items()})
 
@@ -139,6 +146,8 @@ def _passage(routing: Routing) -> str:
     tokens = routing.weights.shape[-1] - routing.prefix
     if keeps_tokens(routing):
         return f"{tokens} tokens, kept or dropped"
+    if merges_tokens(routing):
+        return f"{tokens} tokens, merged to {routing.num_carriers - routing.prefix}"
     carriers = routing.carriers if routing.num_carriers > 1 else routing.carriers.removesuffix("s")
     return f"{tokens} tokens → {routing.num_carriers} {carriers}"
 
@@ -148,6 +157,16 @@ def _kept_figure(canvas: Tensor, maps: Tensor, title: str | None) -> "matplotlib
     show_picture(figure.subplots(), paint_kept(canvas, maps.amax(0) > 0))
     set_title(figure, title or _kept_count(maps))
     set_note(figure, "Grey: dropped tokens.")
+    return figure
+
+
+def _merged_figure(canvas: Tensor, maps: Tensor, routing: Routing, title: str | None) -> "matplotlib.figure.Figure":
+    figure = new_figure(7.6, 3.8 * panel_ratio(canvas) + 0.7)
+    left, right = figure.subplots(1, 2)
+    show_picture(left, canvas, "image")
+    show_picture(right, paint_means(canvas, owners(maps)), "after merging")
+    set_title(figure, title or _passage(routing))
+    set_note(figure, "Each token in the mean colour of the tokens it was merged with. Grey: dropped tokens.")
     return figure
 
 
@@ -193,6 +212,13 @@ NOBODY = -1
 def keeps_tokens(routing: Routing) -> bool:
     """Whether every carrier reads one token at most: then tokens were kept or dropped, not mixed."""
     return bool((routing.maps() > 0).sum((-2, -1)).amax() <= 1)
+
+
+def merges_tokens(routing: Routing) -> bool:
+    """Whether carriers are tokens themselves, every token is in one at most, and one of them holds several."""
+    read = routing.maps() > 0
+    alone = bool(read.sum(1).amax() <= 1 and read.sum((-2, -1)).amax() > 1)
+    return alone and routing.carriers.endswith("tokens")
 
 
 def owners(maps: Float[Tensor, "K h w"]) -> Int[Tensor, "h w"]:
