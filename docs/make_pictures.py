@@ -10,16 +10,15 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
-from matplotlib.figure import Figure
 from PIL import Image
-from skimage.data import astronaut
+from skimage.data import astronaut, chelsea, coffee, rocket
 
 from narrows import GatedCrossAttentionBlock, load_model, reduce_tokens
 from narrows.data import DigitScenes, picture
 from narrows.jobs.compare import compare
 from narrows.jobs.generate import generate
 from narrows.jobs.reduce import reduce
-from narrows.visualize import overlay, save
+from narrows.visualize import overlay, reading, save
 
 PICTURES = Path(__file__).parent / "pictures"
 SAMPLE = 6
@@ -43,19 +42,20 @@ def draw_mechanisms(models: Path) -> None:
 
 
 def draw_text_and_media() -> None:
-    """Which medium each text token reads, of four media in a text of 32 tokens, two of them side by side."""
+    """Which of four photographs each word reads, by the rule that it reads the one before it."""
+    sentence = (
+        "<image> a cat , half asleep . <image> a cup of coffee beside its spoon . <image> a rocket about to leave , "
+        "and <image> someone who may have flown it ."
+    )
+    words = sentence.split()
     torch.manual_seed(0)
     block = GatedCrossAttentionBlock(64, media_dim=48)
-    locations = torch.zeros(1, 32, dtype=torch.bool)
-    locations[0, [4, 12, 13, 23]] = True
-    routing = block.routing(torch.randn(1, 32, 64), torch.randn(1, 4, 16, 48), locations)
-    figure = Figure(figsize=(9, 2), layout="constrained")
-    axis = figure.subplots()
-    axis.imshow(routing.detach().weights[0].mean(0), cmap="Blues", aspect="auto")
-    axis.set_yticks(range(4), [f"medium {index}" for index in range(4)])
-    axis.set_xticks(range(32), ["▲" if here else "·" for here in locations[0]])
-    axis.set_xlabel("text tokens; ▲ where a medium stands")
+    locations = torch.tensor([[word == "<image>" for word in words]])
+    routing = block.routing(torch.randn(1, len(words), 64), torch.randn(1, 4, 16, 48), locations)
+    photographs = [Image.fromarray(take()).resize((160, 160)) for take in (chelsea, coffee, rocket, astronaut)]
+    figure = reading(words, photographs, {"what each word reads": routing})
     save(figure, PICTURES / "gated_cross_attention.png")
+    shrink(PICTURES / "gated_cross_attention.png", PICTURES / "gated_cross_attention.png")
 
 
 def draw_merged_tokens() -> None:

@@ -4,6 +4,7 @@ import torch
 from narrows.errors import InvalidArgument
 from narrows.routing import Routing
 from narrows.visualize import reading
+from narrows.visualize.canvas import CARRIERS, to_hex
 
 WORDS = ("an", "image", "shows", "a", "seven")
 
@@ -12,16 +13,29 @@ def routing(media: int = 2, words: int = 5, samples: int = 2) -> Routing:
     return Routing(torch.rand(samples, 3, media, words), "media")
 
 
-def test_a_panel_for_each_routing_and_a_row_for_each_medium():
+def test_a_word_has_the_colour_of_the_medium_it_reads_most():
     columns = {"reads": routing(), "moves": routing(media=3)}
     figure = reading(WORDS, torch.rand(2, 1, 8, 8), columns, sample=1, title="Two images")
-    images = [axis.images[0] for axis in figure.axes]
-    assert [tuple(image.get_array().shape) for image in images] == [(8, 8, 3), (8, 8, 3), (2, 5), (2, 5)]
-    expected = columns["reads"].weights[1].mean(0)
-    assert torch.equal(torch.as_tensor(images[2].get_array()), expected)
-    assert images[2].get_clim() == (0.0, pytest.approx(expected.max().item()))
-    assert [label.get_text() for label in figure.axes[2].get_xticklabels()] == list(WORDS)
-    assert [axis.get_title(loc="left") for axis in figure.axes[2:]] == ["reads", "moves"]
+    media, texts = figure.axes[:2], figure.axes[2:]
+    assert [axis.get_title(loc="left") for axis in texts] == ["reads", "moves"]
+    assert all(axis.images for axis in media)
+    for axis, given in zip(texts, columns.values(), strict=True):
+        assert [text.get_text() for text in axis.texts] == list(WORDS)
+        weights = given.weights[1].mean(0)[:2]
+        for box, column in zip(axis.patches, weights.T, strict=True):
+            assert to_hex(torch.tensor(box.get_facecolor()[:3])) == CARRIERS[int(column.argmax())]
+            assert box.get_alpha() == pytest.approx((column.max() / weights.max()).item())
+
+
+def test_long_texts_are_broken_between_words_and_stay_in_the_picture():
+    words = [f"word{number}" for number in range(60)]
+    figure = reading(words, torch.rand(9, 3, 8, 8), {"reads": routing(media=9, words=60)})
+    figure.draw_without_rendering()
+    axis = figure.axes[-1]
+    boxes = [text.get_window_extent() for text in axis.texts]
+    assert len({box.y0 for box in boxes}) > 1
+    assert max(box.x1 for box in boxes) <= figure.bbox.x1
+    assert min(box.y0 for box in boxes) >= 0
 
 
 @pytest.mark.parametrize(
