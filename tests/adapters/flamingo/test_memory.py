@@ -173,7 +173,7 @@ def test_only_the_last_medium_is_kept_and_projected_once(last_medium: Flamingo) 
     counts = []
     hooks = [b.attn.to_kv.register_forward_hook(lambda *_: counts.append(1)) for b in last_medium.blocks]
     for _ in range(3):
-        memory = read_memory(turns.cache)
+        memory = read_memory(turns.cache, last_medium._hooks.key)
         assert [kept.key.shape for kept in memory.keys_values] == 2 * [(2, 1, 3, 2, 8)]
         assert memory.dropped.tolist() == [3, 0]
         logits(last_medium, text("z", "z"), None, past_key_values=turns.cache, use_cache=True)
@@ -188,7 +188,9 @@ def test_text_in_a_cache_of_the_bare_language_model_has_no_media(last_medium: Fl
     with torch.no_grad():
         last_medium.language_model(input_ids=tokens[:, :4], past_key_values=cache, use_cache=True)
     logits(last_medium, tokens[:, 4:], images, past_key_values=cache, use_cache=True)
-    assert read_memory(cache).locations.tolist() == [[False] * 4 + [True, False, False, True, False, False]]
+    assert read_memory(cache, last_medium._hooks.key).locations.tolist() == [
+        [False] * 4 + [True, False, False, True, False, False]
+    ]
 
 
 def test_reset_forgets_the_media(last_medium: Flamingo) -> None:

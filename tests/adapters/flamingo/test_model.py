@@ -229,7 +229,7 @@ def test_precisions_may_differ() -> None:
     assert torch.equal(logits(closed, tokens, images), bare)
     assert {parameter.dtype for parameter in closed.blocks.parameters()} == {torch.float32}
     closed.remove()
-    same = flamingo(lm)
+    same = flamingo(lm, dtype="bfloat16")
     assert {parameter.dtype for parameter in same.blocks.parameters()} == {torch.bfloat16}
     assert logits(same, tokens, images).dtype == torch.bfloat16
 

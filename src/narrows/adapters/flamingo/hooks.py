@@ -2,17 +2,22 @@
 
 from collections.abc import Mapping
 from functools import partial
+from threading import Lock
 from typing import Any
+from uuid import uuid4
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import Cache
 
-from narrows.adapters.flamingo.call import CALL, PASS, MediaPass, current
+from narrows.adapters.flamingo.call import CALL, PASS, LayerInputs, MediaCall, MediaPass, current
 from narrows.adapters.flamingo.host import Host
 from narrows.adapters.flamingo.memory import read_memory, text_length, write_memory
 from narrows.errors import InvalidArgument
 from narrows.ops.media_attention import Attend
+
+_FOLLOWING = Lock()
 
 
 class MediaHooks:
@@ -28,47 +33,98 @@ class MediaHooks:
     """
 
     def __init__(self, host: Host, blocks: Mapping[int, nn.Module], *, placement: str, attend: Attend) -> None:
-        self.attend = attend
+        self.attend, self.placement, self.key = attend, placement, uuid4().hex
+        self.traced_call: MediaCall | None = None
+        self._traced_pass: MediaPass | None = None
+        self._inputs = LayerInputs()
+        self._layers, self._blocks = host.layers, dict(blocks)
         self._handles: list[RemovableHandle] = [
             host.model.register_forward_pre_hook(self._begin, with_kwargs=True),
-            host.model.register_forward_hook(self._end),
+            host.model.register_forward_hook(self._end, with_kwargs=True),
         ]
-        for number, (layer_number, block) in enumerate(blocks.items()):
-            layer, reads = host.layers[layer_number], partial(self._read, number, block)
-            if placement == "before":
-                hook = layer.register_forward_pre_hook(partial(_before, reads), with_kwargs=True)
-            else:
-                hook = layer.register_forward_hook(partial(_after, reads))
-            self._handles.append(hook)
+        self._on_layers: dict[int, tuple[nn.Module, RemovableHandle]] = {}
+        self.follow_layers()
+
+    def follow_layers(self) -> None:
+        """Put the hooks on what stands in the list of decoder layers now.
+
+        What checkpoints, compiles or shards a layer takes its place there, and what a block does stays outside of it.
+        """
+        with _FOLLOWING:
+            for number, (layer_number, block) in enumerate(self._blocks.items()):
+                layer, before = self._layers[layer_number], self._on_layers.get(number)
+                if before is not None and before[0] is layer:
+                    continue
+                if before is not None:
+                    before[1].remove()
+                reads = partial(self._read, number, block)
+                if self.placement == "before":
+                    handle = layer.register_forward_pre_hook(partial(_before, reads), with_kwargs=True)
+                else:
+                    handle = layer.register_forward_hook(partial(_after, reads), with_kwargs=True)
+                self._on_layers[number] = layer, handle
 
     def remove(self) -> None:
         """Remove all hooks."""
-        for handle in self._handles:
+        for handle in (*self._handles, *(handle for _, handle in self._on_layers.values())):
             handle.remove()
 
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the language model: start a pass."""
-        if (call := current(self, CALL)) is None:
+        compiling = torch.compiler.is_compiling()
+        call = self.traced_call if compiling and self.traced_call is not None else current(self, CALL)
+        if call is None:
             return
-        text = kwargs.get("input_ids", args[0] if args else None)
-        batch, length = (kwargs["inputs_embeds"] if text is None else text).shape[:2]
+        batch, length = _text_shape(args, kwargs)
         cache = kwargs.get("past_key_values")
-        memory, start = read_memory(cache), text_length(cache)
-        PASS.set((self, MediaPass(call, memory, batch=batch, start=start, length=length, attend=self.attend)))
+        memory, start = read_memory(cache, self.key), text_length(cache)
+        call.begin(start, length)
+        one = MediaPass(call, memory, batch=batch, start=start, length=length, attend=self.attend)
+        if compiling:
+            self._traced_pass = one
+        else:
+            PASS.set((self, one))
 
-    def _end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _end(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """After the language model: store the memory in its cache."""
-        if (one := current(self, PASS)) is None:
-            return
-        PASS.set(None)
+        one = self._pass()
+        if one is not None and torch.compiler.is_compiling():
+            self._traced_pass = None
+        elif one is not None:
+            PASS.set(None)
         for part in output if isinstance(output, tuple) else output.values():
-            if isinstance(part, Cache):
-                write_memory(part, one.memory())
+            if not isinstance(part, Cache):
+                continue
+            if one is not None:
+                write_memory(part, self.key, one.memory())
+            elif (memory := read_memory(part, self.key)) is not None:  # text that was read without its media
+                shape = _text_shape(args, kwargs)
+                none = torch.zeros(shape, dtype=torch.bool, device=memory.locations.device)
+                write_memory(part, self.key, memory.with_text(none, written=True))
 
-    def _read(self, number: int, block: nn.Module, layer: nn.Module, text: Tensor) -> Tensor | None:
-        """The hidden states at a decoder layer after its block; None outside of a `MediaCall`."""
-        if (one := current(self, PASS)) is None:
-            return None
+    def _pass(self) -> MediaPass | None:
+        if torch.compiler.is_compiling() and self._traced_pass is not None:
+            return self._traced_pass
+        return current(self, PASS)
+
+    def _read(self, number: int, block: nn.Module, layer: nn.Module, given: Tensor, text: Tensor) -> Tensor | None:
+        """The hidden states `text` after their block; None outside of a `MediaCall`.
+
+        `given` are the hidden states that went into the layer.
+        """
+        one = self._pass()
+        if one is None:
+            if torch.compiler.is_compiling() or (one := self._inputs.find(given)) is None:
+                return None
+        elif one.differentiable and not torch.compiler.is_compiling():
+            if not torch.is_grad_enabled():
+                raise InvalidArgument(
+                    "language_model",
+                    expected="activation checkpointing around its decoder layers by their own class, by a wrapper in "
+                    "their place, or with use_reentrant=False",
+                    got=f"reentrant checkpointing inside of which {type(layer).__name__} is called",
+                )
+            self._inputs.note(given, one)
         if text.shape[:-1] != one.shape:
             raise InvalidArgument(
                 "language_model",
@@ -80,19 +136,27 @@ class MediaHooks:
         return one.read(number, block, text, checkpointed=bool(checkpointed))
 
 
+def _text_shape(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, int]:
+    text = kwargs.get("input_ids", args[0] if args else None)
+    batch, length = (kwargs["inputs_embeds"] if text is None else text).shape[:2]
+    return batch, length
+
+
 def _before(
     reads: Any, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """A block before a decoder layer, whose hidden states come by position or by name."""
-    text = reads(layer, args[0] if args else kwargs["hidden_states"])
+    given = args[0] if args else kwargs["hidden_states"]
+    text = reads(layer, given, given)
     if text is None:
         return None
     return ((text, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": text})
 
 
-def _after(reads: Any, layer: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
+def _after(reads: Any, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     """A block after a decoder layer, which returns hidden states alone or first in a tuple."""
+    given = args[0] if args else kwargs["hidden_states"]
     if not isinstance(output, tuple):
-        return reads(layer, output)
-    text = reads(layer, output[0])
+        return reads(layer, given, output)
+    text = reads(layer, given, output[0])
     return None if text is None else (text, *output[1:])

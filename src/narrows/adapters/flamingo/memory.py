@@ -28,6 +28,7 @@ class MediaMemory:
         keys_values: for each block, keys and values of the W media that later text may see, `[R, W, N, H, E]`; None: to
             be projected from the latents.
         dropped: `[R]`, number of media before those in `keys_values`.
+        written: so many of the last tokens are known to be text, without a look at `locations`.
     """
 
     locations: Bool[Tensor, "R S"]
@@ -36,6 +37,7 @@ class MediaMemory:
     counts: Int[Tensor, " R"]
     keys_values: tuple[MediaKeysValues, ...] | None
     dropped: Int[Tensor, " R"]
+    written: int = 0
 
     @staticmethod
     def of_text(num_texts: int, length: int, media: Float[Tensor, "L M N D"]) -> "MediaMemory":
@@ -63,15 +65,23 @@ class MediaMemory:
             counts=self.counts + counts.repeat_interleave(repeats),
         )
 
-    def with_text(self, locations: Bool[Tensor, "R T"]) -> "MediaMemory":
-        """Append T tokens."""
-        return replace(self, locations=torch.cat((self.locations, locations), 1))
+    def with_text(self, locations: Bool[Tensor, "R T"], *, written: bool = False) -> "MediaMemory":
+        """Append T tokens; `written`: by the language model, so that none of them is a medium's."""
+        known = self.written + locations.shape[1] if written else 0
+        return replace(self, locations=torch.cat((self.locations, locations), 1), written=known)
 
-    def seen_from(self, first: Int[Tensor, " R"]) -> "MediaMemory":
-        """Drop keys and values of media before number `first`, which later text does not see."""
+    def seen_from(self, first: Int[Tensor, " R"], most: int | None) -> "MediaMemory":
+        """Drop keys and values of media before number `first`, which later text does not see.
+
+        Where text sees at most `most` media, the width of what is kept is known without reading it from the device.
+        """
         assert self.keys_values is not None
         dropped = torch.maximum(self.dropped, first - 1)
-        width = int((self.counts - dropped).max().clamp(min=0))
+        width = self.keys_values[0].key.shape[1]
+        if most is not None:
+            width = min(width, most)
+        elif not torch.compiler.is_compiling():
+            width = int((self.counts - dropped).max().clamp(min=0))
         columns = (dropped - self.dropped)[:, None] + torch.arange(width, device=first.device)
         kept = tuple(MediaKeysValues(take(key, columns), take(value, columns)) for key, value, _ in self.keys_values)
         return replace(self, keys_values=kept, dropped=dropped)
@@ -80,10 +90,10 @@ class MediaMemory:
         """Crop the last `num_tokens` tokens."""
         length = max(self.length - num_tokens, 0)
         kept, cut = self.locations[:, :length], self.locations[:, length:]
-        if not cut.any():
-            return replace(self, locations=kept)
+        if num_tokens <= self.written or not cut.any():
+            return replace(self, locations=kept, written=max(self.written - num_tokens, 0))
         none = torch.zeros_like(self.dropped)
-        return replace(self, locations=kept, counts=kept.sum(1), keys_values=None, dropped=none)
+        return replace(self, locations=kept, counts=kept.sum(1), keys_values=None, dropped=none, written=0)
 
     def rows(self, index: Int[Tensor, " rows"]) -> "MediaMemory":
         """Select, reorder or repeat texts."""
@@ -91,8 +101,13 @@ class MediaMemory:
         kept = self.keys_values
         if kept is not None:
             kept = tuple(MediaKeysValues(key[index], value[index]) for key, value, _ in kept)
-        return MediaMemory(
-            self.locations[index], self.latents, self.sample[index], self.counts[index], kept, self.dropped[index]
+        return replace(
+            self,
+            locations=self.locations[index],
+            sample=self.sample[index],
+            counts=self.counts[index],
+            keys_values=kept,
+            dropped=self.dropped[index],
         )
 
 
@@ -115,11 +130,13 @@ class MediaCacheLayer(DummyLayer):
     """A cache layer of transformers that holds a `MediaMemory` in place of keys and values of text.
 
     Args:
+        owner: the key of the `MediaHooks` whose it is; several can read one language model.
         memory: the media of the text in this cache; None after `reset`.
     """
 
-    def __init__(self, memory: MediaMemory) -> None:
+    def __init__(self, owner: str, memory: MediaMemory) -> None:
         super().__init__()
+        self.owner = owner
         self.memory: MediaMemory | None = memory
 
     def reset(self) -> None:
@@ -147,25 +164,29 @@ class MediaCacheLayer(DummyLayer):
             self.memory = self.memory.rows(rows.repeat_interleave(repeats))
 
 
-def read_memory(cache: Cache | None) -> MediaMemory | None:
-    """The memory in a cache, if there is one."""
-    layers = [] if cache is None else cache.layers
-    return next((layer.memory for layer in layers if isinstance(layer, MediaCacheLayer)), None)
+def media_layers(cache: Cache | None) -> list[MediaCacheLayer]:
+    """The layers of a cache that hold media."""
+    return [] if cache is None else [layer for layer in cache.layers if isinstance(layer, MediaCacheLayer)]
 
 
-def write_memory(cache: Cache, memory: MediaMemory) -> None:
-    """Store `memory` in a cache."""
-    for layer in cache.layers:
-        if isinstance(layer, MediaCacheLayer):
+def read_memory(cache: Cache | None, owner: str) -> MediaMemory | None:
+    """The memory of `owner` in a cache, if there is one."""
+    return next((layer.memory for layer in media_layers(cache) if layer.owner == owner), None)
+
+
+def write_memory(cache: Cache, owner: str, memory: MediaMemory) -> None:
+    """Store the memory of `owner` in a cache."""
+    for layer in media_layers(cache):
+        if layer.owner == owner:
             layer.memory = memory
             return
     layers: list[Any] = cache.layers
-    layers.append(MediaCacheLayer(memory))
+    layers.append(MediaCacheLayer(owner, memory))
 
 
 def text_length(cache: Cache | None) -> int:
     """Number of text tokens in a cache."""
-    memory = read_memory(cache)
-    if memory is not None:
-        return memory.length
+    for layer in media_layers(cache):
+        if layer.memory is not None:
+            return layer.memory.length
     return 0 if cache is None else int(cache.get_seq_length())

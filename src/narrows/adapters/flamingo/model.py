@@ -6,14 +6,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelHubMixin
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from narrows.adapters.flamingo.base import PretrainedAddition
 from narrows.adapters.flamingo.call import MediaCall, run
 from narrows.adapters.flamingo.hooks import MediaHooks
-from narrows.adapters.flamingo.host import factory, find_host, freeze_modules, layer_numbers
-from narrows.adapters.flamingo.media import check_counts, document_starts, encode, locate, no_media, width_of
+from narrows.adapters.flamingo.host import Frozen, as_dtype, factory, find_host, layer_numbers, virtual_tokens
+from narrows.adapters.flamingo.media import (
+    check_counts,
+    document_starts,
+    encode,
+    locate,
+    no_media,
+    stack_media,
+    width_of,
+)
 from narrows.adapters.flamingo.memory import text_length
 from narrows.adapters.flamingo.saving import (
     check_made_for,
@@ -21,24 +29,22 @@ from narrows.adapters.flamingo.saving import (
     describe,
     encode_policy,
     load_added,
-    save_added,
+    with_adapter,
 )
 from narrows.errors import InvalidArgument, NarrowsError
 from narrows.layers.gated_cross_attention import GatedCrossAttentionBlock
 from narrows.layers.perceiver_resampler import PerceiverResampler
-from narrows.models.base import SavedWhole
 from narrows.ops.media_attention import Attend, LastMedium
 from narrows.routing import Routing
 from narrows.validation import check_choice, check_not_negative, checked
 
 LAST_MEDIUM = LastMedium()
 PLACEMENTS = ("before", "after")
+Media = Float[Tensor, "B M *medium"] | Sequence[Tensor | Sequence[Tensor]]
 
 
 class Flamingo(
-    nn.Module,
-    SavedWhole,
-    ModelHubMixin,
+    PretrainedAddition,
     library_name="narrows",
     license="apache-2.0",
     pipeline_tag="image-text-to-text",
@@ -69,7 +75,8 @@ class Flamingo(
         resampler: further arguments of the `PerceiverResampler`; `depth` is 6 by default.
         block: further arguments of each `GatedCrossAttentionBlock`.
         freeze: no gradients for language model and encoder, which stay in evaluation mode; False leaves them alone.
-        device, dtype: of what is added; None: as of the decoder layer beside it.
+        device: of what is added; None: where the decoder layer beside it computes.
+        dtype: of what is added, as "bfloat16" or `torch.bfloat16`; None: float32, whatever that of the language model.
 
     Raises:
         InvalidType: no language model of transformers.
@@ -93,22 +100,30 @@ class Flamingo(
         block: Mapping[str, Any] | None = None,
         freeze: bool = True,
         device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
     ) -> None:
-        super().__init__()
+        if any(isinstance(module, Flamingo) for module in language_model.modules()):
+            raise InvalidArgument(
+                "language_model",
+                expected="a language model that no Flamingo is made of",
+                got=type(language_model).__name__,
+                hint="Make both of the same language model: a call of one reads its own media alone.",
+            )
+        host = find_host(language_model)
+        super().__init__(host.model)
         check_choice("placement", placement, PLACEMENTS)
         if media_token_id is not None:
             check_not_negative(media_token_id=media_token_id)
         _check_options("resampler", resampler, PerceiverResampler)
         _check_options("block", block, GatedCrossAttentionBlock)
-        host = find_host(language_model)
         media_dim = width_of(vision_encoder) if media_dim is None else media_dim
         if media_dim is None:
             raise InvalidArgument("media_dim", expected="the width of the media's tokens", got=None)
         self.layer_numbers = layer_numbers(every, len(host.layers))
         self.placement, self.attend, self.media_token_id = placement, attend, media_token_id
         self.language_model, self.vision_encoder = language_model, vision_encoder
-        factories = [factory(host.layers[number], device, dtype) for number in self.layer_numbers]
+        kind = as_dtype(dtype)
+        factories = [factory(host.layers[number], device, kind) for number in self.layer_numbers]
         self.resampler = PerceiverResampler(media_dim, **{"depth": 6, **factories[0], **(resampler or {})})
         self.blocks = nn.ModuleList(
             GatedCrossAttentionBlock(host.width, media_dim=media_dim, attend=attend, **factory, **(block or {}))
@@ -127,7 +142,7 @@ class Flamingo(
                 "block": dict(block or {}),
             },
         }
-        self._unfreeze = freeze_modules(language_model, vision_encoder) if freeze else None
+        self._frozen = Frozen.of(language_model, vision_encoder) if freeze else None
         self._hooks: MediaHooks | None = MediaHooks(
             host, dict(zip(self.layer_numbers, self.blocks, strict=True)), placement=placement, attend=attend
         )
@@ -136,8 +151,10 @@ class Flamingo(
     def forward(
         self,
         input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
         *,
-        media: Float[Tensor, "B M *medium"] | None = None,
+        media: Media | None = None,
         media_mask: Bool[Tensor, "B M *N"] | None = None,
         media_locations: Bool[Tensor, "B T"] | None = None,
         **kwargs: Any,
@@ -146,10 +163,12 @@ class Flamingo(
 
         Args:
             input_ids: `[B, T]`; or `inputs_embeds` among the others. With `past_key_values`, the text that follows.
+            attention_mask, labels: as the language model takes them.
             media: of the media tokens in this text: images `[B, M, 3, H, W]`, clips `[B, M, F, 3, H, W]` or encoded
-                media `[B, M, N, D]` (without an encoder also clips, `[B, M, F, N, D]`). None: the text has none.
-            media_mask: `[B, M]`, True at real media, where rows have different numbers of them; or True at the real
-                tokens of encoded media.
+                media `[B, M, N, D]` (without an encoder also clips, `[B, M, F, N, D]`). A list has the media of each
+                row, `[M, ...]` or a list again; they may differ in number, frames and tokens. None: the text has none.
+            media_mask: `[B, M]`, True at real media, where rows have different numbers of them; `[B, M, F]`, True at
+                the real frames of clips; or True at the real tokens of encoded media. None for lists.
             media_locations: `[B, T]`, True at media tokens; None: at each `media_token_id`.
             kwargs: everything the language model takes. Documents packed into a row by `position_ids` (no
                 `attention_mask`, `use_cache=False`) see their own media only.
@@ -157,6 +176,8 @@ class Flamingo(
         Raises:
             InvalidArgument: media of another shape or width; a row with another number of media than media tokens.
         """
+        given = {"attention_mask": attention_mask, "labels": labels}
+        kwargs |= {name: value for name, value in given.items() if value is not None}
         call = self._call(input_ids, media, media_mask, media_locations, kwargs)
         return run(self._hooks, call, self.language_model, input_ids=input_ids, **kwargs)
 
@@ -165,7 +186,7 @@ class Flamingo(
         self,
         input_ids: Tensor | None = None,
         *,
-        media: Float[Tensor, "B M *medium"] | None = None,
+        media: Media | None = None,
         media_mask: Bool[Tensor, "B M *N"] | None = None,
         media_locations: Bool[Tensor, "B T"] | None = None,
         **kwargs: Any,
@@ -176,7 +197,14 @@ class Flamingo(
         the whole text's `attention_mask`, what is new. A media token that the model generates is
         text. Media are encoded once, for any number of beams or samples.
         """
-        call = self._call(input_ids, media, media_mask, media_locations, kwargs, whole=True)
+        if kwargs.get("cache_implementation") == "paged":
+            raise InvalidArgument(
+                "cache_implementation",
+                expected="a cache that is read where it is called",
+                got="'paged': texts of several calls are packed and read in another thread, which knows no media",
+                hint="Leave it out, or say 'dynamic' or 'static'.",
+            )
+        call = self._call(input_ids, media, media_mask, media_locations, kwargs, generates=True)
         generate: Any = self.language_model.generate
         return run(self._hooks, call, generate, input_ids=input_ids, **kwargs)
 
@@ -185,7 +213,7 @@ class Flamingo(
         self,
         input_ids: Tensor | None = None,
         *,
-        media: Float[Tensor, "B M *medium"] | None = None,
+        media: Media | None = None,
         media_mask: Bool[Tensor, "B M *N"] | None = None,
         media_locations: Bool[Tensor, "B T"] | None = None,
         **kwargs: Any,
@@ -204,9 +232,9 @@ class Flamingo(
         if self._hooks is not None:
             self._hooks.remove()
             self._hooks = None
-        if self._unfreeze is not None:
-            self._unfreeze()
-            self._unfreeze = None
+        if self._frozen is not None:
+            self._frozen.undo()
+            self._frozen = None
         return self.language_model
 
     def train(self, mode: bool = True) -> "Flamingo":
@@ -215,7 +243,7 @@ class Flamingo(
         Except decoder layers with gradient checkpointing, which transformers does in training mode only.
         """
         super().train(mode)
-        if self._unfreeze is not None:
+        if self._frozen is not None:
             for module in (self.language_model, self.vision_encoder):
                 if module is not None:
                     module.eval()
@@ -223,9 +251,6 @@ class Flamingo(
                 if getattr(module, "gradient_checkpointing", False):
                     module.training = mode
         return self
-
-    def _save_pretrained(self, save_directory: Path) -> None:
-        save_added(self, save_directory)
 
     @classmethod
     def _from_pretrained(
@@ -249,17 +274,18 @@ class Flamingo(
         check_made_for(find_host(language_model).model, config["made_for"], model_id)
         if config["policy"] is not None:
             arguments = {"attend": decode_policy(config["policy"])} | arguments
+        download = {
+            "revision": revision,
+            "cache_dir": cache_dir,
+            "force_download": force_download,
+            "local_files_only": local_files_only,
+            "token": token,
+        }
+        if config.get("adapter"):
+            language_model = with_adapter(language_model, model_id, **download)
         model = cls(language_model, **(config["arguments"] | arguments))
         try:
-            load_added(
-                model,
-                model_id,
-                revision=revision,
-                cache_dir=cache_dir,
-                force_download=force_download,
-                local_files_only=local_files_only,
-                token=token,
-            )
+            load_added(model, model_id, keep_dtype=arguments.get("dtype") is None, **download)
         except BaseException:
             model.remove()
             raise
@@ -268,35 +294,49 @@ class Flamingo(
     def _call(
         self,
         input_ids: Tensor | None,
-        media: Tensor | None,
+        media: Media | None,
         media_mask: Tensor | None,
         media_locations: Tensor | None,
         kwargs: Mapping[str, Any],
         *,
-        whole: bool = False,
+        generates: bool = False,
         routings: list[Routing] | None = None,
     ) -> MediaCall:
-        """The media of a call, encoded, and their places; `whole`: the text may include what is in the cache."""
+        """The media of a call, encoded, and their places; `generates`: the text may include what is in the cache."""
         if self._hooks is None:
             raise NarrowsError(
                 "This Flamingo was removed from its language model. Make another one to read media again."
             )
+        if not torch.compiler.is_compiling():
+            self._hooks.follow_layers()
         text = kwargs.get("inputs_embeds") if input_ids is None else input_ids
         if text is None:
             raise InvalidArgument("input_ids", expected="the text, or inputs_embeds", got=None)
         attention_mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
         locations, start = locate(text, attention_mask, media_locations, self.media_token_id), text_length(cache)
-        if whole:
+        virtual = virtual_tokens(self.language_model)
+        if generates:
             begin = 0 if attention_mask is None else attention_mask.shape[1] - text.shape[1]
-            locations = locations[:, max(start - begin, 0) :]
+            locations = locations[:, max(start - virtual - begin, 0) :]
+        if isinstance(media, list | tuple):
+            media, media_mask = stack_media(media, media_mask)
         if media is None:
             encoded = no_media(len(text), self.resampler)
         else:
             encoded = encode(media, media_mask, vision_encoder=self.vision_encoder, resampler=self.resampler)
         check_counts(locations, encoded.counts)
-        starts = None if whole or start else document_starts(kwargs.get("position_ids"), attention_mask)
+        starts = None if generates or start else document_starts(kwargs.get("position_ids"), attention_mask)
         locations = locations.to(encoded.latents.device)
-        return MediaCall(encoded.latents, encoded.counts, locations, start, starts, routings)
+        return MediaCall(
+            encoded.latents,
+            encoded.counts,
+            locations,
+            start,
+            whole=not generates,
+            virtual=0 if start else virtual,
+            document_starts=starts,
+            routings=routings,
+        )
 
 
 def _check_options(name: str, options: Mapping[str, Any] | None, layer: type[nn.Module]) -> None:

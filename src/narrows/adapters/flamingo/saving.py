@@ -3,19 +3,21 @@
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import torch
 from huggingface_hub import constants, hf_hub_download
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from narrows.errors import InvalidArgument
+from narrows.errors import InvalidArgument, MissingExtra
 from narrows.ops.media_attention import AllPrevious, Attend, ConsecutiveGroup, LastMedia, LastMedium
-from narrows.weights import misfits, read_file, write_safetensors
+from narrows.weights import misfits, read_file
 
 POLICIES = {policy.__name__: policy for policy in (LastMedium, LastMedia, ConsecutiveGroup, AllPrevious)}
 ADDED = ("resampler.", "blocks.")
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 def describe(model: PreTrainedModel) -> dict[str, Any]:
@@ -44,30 +46,82 @@ def check_made_for(model: PreTrainedModel, made_for: Mapping[str, Any], folder: 
         )
 
 
-def save_added(model: nn.Module, folder: Path) -> None:
-    """Write what was added; if it is sharded, every process has to call this."""
-    added = {name: value for name, value in model.state_dict().items() if name.startswith(ADDED)}
-    whole = {n: value.full_tensor().cpu() if isinstance(value, DTensor) else value for n, value in added.items()}
-    write_safetensors(whole, folder / constants.SAFETENSORS_SINGLE_FILE)
+def adapter_of(language_model: nn.Module) -> Any:
+    """The configuration of the peft adapter in a language model; None where there is none, or several."""
+    configs = next(
+        (found for module in language_model.modules() if (found := getattr(module, "peft_config", None))), {}
+    )
+    return next(iter(configs.values())) if len(configs) == 1 else None
 
 
-def load_added(model: nn.Module, folder: str, **download: Any) -> None:
+def saved_names(model: Any) -> set[str]:
+    """The names of the weights that are saved: what was added, and what trains of the models that it was added to.
+
+    That is what peft or `freeze=False` lets train. Rows of embeddings that train in a frozen model are not ours.
+    """
+    names = {name for name in model.state_dict() if name.startswith(ADDED)}
+    if not model.is_frozen or any(getattr(module, "peft_config", None) for module in model.modules()):
+        names |= {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return names
+
+
+def gathered(state: Mapping[str, Any], names: set[str]) -> dict[str, Tensor]:
+    """Weights by name; if they are sharded, every process has to call this."""
+    kept = {name: value for name, value in state.items() if name in names}
+    return {n: value.full_tensor().cpu() if isinstance(value, DTensor) else value for n, value in kept.items()}
+
+
+def with_adapter(language_model: nn.Module, folder: str, **download: Any) -> nn.Module:
+    """The language model in the peft adapter that was saved in `folder`, unless it is in one already."""
+    if any(getattr(module, "peft_config", None) for module in language_model.modules()):
+        return language_model
+    try:
+        from peft import PeftConfig, get_peft_model
+    except ImportError as error:
+        raise MissingExtra("peft", extra="peft", purpose="open the adapter of a language model") from error
+    file = _file(folder, ADAPTER_CONFIG, download)
+    adapted: Any = get_peft_model(cast(Any, language_model), PeftConfig.from_pretrained(str(file.parent)))
+    return adapted.train(language_model.training)
+
+
+def load_added(model: nn.Module, folder: str, *, keep_dtype: bool, **download: Any) -> None:
     """Read what was added, from a folder or a repository of the Hub.
+
+    Args:
+        model: the `Flamingo`.
+        folder: or repository.
+        keep_dtype: whether weights keep the precision of the file, or take that of the model.
+        download: of `huggingface_hub`.
 
     Raises:
         InvalidArgument: no weights there, a damaged file, or weights of other parts than `model` has.
     """
-    file = Path(folder) / constants.SAFETENSORS_SINGLE_FILE
-    if not Path(folder).is_dir():
-        file = Path(hf_hub_download(folder, constants.SAFETENSORS_SINGLE_FILE, **download))
-    elif not file.is_file():
-        raise InvalidArgument("path", expected=f"a folder with {file.name}", got=folder)
+    file = _file(folder, constants.SAFETENSORS_SINGLE_FILE, download)
     state = read_file(file, argument="path")
-    own = {name: value for name, value in model.state_dict().items() if name.startswith(ADDED)}
-    if wrong := misfits(own, state, {}):
+    own = {_plain(name): value for name, value in model.state_dict(keep_vars=True).items()}
+    state = {_plain(name): value for name, value in state.items()}
+    expected = {name: value for name, value in own.items() if name.startswith(ADDED) or name in state}
+    if wrong := misfits(expected, state, {}):
         raise InvalidArgument(
             "path",
             expected="the weights of this resampler and these blocks",
             got=f"{file} with others: {', '.join(wrong)}",
         )
-    model.load_state_dict(state, strict=False)
+    with torch.no_grad():
+        for name, value in state.items():
+            if keep_dtype and name.startswith(ADDED):
+                own[name].data = own[name].data.to(value.dtype)
+            own[name].copy_(value)
+
+
+def _plain(name: str) -> str:
+    """The name of a weight without what peft puts around a language model."""
+    return name.replace("language_model.base_model.model.", "language_model.")
+
+
+def _file(folder: str, name: str, download: Mapping[str, Any]) -> Path:
+    if not Path(folder).is_dir():
+        return Path(hf_hub_download(folder, name, **download))
+    if not (file := Path(folder) / name).is_file():
+        raise InvalidArgument("path", expected=f"a folder with {file.name}", got=folder)
+    return file
