@@ -15,16 +15,33 @@ from tests.adapters.token_reduction.families import FAMILIES, awake
 SIDE, PATCH = 32, 8
 
 
+VIDEO: dict[str, Any] = {"num_frames": 4, "tubelet_size": 2}
+# What the configurations of some models call otherwise, or need besides.
+_SETTINGS: dict[str, dict[str, Any]] = {
+    "Siglip2": {"num_patches": (SIDE // PATCH) ** 2},
+    "VideoMAE": {"image_size": SIDE // 2, **VIDEO},
+    "VJEPA2": {"crop_size": SIDE // 2, "frames_per_clip": 4, "tubelet_size": 2, "mlp_ratio": 2, "hidden_size": 48}
+    | {"pred_num_hidden_layers": 1, "pred_hidden_size": 24, "pred_num_attention_heads": 2},
+    "InternVL": {"image_size": [SIDE, SIDE], "patch_size": [PATCH, PATCH], "use_qk_norm": True},
+    "ViTMAE": {"mask_ratio": 0.5, "decoder_hidden_size": 32, "decoder_num_attention_heads": 2},
+}
+
+
 def config(kind: str, **kwargs: Any) -> Any:
     """The configuration of a small model of transformers."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "patch_size": PATCH}
-    patches = {"num_patches": (SIDE // PATCH) ** 2} if kind.startswith("Siglip2") else {"image_size": SIDE}
     hidden = {"mlp_ratio": 2} if kind.startswith("Dinov2") else {"intermediate_size": 48}
-    return getattr(transformers, kind)(**sizes, **patches, **hidden, **kwargs)
+    own = next((of for name, of in _SETTINGS.items() if kind.startswith(name)), {"image_size": SIDE})
+    own = {**({"image_size": SIDE} if kind.startswith("ViTMAE") else {}), **own}
+    return getattr(transformers, kind)(**{**sizes, **hidden, **own, **kwargs})
 
 
 def _transformers(kind: str, of: str, **kwargs: Any) -> nn.Module:
-    return awake(getattr(transformers, kind)(config(of, **kwargs)))
+    model = awake(getattr(transformers, kind)(config(of, **kwargs)))
+    for part in model.modules():  # positions of video are no parameters
+        if hasattr(part, "position_embeddings") and isinstance(part.position_embeddings, Tensor):
+            part.position_embeddings.detach().add_(0.1)
+    return model
 
 
 def _narrows(**kwargs: Any) -> nn.Module:
@@ -44,6 +61,30 @@ HOSTS: dict[str, Callable[[], nn.Module]] = {
     "transformers clip": partial(_transformers, "CLIPVisionModelWithProjection", "CLIPVisionConfig"),
     "transformers siglip": partial(_transformers, "SiglipVisionModel", "SiglipVisionConfig"),
     "transformers siglip2": partial(_transformers, "Siglip2VisionModel", "Siglip2VisionConfig"),
+    "transformers vit mae": partial(_transformers, "ViTMAEModel", "ViTMAEConfig"),
+    "transformers vit msn": partial(_transformers, "ViTMSNForImageClassification", "ViTMSNConfig"),
+    "transformers i-jepa": partial(_transformers, "IJepaForImageClassification", "IJepaConfig"),
+    "transformers beit": partial(
+        _transformers, "BeitForImageClassification", "BeitConfig", use_relative_position_bias=True
+    ),
+    "transformers beit, shared": partial(
+        _transformers, "BeitModel", "BeitConfig", use_shared_relative_position_bias=True, use_mean_pooling=False
+    ),
+    "transformers data2vec": partial(
+        _transformers, "Data2VecVisionForImageClassification", "Data2VecVisionConfig", use_relative_position_bias=True
+    ),
+    "transformers data2vec, shared": partial(
+        _transformers, "Data2VecVisionModel", "Data2VecVisionConfig", use_shared_relative_position_bias=True
+    ),
+    "transformers metaclip 2": partial(_transformers, "MetaClip2VisionModel", "MetaClip2VisionConfig"),
+    "transformers altclip": partial(_transformers, "AltCLIPVisionModel", "AltCLIPVisionConfig"),
+    "transformers chinese clip": partial(_transformers, "ChineseCLIPVisionModel", "ChineseCLIPVisionConfig"),
+    "transformers blip": partial(_transformers, "BlipVisionModel", "BlipVisionConfig"),
+    "transformers internvl": partial(_transformers, "InternVLVisionModel", "InternVLVisionConfig"),
+    "transformers idefics3": partial(_transformers, "Idefics3VisionTransformer", "Idefics3VisionConfig"),
+    "transformers smolvlm": partial(_transformers, "SmolVLMVisionTransformer", "SmolVLMVisionConfig"),
+    "transformers videomae": partial(_transformers, "VideoMAEForVideoClassification", "VideoMAEConfig"),
+    "transformers v-jepa 2": partial(_transformers, "VJEPA2Model", "VJEPA2Config"),
     "narrows vit": _narrows,
     "narrows vit, class token": partial(_narrows, global_pool="token"),
     "narrows vit, greatest pooled": partial(_narrows, global_pool="max"),
@@ -60,15 +101,21 @@ def inputs(model: nn.Module, batch: int, side: int | None = None) -> dict[str, A
             "pixel_attention_mask": torch.ones(patches.shape[:2], dtype=torch.long),
             "spatial_shapes": torch.full((batch, 2), SIDE // PATCH),
         }
-    name = {"transformers": "pixel_values", "narrows": "images"}.get(type(model).__module__.partition(".")[0], "x")
+    name = model.main_input_name if "VJEPA2" in type(model).__name__ else "pixel_values"
+    if name == "pixel_values_videos" or type(model).__name__.startswith("VideoMAE"):
+        return {name: torch.randn(batch, VIDEO["num_frames"], 3, SIDE // 2, SIDE // 2, generator=generator)}
+    noise = {}
+    if type(model).__name__.startswith("ViTMAE"):  # which patches are seen
+        noise = {"noise": torch.rand(batch, (SIDE // PATCH) ** 2, generator=generator)}
+    name = {"transformers": name, "narrows": "images"}.get(type(model).__module__.partition(".")[0], "x")
     if side is None:
         side = model.patch_embed.img_size[0] if name == "x" else SIDE  # pyright: ignore
-    return {name: torch.randn(batch, 3, side, side, generator=generator)}
+    return {name: torch.randn(batch, 3, side, side, generator=generator), **noise}
 
 
 def outputs(model: nn.Module, arguments: dict[str, Any], **kwargs: object) -> list[Tensor]:
-    """Every tensor that the model returns."""
-    return tree_leaves(model(**arguments, **kwargs))
+    """Every tensor that the model returns, but for numbers of tokens."""
+    return [tensor for tensor in tree_leaves(model(**arguments, **kwargs)) if tensor.is_floating_point()]
 
 
 def of_image(arguments: dict[str, Any], image: int) -> dict[str, Any]:

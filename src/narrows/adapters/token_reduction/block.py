@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from narrows.adapters.token_reduction.budget import Entry, count_of
 from narrows.adapters.token_reduction.calls import current_call, hand_over, handed_over, tracing
@@ -37,6 +38,7 @@ from narrows.adapters.token_reduction.tokens import (
     gather_rows,
     mark,
     state_of,
+    transposed,
     with_kept_mask,
     with_state,
 )
@@ -62,6 +64,11 @@ class Plan:
     generator: torch.Generator | None
     first: int
     record: Callable[[int, TokenState, torch.device], None]
+
+
+# Arguments of calls that are remembered as gathered: rotary positions, a mask, relative positions; blocks that are each
+# given their own would pile them up.
+_REMEMBERED = 3
 
 
 @dataclass(frozen=True)
@@ -98,14 +105,19 @@ class Visit:
         return self.gathered(self.call.bias, self._mask, self.state)
 
     @property
+    def relative(self) -> Tensor | None:
+        """`[B or 1, H, n, n]`: what the host adds to the logits by where two tokens stand in the image."""
+        return self.gathered(self.call.relative, self._relative, self.state)
+
+    @property
+    def readable(self) -> Tensor | None:
+        """What attention may read, or is to add wherever tokens stand: mask, padding, log sizes of merged tokens."""
+        return _both(self.mask, self.state.bias)
+
+    @property
     def bias(self) -> Tensor | None:
-        """What attention is to add or may read: the host's mask, padding, log sizes of merged tokens."""
-        mask, bias = self.mask, self.state.bias
-        if mask is None or bias is None:
-            return bias if mask is None else mask
-        if bias.dtype == torch.bool:
-            return mask & bias if mask.dtype == torch.bool else mask.masked_fill(~bias, -torch.inf)
-        return bias.where(mask, -torch.inf) if mask.dtype == torch.bool else mask + bias
+        """What attention is to add or may read."""
+        return _both(self.relative, self.readable)
 
     def gathered(self, source: Any, gather: Callable[[Any, TokenState], Tensor], state: TokenState) -> Tensor | None:
         """What a call's argument is for the tokens of `state`: gathered once for all blocks that are given the same."""
@@ -117,6 +129,7 @@ class Visit:
         found = gather(source, state)
         if not found.requires_grad:
             state.gathered.append((source, found))
+            del state.gathered[:-_REMEMBERED]
         return found
 
     def _rotary(self, source: Any, state: TokenState) -> Tensor:
@@ -137,6 +150,13 @@ class Visit:
             return mask
         ids = state.positions(mask.device)
         return torch.take_along_dim(torch.take_along_dim(mask, ids[:, None, :, None], 2), ids[:, None, None, :], 3)
+
+    def _relative(self, source: Tensor, state: TokenState) -> Tensor:
+        if not state.steps:
+            return source
+        ids = state.positions(source.device)
+        padded = F.pad(source[0], (0, 1, 0, 1))  # a fused token stands nowhere
+        return padded[:, ids[:, :, None], ids[:, None, :]].transpose(0, 1)
 
     def signals(self, query: Tensor, key: Tensor, value: Tensor, rotated_key: Tensor) -> Signals:
         """What a method may look at; queries are rotated."""
@@ -159,7 +179,7 @@ class Visit:
             return attention_of_query(layout.first(query), key, layout, scale=scale, bias=of_first)
         logits = host.pooling_logits(self.state.call.tower or host.module, self.tokens)
         if logits is not None:
-            return attention_of_logits(logits, layout, bias=bias)
+            return attention_of_logits(logits, layout, bias=self.readable)
         return mean_attention(query, key, layout, scale=scale, bias=bias)
 
     def heads(self, normed: Float[Tensor, "R n D"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -172,16 +192,19 @@ class Visit:
 
     def packs(self) -> bool:
         """Whether rows without a token are left out, not masked."""
-        layout, execution, masked = self.state.layout, self.plan.execution, self.call.bias is not None
+        layout, execution, relative = self.state.layout, self.plan.execution, self.call.relative is not None
+        masked = relative or self.call.bias is not None
         if isinstance(layout, Packed) or (self.state.call.packed and layout.batch == 1):
             return True
         if layout.batch == 0:
             return False
         if execution == "ragged" and masked:
             raise InvalidArgument(
-                "attn_mask",
-                expected="none with execution='ragged'",
-                got="one",
+                "execution" if relative else "attn_mask",
+                expected="'auto' or 'static' for a model that adds relative positions to the logits of attention"
+                if relative
+                else "none with execution='ragged'",
+                got="'ragged'" if relative else "one",
                 hint="Use execution='auto' or 'static'.",
             )
         if execution == "auto":
@@ -210,11 +233,12 @@ class ReducedBlock:
 
     def run(self, _: str, module: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The block's `forward`."""
-        tokens, state = self._incoming(args, kwargs)
         block = self._of(module)
+        tokens, state = self._incoming(block, args, kwargs)
         call = block.arguments(*args, **kwargs)
         visit = Visit(self.plan, block, call, state, tokens)
         readable = isinstance(state.layout, Padded) and (state.bias is None or block.takes_bias)
+        readable = readable and (block.takes_positions or not state.steps)
         if self.entry is None and readable and not self.in_steps:
             args, kwargs = self._narrowed(visit, args, kwargs)
             return self._returned(block, own(*args, **kwargs), tokens, state)
@@ -224,47 +248,51 @@ class ReducedBlock:
         tokens = _added(tokens, update, block.drop_paths()[1], state)
         if self.entry is not None and not tracing():
             self.plan.record(self.index, state, tokens.device)
-        return block.result(self._outgoing(tokens, state))
+        return block.result(_first_of(args, kwargs), in_order(block, self._outgoing(tokens, state)))
 
     def enter(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """A forward pre-hook of a block that keeps every token: its arguments for the tokens that are carried."""
+        block = self._of(module)
         if self.index < self.plan.first:
-            tokens = _first_of(args, kwargs)
+            tokens = block.tokens(_first_of(args, kwargs))
             if call_of(tokens) is None:
                 mark(tokens, current_call())
             return None
-        tokens, state = self._incoming(args, kwargs)
-        block = self._of(module)
+        tokens, state = self._incoming(block, args, kwargs)
         return self._narrowed(Visit(self.plan, block, block.arguments(*args, **kwargs), state, tokens), args, kwargs)
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
         """A forward hook of such a block: what becomes of the tokens goes with them."""
-        block, tokens = self._of(module), _first_of(args, kwargs)
+        block = self._of(module)
+        tokens = block.tokens(_first_of(args, kwargs))
         call, state = call_of(tokens), state_of(tokens)
         if state is not None:
-            return self._returned(block, result, tokens, state)
+            return self._returned(block, result, in_order(block, tokens), state)
         if call is not None:
             mark(block.tokens(result), call)
         return None
 
     def _returned(self, block: HostBlock, result: Any, tokens: Tensor, state: TokenState) -> Any:
         """What the block's own forward returned, with what became of the tokens attached."""
-        returned = block.tokens(result)
+        returned = in_order(block, block.tokens(result))
         if returned.shape[:2] != tokens.shape[:2]:
             raise NarrowsError(
                 f"block {self.index} of the reduced model was given {tokens.shape[1]} tokens and returned "
                 f"{returned.shape[1]}: it is a bottleneck itself. Reduce after it."
             )
-        return block.with_tokens(result, self._outgoing(returned, state))
+        return block.with_tokens(result, in_order(block, self._outgoing(returned, state)))
 
     def _of(self, module: nn.Module) -> HostBlock:
         return self.host if module is self.host.module else self.host.of(module)
 
-    def _incoming(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, TokenState]:
+    def _incoming(self, block: HostBlock, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, TokenState]:
         """The tokens that are carried, and what became of the others."""
-        tokens = _first_of(args, kwargs)
+        given = block.tokens(_first_of(args, kwargs))
+        if call_of(given) is None:
+            mark(given, current_call())
+        tokens = in_order(block, given)
         state = state_of(tokens)
         if state is not None:
             return (tokens if state.tokens is None else state.tokens), replace(state, tokens=None)
@@ -277,8 +305,8 @@ class ReducedBlock:
                 "something replaced the tokens between the two by others (a hook, a wrapper around single blocks, "
                 "reentrant gradient checkpointing, a call of one block alone). Take it away, or remove() the reduction."
             )
-        call = call_of(tokens) or current_call()
-        mark(tokens, call)
+        call = call_of(tokens)
+        assert call is not None, "it was marked above"
         batch, width = tokens.shape[:2]
         self.plan.host.check_count(width, call)
         return tokens, TokenState(call, width, Padded(batch, width))
@@ -295,8 +323,9 @@ class ReducedBlock:
         """The block's own arguments, for fewer tokens."""
         if not visit.state.steps:
             return args, kwargs
-        args = (visit.tokens, *args[1:]) if args else args
-        kwargs = kwargs if args else {**kwargs, next(iter(kwargs)): visit.tokens}
+        first = visit.block.with_tokens(_first_of(args, kwargs), in_order(visit.block, visit.tokens))
+        kwargs = kwargs if args else {**kwargs, next(iter(kwargs)): first}
+        args = (first, *args[1:]) if args else args
         return visit.block.narrowed(args, kwargs, visit.rotary, visit.bias, self.plan.host.prefix)
 
     def _attention(self, visit: Visit) -> tuple[Tensor, TokenState]:
@@ -374,7 +403,7 @@ class ReducedBlock:
 
     def _after(self, visit: Visit, step: Kept) -> TokenState:
         ids = None
-        if visit.call.rotary is not None or visit.call.bias is not None:
+        if any(argument is not None for argument in visit.call):
             ids = step.gather(visit.state.positions(step.rows.device))
         mask = step.after.mask if isinstance(step.after, Padded) else None
         return visit.state.after(step, visit.tokens, ids=ids, bias=None if mask is None else mask[:, None, None])
@@ -393,7 +422,7 @@ class ReducedBlock:
         after = Padded(merged.tokens.shape[0], merged.tokens.shape[1])
         ids = bias = None
         with torch.no_grad():
-            if visit.call.rotary is not None:
+            if visit.call.rotary is not None or visit.call.relative is not None:
                 positions, width = visit.state.positions(merged.ids.device), visit.state.width
                 without = positions.new_full((positions.shape[0], 1), width)
                 ids = torch.cat((positions, without), 1).gather(1, merged.ids)
@@ -406,6 +435,20 @@ class ReducedBlock:
             before = Padded(attended.shape[0], attended.shape[1])
             step = Merged(merged.into, merged.placed, before, after)
         return merged.tokens, visit.state.after(step, attended, ids=ids, sizes=merged.sizes, bias=bias)
+
+
+def in_order(block: HostBlock, tokens: Float[Tensor, "R n D"]) -> Tensor:
+    """Tokens of the host as `[R, n, D]`, or the other way round, with what is known of them."""
+    return transposed(tokens) if block.sequence_first else tokens
+
+
+def _both(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    """Two biases or masks of attention as one."""
+    if first is None or second is None:
+        return second if first is None else first
+    if second.dtype == torch.bool:
+        return first & second if first.dtype == torch.bool else first.masked_fill(~second, -torch.inf)
+    return second.where(first, -torch.inf) if first.dtype == torch.bool else first + second
 
 
 def _first_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:

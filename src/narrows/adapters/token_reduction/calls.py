@@ -129,9 +129,9 @@ class Tower:
             return self.host.pool(module, own, *args, **kwargs)
         if getattr(_CURRENT, "inside", None) is self:
             return own(*args, **kwargs)
-        before = current_call(), getattr(_CURRENT, "inside", None)
+        before, reader = (current_call(), getattr(_CURRENT, "inside", None)), self.host.reader(module, name, kwargs)
         _CURRENT.inside = self
-        note(reader=self.host.reader(module, name, kwargs), grid=None, tower=None if tracing() else module)
+        note(reader=reader, grid=None, tower=None if tracing() else module)
         try:
             result = own(*args, **kwargs)
             return self.host.averageable(result, kwargs) if before[0].averaged else result
@@ -141,7 +141,7 @@ class Tower:
 
     def note_images(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pre-hook of the embedding: the grid of the tokens that the images become."""
-        if not tracing():
+        if not tracing() and getattr(_CURRENT, "inside", None) is self:
             images = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
             note(grid=self.host.grid_of(images))
 

@@ -60,7 +60,8 @@ class Reduction:
                 self._host_block(index, in_steps), self.plan, entry, index=index, last=index == host.depth - 1
             )
             self.blocks.append(block)
-            if entry is not None or (index > first and (packs or (biased and not block.host.takes_bias))):
+            closed = (biased and not block.host.takes_bias) or not block.host.takes_positions
+            if entry is not None or (index > first and (packs or closed)):
                 self.taken_apart.append(block)
         self._tower = Tower(host)
         self._hooks: list[Any] = []

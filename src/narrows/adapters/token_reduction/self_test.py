@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from narrows.adapters.token_reduction.block import ReducedBlock
+from narrows.adapters.token_reduction.block import ReducedBlock, in_order
 from narrows.adapters.token_reduction.calls import drive, release
 from narrows.adapters.token_reduction.methods import Merge, Merging, Pruning, Signals
 from narrows.adapters.token_reduction.reduction import Reduction
@@ -136,12 +136,13 @@ def _calls(blocks: dict[int, nn.Module], run: Callable[[], object]) -> dict[int,
 def _check_block(block: ReducedBlock, rehearsal: Reduction, call: _Call) -> None:
     """Compare one block's update, with and without reduction; layer scale may make it small against the tokens."""
     host, index = block.host, block.index
-    before, after = call.args[0] if call.args else next(iter(call.kwargs.values())), host.tokens(call.output)
+    before = host.tokens(call.args[0] if call.args else next(iter(call.kwargs.values())))
+    after, (batch, width) = host.tokens(call.output), in_order(host, before).shape[:2]
     eps = ROUNDINGS * _eps(after)
     allowed = max(TOLERANCE, eps) * (after - before).abs().max().item() + eps * after.abs().max().item()
     for entry in (1.0, None):
         alone = ReducedBlock(host, rehearsal.plan, entry, index=index, last=True, in_steps=True)
-        with_state(before, TokenState(Call(), before.shape[1], Padded(*before.shape[:2])))
+        with_state(before, TokenState(Call(), width, Padded(batch, width)))
         drive(host.module, alone, ("forward",))
         try:
             result = host.module(*call.args, **call.kwargs)  # not `run`, so that what shards or offloads sees the call

@@ -316,6 +316,15 @@ def mark(tokens: Tensor, call: Call) -> None:
     setattr(tokens, _CALL, call)
 
 
+def transposed(tokens: Float[Tensor, "B n D"]) -> Float[Tensor, "n B D"]:
+    """The tokens with images and places exchanged, and what is attached to them: of hosts whose batch comes second."""
+    other = tokens.transpose(0, 1)
+    for name in (_STATE, _CALL, _KEPT):
+        if (attached := getattr(tokens, name, None)) is not None:
+            setattr(other, name, attached)
+    return other
+
+
 def with_kept_mask(tokens: Float[Tensor, "R n D"], state: TokenState) -> Float[Tensor, "B N D"]:
     """The whole grid after the last block, with the mask of kept positions, for what averages over tokens, attached."""
     grid = state.restore(tokens)
@@ -395,3 +404,21 @@ def pool_kept(features: Float[Tensor, "B N D"], kept: Bool[Tensor, "B N"], kind:
         return features.masked_fill(~kept, -torch.inf).amax(1)
     mean = features.masked_fill(~kept, 0.0).sum(1) / kept.sum(1)
     return mean if kind == "avg" else 0.5 * (mean + pool_kept(features, kept[..., 0], "max"))
+
+
+def with_mean_of_kept(
+    features: Float[Tensor, "B N D"], prefix: int, real: Bool[Tensor, "B M"] | None = None
+) -> Float[Tensor, "B N D"]:
+    """Features whose dropped tokens after the prefix are the mean of kept ones, so that theirs is the mean of all.
+
+    Args:
+        features: with the mask of kept tokens attached, or as they are.
+        prefix: tokens before the grid.
+        real: False at padding of the grid, which is in no mean.
+    """
+    kept = kept_mask_of(features)
+    if kept is None:
+        return features
+    tokens, kept = features[:, prefix:], kept[:, prefix:]
+    mean = pool_kept(tokens, kept if real is None else kept & real, "avg")
+    return torch.cat((features[:, :prefix], torch.where(kept[..., None], tokens, mean[:, None])), 1)

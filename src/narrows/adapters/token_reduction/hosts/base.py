@@ -46,10 +46,13 @@ class BlockCall(NamedTuple):
     Args:
         rotary: rotary embeddings, which `HostBlock.rotary_rows` brings to one form; None without.
         bias: the attention mask, which `HostBlock.mask_of` brings to one form; None without.
+        relative: `[1, H, N, N]`, added to the logits by the positions of query and key, of which a merged token keeps
+            one; None without.
     """
 
     rotary: Any = None
     bias: Any = None
+    relative: Tensor | None = None
 
 
 class QueryKeyValue(NamedTuple):
@@ -73,6 +76,10 @@ class HostBlock(ABC):
 
     # Whether the block's own forward takes a mask: padding, and how often merged tokens count, reach it that way.
     takes_bias: bool = True
+    # Whether its own forward knows where fewer tokens stand: one that works out relative positions by itself does not.
+    takes_positions: bool = True
+    # Whether tokens of the host are [N, B, D].
+    sequence_first: bool = False
 
     def __init__(self, module: nn.Module) -> None:
         self.module: Any = module
@@ -128,17 +135,19 @@ class HostBlock(ABC):
         assert bias is None
         return args, kwargs
 
-    def result(self, tokens: Float[Tensor, "B N D"]) -> Any:
-        """What the block returns."""
-        return tokens
+    def result(self, given: Any, tokens: Float[Tensor, "B N D"]) -> Any:
+        """What the block returns for these tokens, where it was given `given`."""
+        return self.with_tokens(given, tokens)
 
-    def tokens(self, result: Any) -> Float[Tensor, "B N D"]:
-        """The tokens in what the block returned."""
-        return result
+    def tokens(self, holder: Any) -> Float[Tensor, "B N D"]:
+        """The tokens in what the block is given first, or returned."""
+        return holder[0] if isinstance(holder, tuple | list) else holder
 
-    def with_tokens(self, result: Any, tokens: Float[Tensor, "B N D"]) -> Any:
-        """What the block returned, with other tokens."""
-        return tokens
+    def with_tokens(self, holder: Any, tokens: Float[Tensor, "B N D"]) -> Any:
+        """What the block is given first, or returned, with other tokens."""
+        if isinstance(holder, tuple):
+            return (tokens, *holder[1:])
+        return [tokens] if isinstance(holder, list) else tokens
 
     @abstractmethod
     def normed(self, tokens: Float[Tensor, "R n D"]) -> Float[Tensor, "R n D"]:
