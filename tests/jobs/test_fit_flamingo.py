@@ -1,4 +1,5 @@
 import pytest
+import torch
 
 from narrows.errors import InvalidArgument
 from narrows.jobs.fit_flamingo import flamingo
@@ -21,3 +22,10 @@ def test_bad_input_is_explained(tmp_path):
         with pytest.raises(InvalidArgument) as raised:
             flamingo(**({"language_model": language_model, "vision_encoder": encoder} | options))
         assert message in str(raised.value)
+
+
+def test_the_precision_of_what_trains_is_a_word_of_the_configuration(tmp_path):
+    language_model, encoder = save_parts(tmp_path)
+    for given, kind in (({}, torch.float32), ({"dtype": "bfloat16"}, torch.bfloat16)):
+        task = flamingo(language_model, encoder, flamingo={**FLAMINGO, **given})
+        assert {parameter.dtype for parameter in task.flamingo.blocks.parameters()} == {kind}

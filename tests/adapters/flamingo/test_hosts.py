@@ -1,12 +1,17 @@
 """Language models as people have them: in peft, of 8 and 4 bits, and those that cannot be supported."""
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import bitsandbytes
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+import torch.distributed as dist
+from accelerate import cpu_offload, dispatch_model
+from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from narrows.adapters.flamingo import Flamingo
@@ -83,6 +88,122 @@ def test_lora(order: str) -> None:
     alone = adapted(input_ids=prompt).logits
     assert model.remove() is model.language_model
     assert torch.equal(adapted(input_ids=prompt).logits, alone)
+
+
+VIRTUAL: dict[str, Any] = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 3}
+PROMPTS = {
+    "prefix": PrefixTuningConfig(**VIRTUAL),
+    "prompt": PromptTuningConfig(**VIRTUAL),
+    "P-tuning": PromptEncoderConfig(**VIRTUAL, encoder_hidden_size=8),
+}
+
+
+@pytest.mark.parametrize("kind", PROMPTS)
+@pytest.mark.filterwarnings("ignore:Position ids are not supported")
+def test_prompts_that_peft_learns_shift_no_place_of_a_medium(kind: str) -> None:
+    torch.manual_seed(1)
+    lm = get_peft_model(language_model("llama"), PROMPTS[kind]).eval()
+    for name, parameter in lm.named_parameters():
+        if "prompt_encoder" in name:
+            nn.init.normal_(parameter, std=0.3)
+    model, prompt, images = flamingo(lm, freeze=False).eval(), text("ab#c#de"), media(1, 2)
+    with torch.no_grad():
+        read = model(prompt, media=images).logits[:, -7:]
+        for number, place in enumerate((2, 4)):
+            changed = images.clone()
+            changed[:, number] += 1
+            moved = (model(prompt, media=changed).logits[:, -7:] != read).any(-1)[0]
+            assert moved.tolist() == [index >= place for index in range(7)]
+        options = {"max_new_tokens": 5, "do_sample": False, "attention_mask": torch.ones_like(prompt)}
+        written = model.generate(prompt, media=images, return_dict_in_generate=True, output_logits=True, **options)
+        locations = torch.cat((prompt == 61, torch.zeros(1, 5, dtype=torch.bool)), 1)
+        whole = model(written.sequences, media=images, media_locations=locations).logits
+    assert_close(torch.stack(written.logits, 1), whole[:, -6:-1], 1e-5)
+    model(prompt, media=images, labels=prompt).loss.backward()
+    trained = [parameter for name, parameter in model.named_parameters() if "prompt_encoder" in name]
+    assert trained
+    assert all((parameter.grad != 0).any() for parameter in (*trained, *model.blocks.parameters()))
+
+
+def test_a_language_model_that_reads_another_text_is_an_error() -> None:
+    class Longer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lm = language_model("llama")
+
+        def forward(self, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+            return self.lm(input_ids=torch.cat((input_ids[:, :1], input_ids), 1), **kwargs)
+
+    model = flamingo(Longer())
+    with pytest.raises(InvalidArgument, match=r"a pass over the 7 tokens of the call's text, .* got one over 8 tokens"):
+        model(text("ab#c#de"), media=media(1, 2))
+
+
+def offloaded(lm: nn.Module, how: str, folder: Path) -> nn.Module:
+    if how == "cpu_offload":
+        return cpu_offload(lm, execution_device="cpu")
+    layers = {f"model.layers.{number}": "disk" for number in range(3)}
+    rest = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    return dispatch_model(lm, {**rest, **layers}, main_device="cpu", offload_dir=str(folder))
+
+
+@pytest.mark.parametrize("how", ["cpu_offload", "disk", "all of it"])
+def test_what_accelerate_offloads(how: str, tmp_path: Path) -> None:
+    expected, prompt, images = flamingo(language_model("llama")), text("ab#c#de"), media(1, 2)
+    options = {"media": images, "max_new_tokens": 5, "do_sample": False}
+    if how == "all of it":
+        model = flamingo(language_model("llama"))
+        model.load_state_dict(expected.state_dict())
+        cpu_offload(model, execution_device="cpu")
+    else:
+        model = flamingo(offloaded(language_model("llama"), how, tmp_path))
+        assert {parameter.device.type for parameter in model.blocks.parameters()} == {"cpu"}
+        added = {n: v for n, v in expected.state_dict().items() if n.startswith(("resampler", "blocks"))}
+        model.load_state_dict(added, strict=False)
+        model(prompt, media=images, labels=prompt).loss.backward()
+        assert all((parameter.grad != 0).any() for parameter in model.blocks.parameters())
+    assert torch.equal(model.generate(prompt, **options), expected.generate(prompt, **options))
+
+
+@pytest.fixture
+def one_rank() -> Iterator[Any]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
+def test_sharded_as_the_page_says(one_rank: Any, tmp_path: Path) -> None:
+    """Two ranks are tested in tests/training."""
+    prompt, images = text("ab#c#de"), media(1, 2)
+    expected, model = flamingo(language_model("llama")).train(), flamingo(language_model("llama")).train()
+    for module in (*model.language_model.model.layers, *model.blocks, model.resampler):
+        fully_shard(module, mesh=one_rank)
+    for each in (expected, model):
+        each(prompt, media=images, labels=prompt, use_cache=False).loss.backward()
+    for ours, theirs in zip(model.parameters(), expected.parameters(), strict=True):
+        if theirs.requires_grad:
+            assert_close(ours.grad.full_tensor(), theirs.grad, 1e-5)
+    options = {"media": images, "max_new_tokens": 5, "do_sample": False}
+    assert torch.equal(model.eval().generate(prompt, **options), expected.eval().generate(prompt, **options))
+    ours, theirs = (each.routing(prompt, media=images)[1].weights for each in (model, expected))
+    assert_close(ours, theirs, 1e-5)
+    model.save_pretrained(tmp_path)
+    again = Flamingo.from_pretrained(tmp_path, language_model=language_model("llama"))
+    assert torch.equal(again.generate(prompt, **options), expected.generate(prompt, **options))
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
+def test_sharded_in_mixed_precision(one_rank: Any) -> None:
+    prompt, policy = text("ab#c#de"), MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model = flamingo(language_model("llama").bfloat16()).train()
+    for module in (*model.language_model.model.layers, *model.blocks, model.resampler):
+        fully_shard(module, mesh=one_rank, mp_policy=policy)
+    model(prompt, media=media(1, 2), labels=prompt, use_cache=False).loss.backward()
+    for parameter in (*model.blocks.parameters(), model.resampler.latents):
+        assert parameter.grad.dtype == torch.float32
+        assert (parameter.grad.full_tensor() != 0).any()
+    assert model.eval().generate(prompt, media=media(1, 2), max_new_tokens=2, do_sample=False).shape == (1, 9)
 
 
 REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {

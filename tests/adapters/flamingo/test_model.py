@@ -1,17 +1,20 @@
 """What a call takes, and what it leaves behind: nothing."""
 
 import copy
+import pickle
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from narrows.adapters.flamingo import PRESETS, Flamingo
 from narrows.adapters.flamingo.call import CALL, PASS
+from narrows.adapters.flamingo.memory import read_memory
 from narrows.errors import InvalidArgument, InvalidType, NarrowsError
 from narrows.ops.media_attention import AllPrevious
 from tests.adapters.flamingo.hosts import LATENT_DIM, MEDIA_TOKEN, flamingo, language_model, media, text
@@ -234,6 +237,95 @@ def test_precisions_may_differ() -> None:
     assert logits(same, tokens, images).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
+def test_a_copy_undoes_what_was_done_to_its_own_language_model(copied: Callable[[Flamingo], Flamingo]) -> None:
+    model = flamingo(language_model("llama"))
+    model(text("ab#cd#e"), media=media(1, 2), labels=text("ab#cd#e")).loss.backward()
+    twin = copied(model)
+    assert torch.equal(logits(twin, text("ab#cd#e"), media(1, 2)), logits(model, text("ab#cd#e"), media(1, 2)))
+    lm = twin.remove()
+    assert all(parameter.requires_grad for parameter in lm.parameters())
+    assert not any(parameter.requires_grad for parameter in model.language_model.parameters())
+    assert torch.equal(lm(input_ids=text("ab")).logits, language_model("llama")(input_ids=text("ab")).logits)
+    model.remove()
+    assert all(parameter.requires_grad for parameter in model.language_model.parameters())
+
+
+GUIDED: dict[str, dict[str, Any]] = {
+    "the last token of the prompt": {},
+    "a text": {"negative_prompt_ids": text("zy#x")},
+    "a text and its own media": {"negative_prompt_ids": text("zy#x"), "negative_media": media(1, 3)[:, 2:]},
+}
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("negative", GUIDED)
+def test_guidance_compares_with_text_that_sees_no_media_or_its_own(negative: str, use_cache: bool) -> None:
+    model, prompt, images, given = flamingo(language_model("llama")), text("ab#c#de"), media(1, 2), GUIDED[negative]
+    options = {"max_new_tokens": 3, "do_sample": False, "use_cache": use_cache, "guidance_scale": 2.5}
+    written = model.generate(prompt, media=images, return_dict_in_generate=True, output_scores=True, **options, **given)
+    without = given.get("negative_prompt_ids", prompt[:, -1:])
+    for step, scores in enumerate(written.scores):
+        new = written.sequences[:, 7 : 7 + step]
+        pairs = ((prompt, images), (without, given.get("negative_media")))
+        likely = []
+        for start, seen in pairs:
+            places = (start == MEDIA_TOKEN) & (seen is not None)
+            locations = torch.cat((places, torch.zeros_like(new, dtype=torch.bool)), 1)
+            whole = logits(model, torch.cat((start, new), 1), seen, media_locations=locations)
+            likely.append(whole[:, -1].log_softmax(-1))
+        assert_close(scores, 2.5 * (likely[0] - likely[1]) + likely[1], 1e-5)
+    by_config = GenerationConfig(max_new_tokens=3, do_sample=False, guidance_scale=2.5, use_cache=use_cache)
+    assert torch.equal(model.generate(prompt, media=images, generation_config=by_config, **given), written.sequences)
+    assert by_config.guidance_scale == 2.5
+
+
+def test_texts_that_are_packed_and_read_elsewhere_are_refused(model: Flamingo) -> None:
+    with pytest.raises(InvalidArgument, match=r"cache_implementation: .* got 'paged'"):
+        model.generate(text("ab#"), media=torch.randn(1, 1, 3, 8, 8), cache_implementation="paged")
+
+
+def test_two_on_one_language_model_read_their_own_media_in_one_cache() -> None:
+    lm, first, second = language_model("llama"), text("ab#c"), text("de#f")
+    images, sounds = flamingo(lm), flamingo(lm)
+    for gated in sounds.blocks:
+        nn.init.constant_(gated.attn_gate, -1.0)
+    cache = DynamicCache(config=lm.config)
+    options = {"past_key_values": cache, "use_cache": True}
+    with torch.no_grad():
+        images(first, media=media(1, 1), **options)
+        sounds(second, media=media(1, 1).flip(-1), **options)
+        lm(input_ids=text("gh"), **options)
+        images(text("i#j"), media=media(1, 2)[:, 1:], **options)
+        assert cache.get_seq_length() == 13
+        assert read_memory(cache, images._hooks.key).locations[0].nonzero().flatten().tolist() == [2, 11]
+        assert read_memory(cache, sounds._hooks.key).locations[0].nonzero().flatten().tolist() == [6]
+    with pytest.raises(InvalidArgument, match="language_model: expected a language model that no Flamingo is made of"):
+        flamingo(images)
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16])
+def test_gradients_are_float32_and_finite_in_any_mixed_precision(
+    kind: torch.dtype, autocast: torch.dtype | None
+) -> None:
+    model = flamingo(language_model("llama").to(kind), vision_encoder=Encoder(), media_dim=None)
+    tokens, images = text("ab#cd#e"), torch.randn(1, 2, 3, 8, 8)
+    context = nullcontext() if autocast is None else torch.autocast("cpu", autocast)
+    with context:
+        output = model(tokens, media=images, labels=tokens, use_cache=False)
+        written = model.generate(tokens, media=images, max_new_tokens=3, do_sample=False)
+    output.loss.backward()
+    assert written.shape == (1, 10)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            assert parameter.grad.dtype == parameter.dtype == torch.float32
+            assert parameter.grad.isfinite().all()
+            assert (parameter.grad != 0).any()
+
+
 def test_a_copy_is_a_model_of_its_own() -> None:
     model = flamingo(language_model("llama"))
     tokens, images = text("ab#cd#e"), media(1, 2)
@@ -291,6 +383,10 @@ def test_what_is_wrong_with_the_arguments_is_said() -> None:
         Flamingo(lm, media_dim=4)
     with pytest.raises(InvalidArgument, match=r"every: .* got \(1, 3\)"):
         Flamingo(lm, media_dim=4, every=(1, 3))
+    with pytest.raises(
+        InvalidArgument, match="dtype: expected a floating-point dtype, such as 'bfloat16', got 'bfloat'"
+    ):
+        Flamingo(lm, media_dim=4, every=1, dtype="bfloat")
     with pytest.raises(InvalidArgument, match="placement: expected one of"):
         Flamingo(lm, media_dim=4, every=1, placement="inside")
     with pytest.raises(InvalidType, match=r"language_model: expected a causal .* of transformers, got Linear"):

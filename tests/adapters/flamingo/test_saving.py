@@ -52,6 +52,23 @@ def test_arguments_given_on_loading_go_first(tmp_path: Path) -> None:
     assert {parameter.dtype for parameter in again.blocks.parameters()} == {torch.float64}
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+@pytest.mark.parametrize("beside", [torch.bfloat16, torch.float32])
+def test_weights_come_back_in_the_precision_in_which_they_were_saved(
+    dtype: str, beside: torch.dtype, tmp_path: Path
+) -> None:
+    lm = language_model("llama").to(beside)
+    model = flamingo(lm, dtype=dtype)
+    model.save_pretrained(tmp_path)
+    again = Flamingo.from_pretrained(tmp_path, language_model=lm)
+    for ours, theirs in zip(again.parameters(), model.parameters(), strict=True):
+        assert ours.dtype == theirs.dtype
+        assert torch.equal(ours, theirs)
+    assert again.resampler.latents.dtype == getattr(torch, dtype)
+    told = Flamingo.from_pretrained(tmp_path, language_model=lm, dtype="float32")
+    assert {parameter.dtype for parameter in told.blocks.parameters()} == {torch.float32}
+
+
 def test_a_policy_of_ones_own_is_given_again(tmp_path: Path) -> None:
     class Own(LastMedium):
         """Nobody else's."""

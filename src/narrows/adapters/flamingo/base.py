@@ -36,6 +36,7 @@ class PretrainedAddition(SavedWhole, ModelHubMixin, PreTrainedModel):
         takes = inspect.signature(host.forward).parameters.values()
         takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in takes)
         self.accepts_loss_kwargs: bool = getattr(host, "accepts_loss_kwargs", takes_any)
+        self._loss_name = type(host).__name__
         self.warnings_issued: dict[str, bool] = {}
         self._frozen: Frozen | None = None
         self._state_to_save: Mapping[str, Tensor] | None = None
@@ -49,6 +50,14 @@ class PretrainedAddition(SavedWhole, ModelHubMixin, PreTrainedModel):
     def _keys_to_ignore_on_save(self) -> list[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Names that a checkpoint lacks; the Trainer misses none of them."""
         return sorted(set(self.state_dict()) - saved_names(self))
+
+    def _get_name(self) -> str:
+        """The class of the language model: by this name the Trainer knows that smoothed labels are those of causal text."""
+        return self._loss_name
+
+    def __repr__(self) -> str:
+        """The modules, under the name of this class."""
+        return super().__repr__().replace(self._loss_name, type(self).__name__, 1)
 
     def tie_weights(self, *_: Any, **__: Any) -> None:
         """Nothing: the language model tied its own."""

@@ -20,6 +20,7 @@ from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from narrows.adapters.flamingo.host import execution_device
 from narrows.adapters.flamingo.memory import MediaMemory, append
 from narrows.errors import InvalidArgument, NarrowsError
 from narrows.layers.gated_cross_attention import GatedCrossAttentionBlock, MediaKeysValues
@@ -114,8 +115,7 @@ class MediaPass:
     ) -> Float[Tensor, "R T D"]:
         """The text after block `number`, in its own dtype; `checkpointed`: with activation checkpointing."""
         gate = block.attn_gate
-        # Offloaded parameters are on no device until their module is called; it runs where the text is.
-        device = text.device if gate.is_meta else gate.device
+        device = execution_device(block, gate)
         inside = text.to(device, gate.dtype)
         if self.differentiable:
             media = self._after.latents[self._after.sample].to(device, gate.dtype)
@@ -126,7 +126,8 @@ class MediaPass:
         visible = visible._replace(first=first.to(device), last=last.to(device))
         if self._call.routings is not None:
             with _gathered(block):
-                self._call.routings.append(block.routing(inside, media, visible=visible))
+                queries = inside.to(block.attn_gate.dtype)  # that of FSDP's mixed precision
+                self._call.routings.append(block.routing(queries, media, visible=visible))
         if checkpointed and self.differentiable:
             return checkpoint(block, inside, media, visible=visible, use_reentrant=False).to(text)
         return block(inside, media, visible=visible).to(text)
@@ -144,14 +145,14 @@ class MediaPass:
 
     def _keys_values(self, number: int, block: GatedCrossAttentionBlock, device: torch.device) -> MediaKeysValues:
         """Keys and values of the media that tokens of this pass may see, projected once."""
-        before, dtype = self._before, block.attn_gate.dtype
+        before = self._before
         if before.keys_values is not None and self._new is None:
             made = before.keys_values[number]
         else:
             media = self._after.latents if before.keys_values is None else self._new
             assert media is not None
             with _gathered(block):
-                key, value, _ = block.keys_values(media.to(device, dtype))
+                key, value, _ = block.keys_values(media.to(device, block.attn_gate.dtype))
             if before.keys_values is None:
                 sample = self._after.sample.to(device)
                 made = MediaKeysValues(key[sample], value[sample])

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from narrows.errors import InvalidArgument, InvalidType
@@ -125,14 +125,16 @@ def factory(
     computes = (p for p in layer.parameters() if p.is_floating_point() and p.element_size() >= 2)
     like = next(computes, torch.empty(0))
     if device is None:
-        device = _execution_device(layer) if like.is_meta else like.device
+        device = execution_device(layer, like)
     return {"device": device, "dtype": accumulation_dtype(like) if dtype is None else dtype}
 
 
-def _execution_device(layer: nn.Module) -> torch.device | str:
-    """Where accelerate computes a layer whose parameters it keeps elsewhere; the meta device where it does not."""
-    for module in layer.modules():
-        hook = getattr(module, "_hf_hook", None)
+def execution_device(module: nn.Module, parameter: Tensor) -> torch.device:
+    """Where a module computes: where its `parameter` is, unless accelerate keeps that elsewhere."""
+    if not parameter.is_meta:
+        return parameter.device
+    for part in module.modules():
+        hook = getattr(part, "_hf_hook", None)
         for one in (hook, *getattr(hook, "hooks", ())):
             if (device := getattr(one, "execution_device", None)) is not None:
                 return torch.device(device)

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from narrows.adapters.flamingo.host import execution_device
 from narrows.errors import InvalidArgument, InvalidType
 from narrows.layers.perceiver_resampler import PerceiverResampler
 from narrows.validation import check_mask, check_tokens
@@ -77,7 +78,7 @@ def encode(
         mask = torch.ones(media.shape[:2], dtype=torch.bool, device=media.device)
     present = mask.flatten(2).any(-1) if mask.ndim > 2 else mask
     counts = present.sum(1)
-    device, dtype = resampler.latents.device, resampler.latents.dtype
+    device, dtype = execution_device(resampler, resampler.latents), resampler.latents.dtype
     if torch.compiler.is_compiling():
         # A graph has one shape: all are encoded, and those of a row that are real are moved before the others.
         order = present.int().argsort(dim=1, descending=True, stable=True)
@@ -135,8 +136,8 @@ def no_media(num_texts: int, resampler: PerceiverResampler) -> EncodedMedia:
     In training, one medium that no text sees: every parameter gets a gradient in every step, as DDP and FSDP need.
     """
     like = resampler.latents
-    place: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
-    counts = torch.zeros(num_texts, dtype=torch.long, device=like.device)
+    place: dict[str, Any] = {"device": execution_device(resampler, like), "dtype": like.dtype}
+    counts = torch.zeros(num_texts, dtype=torch.long, device=place["device"])
     if not (resampler.training and torch.is_grad_enabled()):
         return EncodedMedia(torch.zeros(num_texts, 0, *like.shape, **place), counts)
     return EncodedMedia(resampler(torch.zeros(num_texts, 1, 1, resampler.dim, **place)), counts)
@@ -150,7 +151,7 @@ def _tokens_of(
     Of clips with padding only the real `frames` are encoded; the tokens of others are 0.
     """
     parameter = next(encoder.parameters(), images)
-    images = images.to(parameter.device, parameter.dtype)
+    images = images.to(execution_device(encoder, parameter), parameter.dtype)
     run: Any = getattr(encoder, "forward_features", encoder)
     places = None if frames is None or torch.compiler.is_compiling() else frames.to(images.device)
     flat = run(images.flatten(0, -4) if places is None else images[places])

@@ -2,12 +2,15 @@
 
 import inspect
 from collections.abc import Mapping, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from transformers import LogitsProcessorList
+from transformers.generation import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
 from narrows.adapters.flamingo.base import PretrainedAddition
 from narrows.adapters.flamingo.call import MediaCall, run
@@ -194,8 +197,12 @@ class Flamingo(
         """What the language model's `generate` returns, with all its options.
 
         Takes what `forward` takes; `input_ids` is what `generate` wants, with `past_key_values` the whole text or, with
-        the whole text's `attention_mask`, what is new. A media token that the model generates is
-        text. Media are encoded once, for any number of beams or samples.
+        the whole text's `attention_mask`, what is new. A media token that the model generates is text. Media are
+        encoded once, for any number of beams or samples. With `guidance_scale` the unconditional text
+        (`negative_prompt_ids`) reads `negative_media`, by default none; guidance comes behind other logits processors.
+
+        Raises:
+            InvalidArgument: as `forward`; `cache_implementation="paged"`.
         """
         if kwargs.get("cache_implementation") == "paged":
             raise InvalidArgument(
@@ -205,6 +212,7 @@ class Flamingo(
                 hint="Leave it out, or say 'dynamic' or 'static'.",
             )
         call = self._call(input_ids, media, media_mask, media_locations, kwargs, generates=True)
+        kwargs = self._guided(kwargs)
         generate: Any = self.language_model.generate
         return run(self._hooks, call, generate, input_ids=input_ids, **kwargs)
 
@@ -290,6 +298,35 @@ class Flamingo(
             model.remove()
             raise
         return model
+
+    def _guided(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of `generate` with guidance whose unconditional branch is a call of its own, with its own media."""
+        media = kwargs.pop("negative_media", None)
+        config = kwargs.get("generation_config") or self.generation_config
+        scale = kwargs.get("guidance_scale", getattr(config, "guidance_scale", None))
+        if scale in (None, 1):
+            return kwargs
+
+        def unconditional(input_ids: Tensor, **given: Any) -> Any:
+            reads = None if given["past_key_values"] is not None else media
+            places = torch.zeros_like(input_ids, dtype=torch.bool) if reads is None else None
+            return self(input_ids, media=reads, media_locations=places, **given)
+
+        guidance = UnbatchedClassifierFreeGuidanceLogitsProcessor(
+            scale,
+            unconditional,
+            unconditional_ids=kwargs.pop("negative_prompt_ids", None),
+            unconditional_attention_mask=kwargs.pop("negative_prompt_attention_mask", None),
+            use_cache=kwargs.get("use_cache", getattr(config, "use_cache", None)) is not False,
+        )
+        kwargs["logits_processor"] = LogitsProcessorList([guidance, *(kwargs.get("logits_processor") or ())])
+        if kwargs.get("generation_config") is None:
+            return kwargs | {"guidance_scale": None}
+        config = copy(config)
+        config.guidance_scale = None
+        return {name: value for name, value in kwargs.items() if name != "guidance_scale"} | {
+            "generation_config": config
+        }
 
     def _call(
         self,
