@@ -52,7 +52,7 @@ class PretrainedAddition(SavedWhole, ModelHubMixin, PreTrainedModel):
         return sorted(set(self.state_dict()) - saved_names(self))
 
     def _get_name(self) -> str:
-        """The class of the language model: by this name the Trainer knows that smoothed labels are those of causal text."""
+        """The class of the language model, by which the Trainer knows that smoothed labels are those of causal text."""
         return self._loss_name
 
     def __repr__(self) -> str:
