@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from narrows.errors import InvalidArgument, InvalidType
+from narrows.errors import ImplementationUnavailable, InvalidArgument, InvalidType
 from narrows.ops.token_sampling import (
     SampledTokens,
     TokenSample,
@@ -20,6 +20,7 @@ from narrows.ops.token_sampling import (
     sampled_attention,
     significance,
 )
+from tests.kernels import CHIPS, compile_for
 from tests.support import assert_close, assert_within_budget, gradients
 
 
@@ -166,6 +167,35 @@ def test_order_of_tokens_does_not_matter(impl: str) -> None:
     scores, order = torch.rand(1, 30), torch.randperm(30)
     sample = kept(inverse_transform_sample(scores[:, order], 11, impl=impl))[0]
     assert sorted(order[sample].tolist()) == kept(inverse_transform_sample(scores, 11, impl=impl))[0]
+
+
+@both_samplings
+def test_the_prefix_stands_before_the_sample(impl: str) -> None:
+    scores, mask = torch.rand(3, 12), tails([12, 7, 0], 12)
+    alone = inverse_transform_sample(scores, 5, mask, impl=impl)
+    after = inverse_transform_sample(scores, 5, mask, prefix=2, impl=impl)
+    assert after.ids.shape == (3, 7)
+    assert kept(after) == [[0, 1, *(place + 2 for place in ids)] for ids in kept(alone)]
+
+
+@pytest.mark.compiled  # Shape checks would wrap what Triton reads the source of.
+@pytest.mark.parametrize(("block", "chips"), [(256, CHIPS), (2048, CHIPS[:1])], ids=str)
+def test_the_kernel_fits_into_registers(block: int, chips: tuple[int, ...]) -> None:
+    """Of 224 pixels in patches of 16, and of as many tokens as it takes."""
+    triton = pytest.importorskip("narrows.ops.token_sampling.triton")
+    types = {"scores": "*fp32", "mask": "*i1", "ids": "*i64", "kept": "*i1", "N": "i32", "K": "i32"}
+    types |= dict.fromkeys(("stride_b", "stride_n", "mask_stride_b", "mask_stride_n"), "i32")
+    constants = {"SAMPLE_ALWAYS": False, "PREFIX": 1, "GREATEST": torch.finfo(torch.float32).max, "SLOTS": block}
+    for chip in chips:
+        usage = compile_for(
+            chip,
+            triton._sample,
+            types,
+            {**constants, "BLOCK": block},
+            num_warps=triton.num_warps(block),
+            num_stages=3,
+        )
+        assert usage.spilled == 0, (chip, usage)
 
 
 def test_sharper_scores_keep_fewer_tokens_in_the_papers_setting() -> None:
@@ -539,9 +569,11 @@ def test_errors_name_the_argument() -> None:
         with pytest.raises(InvalidArgument, match=r"mask: expected shape \[B, N\] = \(2, 5\), got shape \(2, 4\)"):
             sample(scores, 3, torch.ones(2, 4, dtype=torch.bool))
         with pytest.raises(
-            InvalidArgument, match=r"impl: expected 'auto' or one of \['reference', 'static'\], got 'fast'"
+            InvalidArgument, match=r"impl: expected 'auto' or one of \['reference', 'static'.* got 'fast'"
         ):
             sample(scores, 3, impl="fast")
+    with pytest.raises(ImplementationUnavailable, match="impl='triton' cannot run here: there is no CUDA device"):
+        inverse_transform_sample(scores, 3, impl="triton")
     query, key, value = attention_inputs()
     with pytest.raises(InvalidArgument, match=r"key: expected shape \[B, N, H, d\], got shape \(3, 9, 3\)"):
         attend(query, key[..., 0], value, sampler=every_other)

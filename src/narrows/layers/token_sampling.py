@@ -46,7 +46,7 @@ class AdaptiveTokenSampler(nn.Module):
             evaluation too: what the package vit-pytorch does).
         sample_always: sample also where all tokens would fit. With K = N this is the paper's own setting: only
             insignificant tokens are dropped.
-        impl: "auto", "reference" or "static".
+        impl: "auto", "reference", "static", or of quantiles "triton", a kernel for CUDA.
 
     >>> import torch
     >>> from narrows.layers.token_sampling import AdaptiveTokenSampler

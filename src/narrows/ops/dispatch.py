@@ -1,9 +1,25 @@
 """How `impl=` is resolved, the same way for every operation."""
 
+import importlib.util
+import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import torch
+
 from narrows.errors import ImplementationUnavailable, InvalidArgument
+
+# Looked for once: what compilers trace may not look for it.
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+
+
+def why_no_kernels() -> str | None:
+    """The reason why this machine runs no kernels of Triton's, or None where it does."""
+    if not TRITON_INSTALLED:
+        return "triton is not installed"
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        return "there is no CUDA device, and TRITON_INTERPRET=1 is not set"
+    return None
 
 
 def _runs_everywhere() -> str | None:

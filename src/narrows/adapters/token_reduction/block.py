@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,11 +20,9 @@ from narrows.adapters.token_reduction.methods import (
     Merging,
     Pruning,
     ReductionMethod,
-    Scoring,
     Signals,
     attention_of_logits,
     attention_of_query,
-    greatest_with_prefix,
     mean_attention,
 )
 from narrows.adapters.token_reduction.tokens import (
@@ -43,6 +41,7 @@ from narrows.adapters.token_reduction.tokens import (
     with_state,
 )
 from narrows.errors import InvalidArgument, NarrowsError
+from narrows.precision import compute_dtype
 
 
 @dataclass(frozen=True)
@@ -379,19 +378,12 @@ class ReducedBlock:
 
     def _chosen(self, visit: Visit, method: Pruning, signals: Signals, count: int) -> Kept:
         """The tokens that go on, as rows of the layout they will have."""
-        prefix, before = self.plan.host.prefix, visit.state.layout
+        before = visit.state.layout
         batch = before.batch
-        if isinstance(method, Scoring) and type(method).choose is Scoring.choose and not method.adaptive:
-            rows = greatest_with_prefix(method.scores(signals), count, prefix)
-            return Kept(rows, before, Padded(batch, prefix + count))
-        ids, mask = method.choose(signals, count)
-        ids = ids + prefix
-        if prefix:
-            ids = torch.cat((torch.arange(prefix, device=ids.device).expand(batch, -1), ids), 1)
+        ids, mask = method.choose_with_prefix(signals, count)
         if not method.adaptive:
             return Kept(ids, before, Padded(batch, ids.shape[1]))
-        if prefix:
-            mask = torch.cat((mask.new_ones(batch, prefix), mask), 1)
+        assert mask is not None
         if not visit.packs():
             return Kept(ids, before, Padded(batch, ids.shape[1], mask))
         lengths = mask.sum(1).cpu()
@@ -402,11 +394,12 @@ class ReducedBlock:
         return Kept(rows, before, Packed(lengths, rows.device))
 
     def _after(self, visit: Visit, step: Kept) -> TokenState:
-        ids = None
+        ids = bias = None
         if any(argument is not None for argument in visit.call):
             ids = step.gather(visit.state.positions(step.rows.device))
-        mask = step.after.mask if isinstance(step.after, Padded) else None
-        return visit.state.after(step, visit.tokens, ids=ids, bias=None if mask is None else mask[:, None, None])
+        if isinstance(step.after, Padded) and step.after.mask is not None:
+            bias = _as_bias(step.after.mask, visit.tokens)[:, None, None]
+        return visit.state.after(step, visit.tokens, ids=ids, bias=bias)
 
     def _merged(self, visit: Visit, method: Merging, count: int) -> tuple[Tensor, TokenState]:
         """All tokens attend; what comes out is merged."""
@@ -470,6 +463,18 @@ def _attend(
         dropout=visit.block.dropout,
         fused=visit.block.fused,
     )
+
+
+def _as_bias(mask: Bool[Tensor, "B n"], tokens: Tensor) -> Shaped[Tensor, "B n"]:
+    """What attention adds to its logits in place of a mask.
+
+    Kernels of a GPU take nothing else, and rows of memory whose length divides by 8: made once, not in every block.
+    """
+    if tracing():
+        return mask
+    batch, width = mask.shape
+    rows = tokens.new_zeros((batch, -(-width // 8) * 8), dtype=compute_dtype(tokens))
+    return rows[:, :width].masked_fill_(~mask, -torch.inf)
 
 
 def _added(tokens: Tensor, update: Tensor, drop_path: nn.Module, state: TokenState) -> Tensor:

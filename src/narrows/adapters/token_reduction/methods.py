@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from narrows.adapters.token_reduction.tokens import Layout, Packed, gather_rows
-from narrows.ops.token_sampling import TokenSample, inverse_transform_sample, significance
+from narrows.ops.token_sampling import TokenSample, inverse_transform_sample, significance, with_prefix
 from narrows.precision import accumulation_dtype, at_least_float32, autocast_off
 
 
@@ -162,6 +162,13 @@ class Pruning(ReductionMethod, ABC):
             `ids [B, K]` counted from the first token after the prefix, ascending, each once, and `mask [B, K]`.
         """
 
+    def choose_with_prefix(self, signals: Signals, count: int) -> tuple[Tensor, Tensor | None]:
+        """The same with the tokens of the prefix before them, `[B, P + K]`; None for the mask if it is not `adaptive`.
+
+        To be overridden where it takes fewer operations.
+        """
+        return with_prefix(self.choose(signals, count), signals.prefix)
+
 
 class Scoring(Pruning):
     """Base class of methods that keep the `count` tokens of the greatest scores, of equal ones any."""
@@ -174,6 +181,12 @@ class Scoring(Pruning):
         """The greatest, in their order."""
         ids = greatest(self.scores(signals)[:, signals.prefix :], count)
         return TokenSample(ids, torch.ones_like(ids, dtype=torch.bool))
+
+    def choose_with_prefix(self, signals: Signals, count: int) -> tuple[Tensor, Tensor | None]:
+        """The greatest, the prefix as if it had the greatest of all."""
+        if type(self).choose is not Scoring.choose:
+            return super().choose_with_prefix(signals, count)
+        return greatest_with_prefix(self.scores(signals), count, signals.prefix), None
 
 
 def greatest(scores: Float[Tensor, "B m"], count: int) -> Int[Tensor, "B K"]:
@@ -257,8 +270,15 @@ class ATS(Pruning):
 
     def choose(self, signals: Signals, count: int) -> TokenSample:
         """The sampled tokens."""
-        whole = count >= signals.positions
-        return inverse_transform_sample(signals.significance, count, signals.grid_mask, sample_always=whole)
+        return self._sampled(signals, count, 0)
+
+    def choose_with_prefix(self, signals: Signals, count: int) -> tuple[Tensor, Tensor | None]:
+        """The prefix and the sampled tokens."""
+        return self._sampled(signals, count, signals.prefix)
+
+    def _sampled(self, signals: Signals, count: int, prefix: int) -> TokenSample:
+        scores, whole = signals.significance, count >= signals.positions
+        return inverse_transform_sample(scores, count, signals.grid_mask, sample_always=whole, prefix=prefix)
 
 
 class EViT(Merging):

@@ -1,7 +1,5 @@
 """Slot attention on queries, keys and values: K slots compete for N tokens, each reads a mean of what it wins."""
 
-import importlib.util
-import os
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import NamedTuple
@@ -11,24 +9,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from narrows.errors import ImplementationUnavailable, InvalidArgument
-from narrows.ops.dispatch import Implementation
+from narrows.ops.dispatch import TRITON_INSTALLED, Implementation, why_no_kernels
 from narrows.ops.slot_attention import mixed, reference
 from narrows.ops.slot_attention.common import Settings, Weights, token_weights
 from narrows.precision import accumulation_dtype, autocast_off, is_transformed
 from narrows.validation import check_choice, check_mask, check_tokens
 
 TRANSFORMED = "it has one derivative, and no rule for torch.func or forward-mode differentiation"
-# Looked for once: what compilers trace may not look for it.
-_INSTALLED = importlib.util.find_spec("triton") is not None
-
-
-def why_no_kernels() -> str | None:
-    """The reason why this machine runs none of the kernels, or None where it does."""
-    if not _INSTALLED:
-        return "triton is not installed"
-    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
-        return "there is no CUDA device, and TRITON_INTERPRET=1 is not set"
-    return None
 
 
 def _run_kernels(
@@ -150,7 +137,7 @@ def why_not_triton(
     queries: Float[Tensor, "B H K E"], keys: Float[Tensor, "B G N E"], values: Float[Tensor, "B G N V"]
 ) -> str | None:
     """The reason why the kernels cannot take these tensors, or None where they can. The machine is not asked."""
-    if not _INSTALLED:
+    if not TRITON_INSTALLED:
         return "triton is not installed"
     if values is not keys or keys.shape[1] != 1:
         return "it reads values that are the keys, and the same for all heads"
@@ -165,7 +152,7 @@ def why_not_iterate(
     tokens: Float[Tensor, "B N D"], slots: Float[Tensor, "B K S"], weights: Weights, dtype: torch.dtype, heads: int
 ) -> str | None:
     """The reason why `iterate` cannot take these, or None where it can. The machine is not asked."""
-    if not _INSTALLED:
+    if not TRITON_INSTALLED:
         return "triton is not installed"
     if slots.shape[-1] > 1024:
         return "it takes slots 1024 wide at most"

@@ -16,6 +16,7 @@ from narrows.ops.token_sampling.common import (
     TokenSample,
     gather_tokens,
     significance,
+    with_prefix,
 )
 
 __all__ = [
@@ -32,4 +33,5 @@ __all__ = [
     "restore",
     "sampled_attention",
     "significance",
+    "with_prefix",
 ]

@@ -7,16 +7,27 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from narrows.errors import InvalidArgument
-from narrows.ops.dispatch import Implementation, resolve
+from narrows.errors import ImplementationUnavailable, InvalidArgument
+from narrows.ops.dispatch import TRITON_INSTALLED, Implementation, resolve, why_no_kernels
 from narrows.ops.token_sampling import fast, reference
-from narrows.ops.token_sampling.common import Queries, SampledTokens, Sampler, TokenSample, compact
+from narrows.ops.token_sampling.common import Queries, SampledTokens, Sampler, TokenSample, compact, with_prefix
+from narrows.precision import is_transformed
 from narrows.validation import check_mask, check_positive, check_tokens
+
+
+def _run_kernel(
+    scores: Float[Tensor, "B N"], num_samples: int, mask: Bool[Tensor, "B N"] | None, sample_always: bool, prefix: int
+) -> TokenSample:
+    from narrows.ops.token_sampling import triton
+
+    return triton.inverse_transform_sample(scores, num_samples, mask, sample_always, prefix)
+
 
 QUANTILE_IMPLEMENTATIONS: Mapping[str, Implementation] = MappingProxyType(
     {
         "reference": Implementation(reference.inverse_transform_sample, "the nearest entry to every quantile"),
         "static": Implementation(fast.inverse_transform_sample, "quantiles counted, without comparing all with all"),
+        "triton": Implementation(_run_kernel, "the same in one kernel for CUDA", why_no_kernels),
     }
 )
 GUMBEL_IMPLEMENTATIONS: Mapping[str, Implementation] = MappingProxyType(
@@ -39,6 +50,7 @@ def inverse_transform_sample(
     mask: Bool[Tensor, "B N"] | None = None,
     *,
     sample_always: bool = False,
+    prefix: int = 0,
     impl: str = "auto",
 ) -> TokenSample:
     r"""Keep the tokens that evenly spaced quantiles of their scores' distribution fall on (Fayyaz et al. 2022, 3.2).
@@ -60,16 +72,44 @@ def inverse_transform_sample(
         num_samples: K, how many quantiles, and the capacity of the result.
         mask: `[B, N]`, True at real tokens.
         sample_always: sample also where all tokens would fit, so that K = N still drops what is insignificant.
-        impl: "auto" or a name in `QUANTILE_IMPLEMENTATIONS`.
+        prefix: how many tokens stand before the N: they are kept as well, and positions are counted from the first.
+        impl: "auto" or a name in `QUANTILE_IMPLEMENTATIONS`. "auto" takes the kernel on a CUDA device, save in exported
+            programs, and "static" elsewhere.
+
+    Returns:
+        `ids` and `mask` `[B, prefix + K]`.
 
     Raises:
         InvalidArgument, InvalidType: shapes, dtypes or `num_samples` are not as above.
+        ImplementationUnavailable: `impl="triton"` where the kernel cannot run.
     """
     _check(scores, num_samples, mask)
+    exports = torch.compiler.is_exporting() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    wanted = impl == "triton" or (impl == "auto" and scores.is_cuda and not exports)
+    why_not = _why_not_triton(scores, prefix + num_samples) if wanted else None
+    by_kernel = wanted and why_not is None
+    auto = "triton" if by_kernel else "static"
+    run = resolve("inverse_transform_sample", impl, QUANTILE_IMPLEMENTATIONS, auto=auto)
+    if impl == "triton" and not by_kernel:
+        raise ImplementationUnavailable(
+            f"inverse_transform_sample: impl='triton' cannot run here: {why_not}. Use impl='auto'."
+        )
+    if by_kernel:
+        return run(scores.detach(), num_samples, mask, sample_always, prefix)
     if scores.shape[1] == 0:
-        return compact(torch.zeros_like(scores, dtype=torch.bool), num_samples)
-    run = resolve("inverse_transform_sample", impl, QUANTILE_IMPLEMENTATIONS, auto="static")
-    return run(_defined(scores), num_samples, mask, sample_always)
+        return with_prefix(compact(torch.zeros_like(scores, dtype=torch.bool), num_samples), prefix)
+    return run(_defined(scores), num_samples, mask, sample_always, prefix)
+
+
+def _why_not_triton(scores: Float[Tensor, "B N"], slots: int) -> str | None:
+    """The reason why the kernel cannot take these scores, or None where it can. The machine is not asked."""
+    if not TRITON_INSTALLED:
+        return "triton is not installed"
+    if is_transformed(scores):
+        return "it has no rule for torch.func"
+    from narrows.ops.token_sampling import triton
+
+    return triton.why_not(scores, slots)
 
 
 def gumbel_sample(

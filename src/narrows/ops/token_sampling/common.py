@@ -70,6 +70,16 @@ def significance(
         return scores / scores.sum(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
 
 
+def with_prefix(sample: TokenSample, prefix: int, present: Bool[Tensor, "B P"] | None = None) -> TokenSample:
+    """A sample of the tokens after a prefix as one of all tokens: the prefix first, where it is present."""
+    if prefix == 0:
+        return sample
+    places = torch.arange(prefix, device=sample.ids.device).expand(sample.ids.shape[0], -1)
+    ids = torch.cat((places, (sample.ids + prefix).masked_fill(~sample.mask, 0)), 1)
+    present = torch.ones_like(places, dtype=torch.bool) if present is None else present
+    return TokenSample(ids, torch.cat((present, sample.mask), 1))
+
+
 def compact(kept: Bool[Tensor, "B N"], num_slots: int) -> TokenSample:
     """The positions of the True entries of each row, which are at most `num_slots`, moved to the front."""
     last = kept.new_full((), num_slots, dtype=torch.long)
@@ -80,18 +90,11 @@ def compact(kept: Bool[Tensor, "B N"], num_slots: int) -> TokenSample:
 
 
 def sample_of(
-    sampled: Bool[Tensor, "B N"], real: Bool[Tensor, "B N"], num_samples: int, sample_always: bool
+    sampled: Bool[Tensor, "B N"], real: Bool[Tensor, "B N"], num_samples: int, sample_always: bool, prefix: int = 0
 ) -> TokenSample:
-    """What was sampled or, decided for each image, all real tokens where they fit."""
+    """What was sampled or, decided for each image, all real tokens where they fit; the prefix before them."""
     fits = real.sum(1, keepdim=True) <= (1 if sample_always else num_samples)
-    return compact((sampled | fits) & real, num_samples)
-
-
-def with_class_token(sample: TokenSample, mask: Bool[Tensor, "B N"] | None) -> TokenSample:
-    """A sample of the tokens after the class token as one of all tokens, the class token (position 0) first."""
-    present = torch.ones_like(sample.mask[:, :1]) if mask is None else mask[:, :1]
-    ids = torch.cat((sample.ids.new_zeros(sample.ids.shape[0], 1), (sample.ids + 1).masked_fill(~sample.mask, 0)), 1)
-    return TokenSample(ids, torch.cat((present, sample.mask), 1))
+    return with_prefix(compact((sampled | fits) & real, num_samples), prefix)
 
 
 def gather_tokens(tokens: Float[Tensor, "B N *D"], ids: Int[Tensor, "B K"]) -> Float[Tensor, "B K *D"]:

@@ -13,13 +13,13 @@ from narrows.ops.token_sampling.common import (
     TokenSample,
     sample_of,
     significance,
-    with_class_token,
+    with_prefix,
 )
 from narrows.precision import at_least_float32, autocast_off
 
 
 def inverse_transform_sample(
-    scores: Float[Tensor, "B N"], num_samples: int, mask: Bool[Tensor, "B N"] | None, sample_always: bool
+    scores: Float[Tensor, "B N"], num_samples: int, mask: Bool[Tensor, "B N"] | None, sample_always: bool, prefix: int
 ) -> TokenSample:
     r"""The reference's token sets, by counting instead of searching.
 
@@ -46,7 +46,7 @@ def inverse_transform_sample(
     above = above.clamp(0, num_samples)
     is_last = places == scores.shape[1] - 1
     nearest = torch.zeros_like(real).scatter(1, order, (above > above.roll(-1, 1)) | is_last)
-    return sample_of(nearest, real, num_samples, sample_always)
+    return sample_of(nearest, real, num_samples, sample_always, prefix)
 
 
 def gumbel_sample(
@@ -82,7 +82,8 @@ def sampled_attention(
     # The class token may always be read, so that no row of attention is empty.
     readable = None if mask is None else torch.cat((torch.ones_like(mask[:, :1]), mask[:, 1:]), 1)
     scores = _scores(class_query.detach(), key.detach(), value.detach(), readable)
-    ids, kept = with_class_token(sampler(scores, None if mask is None else mask[:, 1:]), mask)
+    class_token, others = (None, None) if mask is None else (mask[:, :1], mask[:, 1:])
+    ids, kept = with_prefix(sampler(scores, others), 1, class_token)
     attended = attention(
         queries(ids).transpose(1, 2),
         key.transpose(1, 2),

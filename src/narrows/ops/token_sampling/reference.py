@@ -13,13 +13,13 @@ from narrows.ops.token_sampling.common import (
     TokenSample,
     sample_of,
     significance,
-    with_class_token,
+    with_prefix,
 )
 from narrows.precision import at_least_float32, autocast_off
 
 
 def inverse_transform_sample(
-    scores: Float[Tensor, "B N"], num_samples: int, mask: Bool[Tensor, "B N"] | None, sample_always: bool
+    scores: Float[Tensor, "B N"], num_samples: int, mask: Bool[Tensor, "B N"] | None, sample_always: bool, prefix: int
 ) -> TokenSample:
     """Section 3.2 of the paper with the quantiles of the authors' release, in whole numbers: nothing is rounded."""
     real = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask
@@ -41,7 +41,7 @@ def inverse_transform_sample(
     # The token of the nearest entry, the lower of two equally near ones; duplicates merge.
     distances = (cdf[:, None] * steps - quantiles[..., None]).abs().masked_fill(~sorted_real[:, None], never)
     nearest = order.gather(1, distances.argmin(-1))
-    return sample_of(torch.zeros_like(real).scatter(1, nearest, True), real, num_samples, sample_always)
+    return sample_of(torch.zeros_like(real).scatter(1, nearest, True), real, num_samples, sample_always, prefix)
 
 
 def gumbel_sample(
@@ -87,7 +87,8 @@ def sampled_attention(
         decides, attention = attention[:, :, 0], attention[:, :, 1:]
 
         scores = significance(decides[..., 1:], value[:, :, 1:].norm(dim=-1), real[:, 1:]).detach()
-        ids, kept = with_class_token(sampler(scores, None if mask is None else mask[:, 1:]), mask)
+        class_token, others = (None, None) if mask is None else (mask[:, :1], mask[:, 1:])
+        ids, kept = with_prefix(sampler(scores, others), 1, class_token)
 
         rows = ids[:, None, :, None].expand(-1, heads, -1, num_tokens)
         attended = (F.dropout(attention.gather(2, rows), dropout) @ value).transpose(1, 2).flatten(2)
