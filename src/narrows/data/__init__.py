@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from narrows.data.images import IGNORED, Augmentation, ImageData, ImageSet, RememberedImages, picture
 from narrows.data.load import load
+from narrows.data.object_scenes import DigitObjects, ObjectScene, SpriteScenes
 from narrows.data.positions import Position, PositionSampler
 from narrows.data.scenes import DigitScenes, Scenes, SegmentedDigits, SegmentedScenes
 
@@ -13,16 +14,19 @@ if TYPE_CHECKING:
 __all__ = [
     "IGNORED",
     "Augmentation",
+    "DigitObjects",
     "DigitScenes",
     "ImageData",
     "ImageDataModule",
     "ImageSet",
+    "ObjectScene",
     "Position",
     "PositionSampler",
     "RememberedImages",
     "Scenes",
     "SegmentedDigits",
     "SegmentedScenes",
+    "SpriteScenes",
     "load",
     "picture",
 ]

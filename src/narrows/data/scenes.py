@@ -255,12 +255,14 @@ class SegmentedScenes(NamedTuple):
     Args:
         images: `[B, 1, size, size]`.
         classes: `[B, size, size]`, 0 on the background and d + 1 on the digit d.
+        objects: `[B, size, size]`, 0 on the background and k on the k-th digit of the scene.
         labels: `[B, K]`, d + 1 for the digit d; -100 in scenes with fewer than K digits.
         boxes: `[B, K, 4]`, left, top, right and bottom of the digits' squares in pixels; 0 where there is none.
     """
 
     images: UInt8[Tensor, "B 1 size size"]
     classes: Int[Tensor, "B size size"]
+    objects: Int[Tensor, "B size size"]
     labels: Int[Tensor, "B K"]
     boxes: Float[Tensor, "B K 4"]
 
@@ -309,7 +311,7 @@ class SegmentedDigits(DigitCanvas):
         ours = torch.from_numpy(uniforms(keys(self.seed, 3, key), 1 + most * _PER_DIGIT))
         count = least + (ours[:, 0] * (most - least + 1)).long()
         canvas = self.clutter(random)
-        classes = torch.zeros(canvas.shape, dtype=torch.long)
+        classes, objects = (torch.zeros(canvas.shape, dtype=torch.long) for _ in range(2))
         labels, boxes = torch.full((len(canvas), most), IGNORED), torch.zeros(len(canvas), most, 4)
         for digit, parameters in enumerate(ours[:, 1:].unflatten(1, (most, _PER_DIGIT)).unbind(1)):
             there = (digit < count).view(-1, 1, 1)
@@ -318,9 +320,10 @@ class SegmentedDigits(DigitCanvas):
             cover, box = self.place(self.sources[chosen], placed, self.digit_size)
             canvas = canvas.lerp(between(random[:, 74], 0.75, 1.0), cover * there)
             classes = torch.where(there & (cover > 0.5), self.labels[chosen].view(-1, 1, 1) + 1, classes)
+            objects = torch.where(there & (cover > 0.5), digit + 1, objects)
             labels[:, digit] = torch.where(digit < count, self.labels[chosen] + 1, IGNORED)
             boxes[:, digit] = box * there[..., 0]
-        return SegmentedScenes(self.to_bytes(canvas, key), classes, labels, boxes)
+        return SegmentedScenes(self.to_bytes(canvas, key), classes, objects, labels, boxes)
 
     def _apart(self, random: Float[Tensor, "B parameters"], boxes: Float[Tensor, "B K 4"]) -> Float[Tensor, "B 5"]:
         """Parameters of `place`, with the one of several random positions that overlaps `boxes` least."""
