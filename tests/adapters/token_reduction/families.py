@@ -57,6 +57,12 @@ def named(name: str, **changes: object) -> nn.Module:
     return awake(timm.create_model(name, **{**SMALL, **changes}))
 
 
+def naflex(name: str, **changes: object) -> nn.Module:
+    """A small `NaFlexVit`."""
+    small = {**SMALL, "patch_size": 8, "pos_embed_grid_size": (8, 8), **changes}
+    return awake(timm.create_model(name, **small))
+
+
 FAMILIES: Mapping[str, Callable[[], nn.Module]] = {
     "vit": vit,
     "deit": partial(named, "deit_tiny_distilled_patch16_224", patch_size=8),
@@ -77,5 +83,11 @@ FAMILIES: Mapping[str, Callable[[], nn.Module]] = {
     "rope_mixed": partial(named, "vit_small_patch16_rope_mixed_224", patch_size=8),
     "perception_encoder": partial(named, "vit_pe_core_tiny_patch16_384", patch_size=8),
     "eva_post_norm": partial(eva, use_post_norm=True),
+    "beit": partial(named, "beit_base_patch16_224", patch_size=8, init_values=0.1),
+    "beit, shared": partial(
+        named, "beit_base_patch16_224", patch_size=8, use_rel_pos_bias=False, use_shared_rel_pos_bias=True
+    ),
+    "naflex": partial(naflex, "naflexvit_base_patch16_map", reg_tokens=2, class_token=True),
+    "naflex, rotary": partial(naflex, "naflexvit_base_patch16_gap", rope_type="axial", pos_embed="none"),
     "eva_grouped_queries": partial(eva, attn_type="rope", qkv_fused=False, num_kv_heads=1, qk_norm=True),
 }

@@ -4,13 +4,17 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import open_clip
 import torch
+import torchvision
 import transformers
+from timm.models import Eva, VisionTransformer
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import narrows
-from tests.adapters.token_reduction.families import FAMILIES, awake
+from tests.adapters.token_reduction import layouts
+from tests.adapters.token_reduction.families import FAMILIES, SIZE, awake
 
 SIDE, PATCH = 32, 8
 
@@ -42,6 +46,12 @@ def _transformers(kind: str, of: str, **kwargs: Any) -> nn.Module:
         if hasattr(part, "position_embeddings") and isinstance(part.position_embeddings, Tensor):
             part.position_embeddings.detach().add_(0.1)
     return model
+
+
+def _open_clip(**kwargs: Any) -> nn.Module:
+    shape = {"image_size": SIDE, "patch_size": PATCH, "width": 32, "layers": 4, "heads": 2, "mlp_ratio": 2.0}
+    settings = {**shape, "attn_pooler_heads": 2, "output_dim": 16, **kwargs}
+    return awake(open_clip.transformer.VisionTransformer(**settings))
 
 
 def _narrows(**kwargs: Any) -> nn.Module:
@@ -85,6 +95,18 @@ HOSTS: dict[str, Callable[[], nn.Module]] = {
     "transformers smolvlm": partial(_transformers, "SmolVLMVisionTransformer", "SmolVLMVisionConfig"),
     "transformers videomae": partial(_transformers, "VideoMAEForVideoClassification", "VideoMAEConfig"),
     "transformers v-jepa 2": partial(_transformers, "VJEPA2Model", "VJEPA2Config"),
+    "openai clip": lambda: awake(layouts.VisionTransformer()),
+    "open_clip": partial(_open_clip),
+    "open_clip, averaging": partial(_open_clip, pool_type="avg", ls_init_value=0.1, output_tokens=True),
+    "open_clip, attention pooling": partial(_open_clip, attentional_pool=True, attn_pooler_queries=3),
+    "open_clip, norms": partial(_open_clip, qk_norm=True, scale_attn_inner=True, scale_attn=True, scale_fc=True),
+    "torchvision": lambda: awake(
+        torchvision.models.VisionTransformer(
+            image_size=SIDE, patch_size=PATCH, num_layers=4, num_heads=2, hidden_dim=32, mlp_dim=48, num_classes=5
+        )
+    ),
+    "hub dinov2": lambda: awake(layouts.DinoVisionTransformer()),
+    "hub dinov3": lambda: awake(layouts.Dinov3()),
     "narrows vit": _narrows,
     "narrows vit, class token": partial(_narrows, global_pool="token"),
     "narrows vit, greatest pooled": partial(_narrows, global_pool="max"),
@@ -109,13 +131,16 @@ def inputs(model: nn.Module, batch: int, side: int | None = None) -> dict[str, A
         noise = {"noise": torch.rand(batch, (SIDE // PATCH) ** 2, generator=generator)}
     name = {"transformers": name, "narrows": "images"}.get(type(model).__module__.partition(".")[0], "x")
     if side is None:
-        side = model.patch_embed.img_size[0] if name == "x" else SIDE  # pyright: ignore
+        of_timm = hasattr(model, "pretrained_cfg") or isinstance(model, VisionTransformer | Eva)
+        side = SIZE if of_timm else SIDE
+        side = getattr(getattr(model, "patch_embed", None), "img_size", (side,))[0]
     return {name: torch.randn(batch, 3, side, side, generator=generator), **noise}
 
 
 def outputs(model: nn.Module, arguments: dict[str, Any], **kwargs: object) -> list[Tensor]:
     """Every tensor that the model returns, but for numbers of tokens."""
-    return [tensor for tensor in tree_leaves(model(**arguments, **kwargs)) if tensor.is_floating_point()]
+    leaves = tree_leaves(model(**arguments, **kwargs))
+    return [tensor for tensor in leaves if isinstance(tensor, Tensor) and tensor.is_floating_point()]
 
 
 def of_image(arguments: dict[str, Any], image: int) -> dict[str, Any]:

@@ -151,6 +151,7 @@ class Visit:
         return torch.take_along_dim(torch.take_along_dim(mask, ids[:, None, :, None], 2), ids[:, None, None, :], 3)
 
     def _relative(self, source: Tensor, state: TokenState) -> Tensor:
+        source = source.reshape(-1, *source.shape[-3:])
         if not state.steps:
             return source
         ids = state.positions(source.device)
@@ -444,8 +445,8 @@ def _both(first: Tensor | None, second: Tensor | None) -> Tensor | None:
     return second.where(first, -torch.inf) if first.dtype == torch.bool else first + second
 
 
-def _first_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """The tokens that a block was called with."""
+def _first_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """What a block was given first: tokens, or a list that holds them."""
     return args[0] if args else next(iter(kwargs.values()))
 
 

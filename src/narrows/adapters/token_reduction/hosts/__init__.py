@@ -6,6 +6,7 @@ from types import MappingProxyType
 
 from torch import nn
 
+from narrows.adapters.token_reduction.hosts import towers
 from narrows.adapters.token_reduction.hosts.base import BlockCall, HostBlock, HostModel, QueryKeyValue
 from narrows.errors import InvalidArgument, InvalidType
 
@@ -33,12 +34,20 @@ def recognise(model: nn.Module) -> HostModel:
             found.append(host)
             inside.update(module.modules())
     if not found:
+        names = {kind.__name__: type(module) for module in model.modules() for kind in type(module).__mro__}
+        why = next(
+            ((names[name], why) for name in names for part, why in REFUSED.items() if name.startswith(part)), None
+        )
+        refused = "" if why is None else f" (with a {why[0].__name__}: {why[1]})"
         raise InvalidType(
             "model",
-            expected="a vision transformer of timm (VisionTransformer and Eva families), of transformers (ViT, DeiT, "
-            "DINOv2, DINOv3, CLIP, SigLIP) or of narrows, or a module that holds one",
-            got=f"{type(model).__module__}.{type(model).__qualname__}",
-            hint="To support another model, pass a `HostModel` of it (narrows.adapters.token_reduction.hosts).",
+            expected="a vision transformer all of whose blocks see all tokens, or a module that holds one: of timm "
+            "(VisionTransformer, Eva, Beit, NaFlexVit), transformers (ViT, DeiT, BEiT, DINOv2, DINOv3, MAE, CLIP, "
+            "SigLIP and the like), open_clip, OpenAI's CLIP, torchvision (vit_*), the hub (DINOv2 and DINOv3), narrows",
+            got=f"{type(model).__module__}.{type(model).__qualname__}{refused}",
+            hint="To support another model, pass a `HostModel` of it (narrows.adapters.token_reduction.hosts)."
+            if why is None
+            else "Take a plain vision transformer, or give this one smaller images.",
         )
     if len(found) > 1:
         raise InvalidArgument(
@@ -50,10 +59,29 @@ def recognise(model: nn.Module) -> HostModel:
     return found[0]
 
 
+_WINDOWS = "its attention is in windows, which are cut out of the whole grid"
+_POOLED = "it pools tokens by their place in the grid between blocks"
+_PYRAMID = "it works on feature maps, whose convolutions and strides need the whole grid"
+_CONVOLUTIONS = "it is a convolutional network, which has no tokens"
+# What cannot be reduced whatever its blocks are, by how the names of classes begin, and why.
+REFUSED: Mapping[str, str] = MappingProxyType(
+    {
+        **dict.fromkeys(("Sam2VisionModel", "Sam2Hiera", "Hiera", "MultiScaleVit", "MViT", "PoolingVision"), _POOLED),
+        **dict.fromkeys(("Sam3V", "SamVision", "SamHQVision", "VisionTransformerSAM", "ImageEncoderViT"), _WINDOWS),
+        **dict.fromkeys(("Swin", "MaxVit", "MaxxVit", "VitDet", "Twins", "GlobalContextVit", "FocalNet"), _WINDOWS),
+        **dict.fromkeys(("Segformer", "Pvt", "PyramidVisionTransformer", "Cvt", "DaVit", "EfficientVit"), _PYRAMID),
+        **dict.fromkeys(
+            ("MobileVit", "MobileViT", "EfficientFormer", "Levit", "LeViT", "CoaT", "PoolFormer"), _PYRAMID
+        ),
+        **dict.fromkeys(("ModifiedResNet", "ResNet", "ConvNeXt", "ConvNext", "EfficientNet", "RegNet"), _CONVOLUTIONS),
+    }
+)
+
+
 def _recognised(module: nn.Module) -> HostModel | None:
     packages = {base.__module__.partition(".")[0] for base in type(module).__mro__}
     for package in packages & _HOSTS.keys():
         host = import_module(_HOSTS[package]).recognise(module)
         if host is not None:
             return host
-    return None
+    return towers.recognise(module)

@@ -46,8 +46,8 @@ class BlockCall(NamedTuple):
     Args:
         rotary: rotary embeddings, which `HostBlock.rotary_rows` brings to one form; None without.
         bias: the attention mask, which `HostBlock.mask_of` brings to one form; None without.
-        relative: `[1, H, N, N]`, added to the logits by the positions of query and key, of which a merged token keeps
-            one; None without.
+        relative: `[H, N, N]` or `[1, H, N, N]`, added to the logits by the positions of query and key, of which a
+            merged token keeps one; None without.
     """
 
     rotary: Any = None

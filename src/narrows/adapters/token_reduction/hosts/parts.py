@@ -1,13 +1,15 @@
 """Blocks described by the names of their parts: what most vision transformers differ in is what they call them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from narrows.adapters.token_reduction.hosts.base import HostBlock, QueryKeyValue
+from narrows.adapters.token_reduction.tokens import kept_mask_of
 
 
 class Parts(NamedTuple):
@@ -132,3 +134,26 @@ class PartsBlock(HostBlock):
         if isinstance(part, nn.Module):
             return part(tokens)
         return F.linear(tokens, part, getattr(attention, name.replace("weight", "bias")))
+
+
+def half_rotary_rows(
+    cosine: Float[Tensor, "N R"], sine: Float[Tensor, "N R"], width: int, still: float = 1.0
+) -> Float[Tensor, "1 M 1 2*R"]:
+    """Cosines beside sines for prefix, grid, and fused tokens; where there is no position `still` beside 0."""
+    around = (0, 0, width - len(cosine), 1)
+    return torch.cat((F.pad(cosine, around, value=still), F.pad(sine, around)), -1)[None, :, None]
+
+
+def rotate_by_halves(heads: Float[Tensor, "R n H d"], rotary: Float[Tensor, "S n 1 r"]) -> Float[Tensor, "R n H d"]:
+    """Queries or keys with rotary embeddings applied that pair the first half of a head with the second."""
+    cosine, sine = rotary.chunk(2, -1)
+    first, second = heads.chunk(2, -1)
+    return (heads * cosine + torch.cat((-second, first), -1) * sine).to(heads.dtype)
+
+
+def pool_by_attention(own: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Any:
+    """Attention pooling by `nn.MultiheadAttention`, over kept tokens only."""
+    kept = kept_mask_of(key)
+    if kept is not None:
+        kwargs["key_padding_mask"] = key.new_zeros(kept.shape).masked_fill(~kept, -torch.inf)
+    return own(query, key, value, **kwargs)

@@ -1,4 +1,4 @@
-"""Vision transformers of timm: `VisionTransformer` and `Eva` with the blocks they are built from."""
+"""Vision transformers of timm: `VisionTransformer`, `Eva`, `Beit` and `NaFlexVit` with the blocks they are made of."""
 
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -9,42 +9,62 @@ from jaxtyping import Float
 from timm.layers.attention import Attention, AttentionRope
 from timm.layers.attention_pool import AttentionPoolLatent
 from timm.layers.pos_embed_sincos import apply_rot_embed_cat
+from timm.models.beit import Attention as BeitAttention
+from timm.models.beit import Beit
+from timm.models.beit import Block as BeitBlock
 from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
+from timm.models.naflexvit import NaFlexVit
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from narrows.adapters.token_reduction.hosts.base import BlockCall, HostBlock, HostModel, QueryKeyValue, unsupported
-from narrows.adapters.token_reduction.tokens import kept_mask_of, pool_kept
+from narrows.adapters.token_reduction.tokens import Call, kept_mask_of, pool_kept, with_mean_of_kept
 from narrows.validation import why_not_plain
 
-_READERS = ("forward", "forward_features", "forward_head", "pool")
+_READERS = ("forward", "forward_features", "forward_head")
 
 
 def recognise(module: nn.Module) -> HostModel | None:
     """The module as a host if it is a model of these families."""
-    return TimmModel(module) if isinstance(module, VisionTransformer | Eva) else None
+    if isinstance(module, Beit):
+        embedding: Any = module.patch_embed
+        return BeitModel(module, embedding, embedding.img_size)
+    if isinstance(module, NaFlexVit):
+        embeds: Any = module.embeds
+        (rows, columns), (height, width) = embeds.pos_embed_grid_size or (16, 16), embeds.patch_size
+        return NaFlexModel(module, embeds, (rows * height, columns * width))
+    known = isinstance(module, VisionTransformer | Eva)
+    return TimmModel(module, module.patch_embed, module.patch_embed.img_size) if known else None  # pyright: ignore
 
 
 class TimmModel(HostModel):
-    """A `VisionTransformer` (ViT, DeiT, AugReg, DINOv2, CLIP, SigLIP) or `Eva` (EVA-02, DINOv3, PE) of timm."""
+    """A `VisionTransformer` (ViT, DeiT, AugReg, DINOv2, CLIP, SigLIP) or `Eva` (EVA-02, DINOv3, PE) of timm.
+
+    Args:
+        module: the model.
+        embedding: what turns images into tokens.
+        image_size: `(height, width)` of the images it was trained on.
+    """
 
     entries = ("forward", "forward_features", "forward_intermediates")
+    pooling = "pool"  # the method that pools tokens
 
-    def __init__(self, module: Any) -> None:
+    def __init__(self, module: Any, embedding: nn.Module, image_size: tuple[int, int]) -> None:
         super().__init__(
             module,
             blocks=module.blocks,
             prefix=module.num_prefix_tokens,
-            embedding=module.patch_embed,
-            image_size=module.patch_embed.img_size,
+            embedding=embedding,
+            image_size=image_size,
         )
 
     @property
     def class_token(self) -> bool:
         module = self.module
         pooled = module.global_pool not in ("token", "", "prr") or getattr(module, "attn_pool", None) is not None
-        return getattr(module, "cls_token", None) is not None and not pooled
+        embeds = getattr(module, "embeds", module)
+        return getattr(embeds, "cls_token", None) is not None and not pooled
 
     def block(self, index: int) -> HostBlock:
         module = self.blocks[index]
@@ -56,19 +76,17 @@ class TimmModel(HostModel):
     def reader(self, module: Any, name: str, kwargs: dict[str, Any]) -> str:
         if name == "forward_intermediates":
             return "blocks"
-        own = module.global_pool == "token" and all(map(self._is_of_timm, _READERS))
+        own = module.global_pool == "token" and not self.stale_heads(module)
         return "special" if name == "forward" and own and getattr(module, "attn_pool", None) is None else "grid"
 
     def stale_heads(self, model: nn.Module) -> Sequence[str]:
         """Methods that somebody wrote anew: there is no telling what they do with the tokens."""
-        return [f"{type(self.module).__name__}.{name}" for name in _READERS if not self._is_of_timm(name)]
-
-    def _is_of_timm(self, name: str) -> bool:
-        return getattr(type(self.module), name).__module__.startswith("timm.")
+        kind = type(self.module)
+        readers = [name for name in (*_READERS, self.pooling) if not getattr(kind, name).__module__.startswith("timm.")]
+        return [f"{kind.__name__}.{name}" for name in dict.fromkeys(readers)]
 
     def pooling_logits(self, module: Any, tokens: Float[Tensor, "R n D"]) -> Float[Tensor, "R n H"] | None:
         """Under attention pooling, logits of its latent query; under max pooling, the channels."""
-        pool: Any = getattr(module, "attn_pool", None)
         pool: Any = getattr(module, "attn_pool", None)
         if pool is None and module.global_pool == "max":
             return module.norm(tokens)
@@ -81,7 +99,7 @@ class TimmModel(HostModel):
 
     @property
     def pools(self) -> Sequence[tuple[nn.Module, str]]:
-        return ((self.module, "pool"),)
+        return ((self.module, self.pooling),)
 
     @property
     def between(self) -> Sequence[nn.Module]:
@@ -110,10 +128,53 @@ class TimmModel(HostModel):
         return self.module.training and patch_drop is not None and not isinstance(patch_drop, nn.Identity)
 
     def token_grid(self, height: int, width: int) -> tuple[int, int]:
-        return self.module.patch_embed.dynamic_feat_size((height, width))
+        embedding: Any = self.embedding
+        return embedding.dynamic_feat_size((height, width))
 
     def example(self, batch: int) -> dict[str, Tensor]:
-        return {"x": self.random_images(batch, self.module.in_chans)}
+        channels = getattr(self.module, "in_chans", 3)
+        return {"x": self.random_images(batch, channels)}
+
+
+class BeitModel(TimmModel):
+    """A `Beit` of timm, whose head averages by itself."""
+
+    pooling = "forward_head"
+
+    def pool(
+        self, module: Any, own: Callable[..., Tensor], x: Float[Tensor, "B N D"], *args: Any, **kwargs: Any
+    ) -> Any:
+        return own(with_mean_of_kept(x, self.prefix), *args, **kwargs)
+
+
+class NaFlexModel(TimmModel):
+    """A `NaFlexVit` of timm: images, or patches cut already with padding."""
+
+    pooling = "_pool"
+
+    def grid_of(self, images: Tensor) -> tuple[int, int] | None:
+        """None of patches that are cut already: each image has its own grid, and padding."""
+        return super().grid_of(images) if images.ndim == 4 else None
+
+    def pool(
+        self,
+        module: Any,
+        own: Callable[..., Tensor],
+        x: Float[Tensor, "B N D"],
+        pool_type: str | None = None,
+        patch_valid: Tensor | None = None,
+    ) -> Tensor:
+        """Kept tokens are what is valid to the model's own pooling."""
+        kept = kept_mask_of(x)
+        if kept is not None:
+            kept = kept[:, self.prefix :]
+            patch_valid = kept if patch_valid is None else kept & patch_valid.bool()
+        return own(x, pool_type, patch_valid)
+
+    def check_count(self, width: int, call: Call) -> None:
+        """Patches that are cut already come in any number."""
+        if call.grid is not None:
+            super().check_count(width, call)
 
 
 class _TimmBlock(HostBlock):
@@ -250,6 +311,42 @@ class _EvaPreNorm(_PreNorm):
         return values if gamma is None else gamma * values
 
 
+class _BeitPreNorm(_EvaPreNorm):
+    """`Block` of BEiT: relative positions of its own, or of all blocks, are added to the logits."""
+
+    parameters = ("shared_rel_pos_bias",)
+
+    @property
+    def takes_positions(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Its own are those of the whole grid."""
+        return self.module.attn.relative_position_bias_table is None
+
+    @property
+    def gated(self) -> bool:
+        return False
+
+    def arguments(self, x: Float[Tensor, "B N D"], *args: Any, **kwargs: Any) -> BlockCall:
+        shared = {**dict(zip(self.parameters, args, strict=False)), **kwargs}.get("shared_rel_pos_bias")
+        if self.takes_positions:
+            return BlockCall(relative=shared)
+        own = self.module.attn._get_rel_pos_bias()
+        return BlockCall(relative=own if shared is None else own + shared)
+
+    def narrowed(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], rotary: Tensor | None, bias: Tensor | None, prefix: int
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if bias is not None and bias.dtype == torch.bool:
+            like = self.module.attn.qkv.weight
+            bias = torch.where(bias, 0.0, torch.finfo(like.dtype).min).to(like.dtype)
+        return args[:1], {"shared_rel_pos_bias": bias}
+
+    def query_key_value(self, normed: Float[Tensor, "R n D"]) -> QueryKeyValue:
+        return QueryKeyValue(*self._projections(self.module.attn, normed))
+
+    def _attended(self, attended: Float[Tensor, "R m HD"], normed: Tensor | None) -> Float[Tensor, "R m D"]:
+        return self.module.attn.proj_drop(self.module.attn.proj(attended))
+
+
 class _EvaPostNorm(_PostNorm):
     """`EvaBlockPostNorm`: the same with rotary positions."""
 
@@ -284,8 +381,14 @@ def _names(known: Mapping[type[nn.Module], Any]) -> str:
 
 
 _ATTENTIONS: Mapping[type[nn.Module], Callable[[Any, Tensor], list[Tensor]]] = MappingProxyType(
-    {Attention: _plain, AttentionRope: _plain, EvaAttention: _biased}
+    {Attention: _plain, AttentionRope: _plain, EvaAttention: _biased, BeitAttention: _biased}
 )
 _BLOCKS: Mapping[type[nn.Module], type[_TimmBlock]] = MappingProxyType(
-    {Block: _PreNorm, ResPostBlock: _PostNorm, EvaBlock: _EvaPreNorm, EvaBlockPostNorm: _EvaPostNorm}
+    {
+        Block: _PreNorm,
+        ResPostBlock: _PostNorm,
+        EvaBlock: _EvaPreNorm,
+        EvaBlockPostNorm: _EvaPostNorm,
+        BeitBlock: _BeitPreNorm,
+    }
 )

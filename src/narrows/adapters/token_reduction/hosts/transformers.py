@@ -14,8 +14,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from narrows.adapters.token_reduction.hosts.base import BlockCall, HostModel, unsupported
-from narrows.adapters.token_reduction.hosts.parts import Parts, PartsBlock, part_of
-from narrows.adapters.token_reduction.tokens import kept_mask_of, with_mean_of_kept
+from narrows.adapters.token_reduction.hosts.parts import (
+    Parts,
+    PartsBlock,
+    half_rotary_rows,
+    part_of,
+    pool_by_attention,
+    rotate_by_halves,
+)
+from narrows.adapters.token_reduction.tokens import with_mean_of_kept
 from narrows.errors import InvalidArgument
 
 _ATTENTION: Any = {"heads": "config.num_attention_heads", "scale": "scaling", "dropout": "attention_dropout"}
@@ -241,11 +248,7 @@ class TransformersModel(HostModel):
         """The head's pooling, over kept tokens only."""
         if self._family.mean_pooled:
             return own(with_mean_of_kept(query, self.prefix), *args, **kwargs)
-        key, value = args
-        kept = kept_mask_of(key)
-        if kept is not None:
-            kwargs["key_padding_mask"] = key.new_zeros(kept.shape).masked_fill(~kept, -torch.inf)
-        return own(query, key, value, **kwargs)
+        return pool_by_attention(own, query, *args, **kwargs)
 
     def token_grid(self, height: int, width: int) -> tuple[int, int]:
         of_patch = _pair(self._config.patch_size)
@@ -363,16 +366,11 @@ class TransformersBlock(PartsBlock):
 
     def rotary_rows(self, rotary: tuple[Tensor, Tensor], width: int, prefix: int) -> Float[Tensor, "1 M 1 R"]:
         """Cosines beside sines for the prefix, the grid, and fused tokens; the identity where there is no position."""
-        cosine, sine = rotary
-        around = (0, 0, width - len(cosine), 1)
-        rows = torch.cat((F.pad(cosine, around, value=1.0), F.pad(sine, around)), -1)
-        return rows[None, :, None]
+        return half_rotary_rows(*rotary, width)
 
     def rotate(self, heads: Float[Tensor, "R n H d"], rotary: Tensor) -> Float[Tensor, "R n H d"]:
         """Queries or keys with rotary embeddings applied; `rotary` holds cosines beside sines."""
-        cosine, sine = rotary.chunk(2, -1)
-        first, second = heads.chunk(2, -1)
-        return heads * cosine + torch.cat((-second, first), -1) * sine
+        return rotate_by_halves(heads, rotary)
 
 
 class RelativeBlock(TransformersBlock):
