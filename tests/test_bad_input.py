@@ -66,6 +66,20 @@ def _vit() -> nn.Module:
 
 # By class: arguments of a well-formed call, and values of the right kind that are out of range.
 CONSTRUCTORS: dict[str, tuple[dict[str, Any], dict[str, tuple[Any, ...]]]] = {
+    "ObjectDiscovery": (
+        {
+            "encoder": {"kind": "features", "feature_dim": 8},
+            "decoder": {"kind": "mlp", "feature_dim": 8, "positions": 4, "hidden_dim": 8},
+            "num_slots": 3,
+            "slot_dim": 8,
+        },
+        {
+            **dict.fromkeys(("num_slots", "slot_dim", "num_iterations", "later_iterations", "mlp_dim"), (0, -1)),
+            "predictor_heads": (0, 3),
+            **dict.fromkeys(("encoder", "decoder"), ({}, {"kind": "fast"}, {"kind": "mlp"})),
+            **dict.fromkeys(("initial_slots", "gradient"), ("fast", "")),
+        },
+    ),
     "SlotAttention": (
         {"dim": 8, "num_slots": 3},
         {
@@ -276,7 +290,7 @@ CALLS: dict[str, tuple[Callable[[], Callable[..., Any]], dict[str, Any], dict[st
             "dim": (0, -8, 7.5),
         },
     ),
-    "list_models": (lambda: narrows.list_models, {}, {}),
+    "list_models": (lambda: narrows.list_models, {}, {"task": ("object", "")}),
     "load_model": (lambda: narrows.load_model, {"folder": "nowhere"}, {"folder": ("nowhere", "", Path(__file__))}),
     "from_upstream": (lambda: narrows.from_upstream, {"module": nn.Linear(2, 2)}, {"module": (nn.Linear(2, 2),)}),
     "measure": (

@@ -22,7 +22,7 @@ from narrows.layers import (
     TwoWaySlotAttention,
 )
 from narrows.measure import Cost, measure
-from narrows.models import ATSViT, SepViT, create_model, list_models, load_model
+from narrows.models import ATSViT, ObjectDiscovery, SepViT, create_model, list_models, load_model
 from narrows.ops.media_attention import AllPrevious, ConsecutiveGroup, LastMedia, LastMedium
 from narrows.routing import Routing
 
@@ -43,6 +43,7 @@ __all__ = [
     "LastMedium",
     "MaskedCrossAttention",
     "NarrowsError",
+    "ObjectDiscovery",
     "PerceiverResampler",
     "Reduction",
     "Routing",

@@ -21,4 +21,7 @@ def write(name: str, content: dict[str, dict[str, list[int]]]) -> None:
 
 write("layer_state_dict_keys.json", {case.name: shapes(case.build()) for case in all_cases()})
 with torch.device("meta"):
-    write("model_state_dict_keys.json", {name: shapes(create_model(name)) for name in list_models()})
+    write(
+        "model_state_dict_keys.json",
+        {name: shapes(create_model(name)) for name in [*list_models(), *list_models(task="objects")]},
+    )

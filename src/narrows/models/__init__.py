@@ -2,6 +2,7 @@
 
 from narrows.models.base import ImageClassifier
 from narrows.models.features import FeaturePyramid, PyramidNetwork
+from narrows.models.object_discovery import ObjectDiscovery, ObjectDiscoveryOutput
 from narrows.models.registry import create_model, list_models, load_model
 from narrows.models.segmenter import Segmenter
 from narrows.models.sepvit import SepViT
@@ -12,6 +13,8 @@ __all__ = [
     "ATSViT",
     "FeaturePyramid",
     "ImageClassifier",
+    "ObjectDiscovery",
+    "ObjectDiscoveryOutput",
     "PyramidNetwork",
     "ResamplerViT",
     "Segmenter",

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 from narrows.errors import InvalidArgument
-from narrows.models import sepvit, upstream_sepvit, vit
+from narrows.models import object_discovery, sepvit, upstream_sepvit, vit
 from narrows.models.base import ImageClassifier
 from narrows.models.features import FeaturePyramid
-from narrows.validation import checked
+from narrows.validation import check_choice, checked
 from narrows.weights import read_config
 
 PRESETS: Mapping[type[ImageClassifier], Mapping[str, Mapping[str, Any]]] = {
@@ -19,17 +19,26 @@ PRESETS: Mapping[type[ImageClassifier], Mapping[str, Mapping[str, Any]]] = {
     upstream_sepvit.UpstreamSepViT: upstream_sepvit.PRESETS,
 }
 
+OBJECT_PRESETS = object_discovery.PRESETS
+"""Models that find objects without labels: arguments of `ObjectDiscovery`."""
+
 TIMM_SPELLING = {"in_chans": "channels", "img_size": "image_size"}
 
 
 @checked
-def list_models(pattern: str = "*") -> list[str]:
+def list_models(pattern: str = "*", *, task: str = "classification") -> list[str]:
     """Names that `create_model` takes, those that match a shell-style pattern.
+
+    Args:
+        pattern: as of a shell.
+        task: "classification", or "objects" for models that find objects without labels.
 
     >>> list_models("vit_*")
     ['vit_mini', 'vit_small']
     """
-    return fnmatch.filter(sorted(name for presets in PRESETS.values() for name in presets), pattern)
+    check_choice("task", task, ("classification", "objects"))
+    every = OBJECT_PRESETS if task == "objects" else (name for presets in PRESETS.values() for name in presets)
+    return fnmatch.filter(sorted(every), pattern)
 
 
 @overload
@@ -39,17 +48,23 @@ def create_model(  # pyright: ignore[reportOverlappingOverload]
 
 
 @overload
+def create_model(  # pyright: ignore[reportOverlappingOverload]
+    name: Literal["slot_autoencoder", "dinosaur", "spot", "savi", "slotcontrast"], **kwargs: Any
+) -> object_discovery.ObjectDiscovery: ...
+
+
+@overload
 def create_model(name: str, **kwargs: Any) -> ImageClassifier: ...
 
 
 @checked
 def create_model(
     name: str, *, features_only: bool = False, out_indices: int | Sequence[int] | None = None, **kwargs: Any
-) -> ImageClassifier | FeaturePyramid:
+) -> ImageClassifier | FeaturePyramid | object_discovery.ObjectDiscovery:
     """A model by its registry name; keyword arguments replace those of the preset.
 
     Args:
-        name: one of `list_models()`.
+        name: one of `list_models()` or of `list_models(task="objects")`.
         features_only: the feature maps of its stages in place of logits, see `FeaturePyramid`.
         out_indices: of those stages.
         kwargs: arguments of the model, `device` and `dtype` among them; `in_chans` and `img_size`, as timm spells them,
@@ -75,16 +90,19 @@ def create_model(
         if name in presets:
             model = _construct(architecture, name, {**presets[name], **arguments})
             return FeaturePyramid(model, out_indices) if features_only else model
-    close = difflib.get_close_matches(name, list_models(), n=1)
+    if name in OBJECT_PRESETS and not features_only:
+        return _construct(object_discovery.ObjectDiscovery, name, {**OBJECT_PRESETS[name], **arguments})
+    known = [*list_models(), *OBJECT_PRESETS]
+    close = difflib.get_close_matches(name, known, n=1)
     raise InvalidArgument(
         "name",
-        expected=f"one of {', '.join(list_models())}",
+        expected=f"one of {', '.join(known)}",
         got=repr(name),
         hint=f"Did you mean {close[0]!r}?" if close else "",
     )
 
 
-def load_model(folder: str | Path) -> ImageClassifier:
+def load_model(folder: str | Path) -> Any:
     """The model that `save_pretrained` wrote into `folder`, in evaluation mode.
 
     Raises:
@@ -95,14 +113,14 @@ def load_model(folder: str | Path) -> ImageClassifier:
         raise InvalidArgument(
             "folder", expected="a folder written by save_pretrained, with config.json", got=repr(str(folder))
         )
-    architectures = {architecture.__name__: architecture for architecture in PRESETS}
+    architectures = {kind.__name__: kind for kind in (*PRESETS, object_discovery.ObjectDiscovery)}
     name = read_config(config_file).get("architecture")
     if name not in architectures:
         raise InvalidArgument("config.json", expected=f"'architecture' among {sorted(architectures)}", got=repr(name))
     return architectures[name].from_pretrained(folder)
 
 
-def _construct(architecture: type[ImageClassifier], name: str, arguments: Mapping[str, Any]) -> ImageClassifier:
+def _construct(architecture: type[Any], name: str, arguments: Mapping[str, Any]) -> Any:
     known = architecture._hub_mixin_init_parameters
     unknown = [argument for argument in arguments if argument not in known]
     if unknown:

@@ -1,0 +1,324 @@
+"""Objects out of images and clips without labels: an encoder, slots that compete for its tokens, a decoder."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from narrows.errors import InvalidArgument
+from narrows.layers.initial_slots import GaussianSlots, LearnedSlots
+from narrows.layers.slot_attention import SlotAttention
+from narrows.models.base import SavedModel
+from narrows.models.object_parts import (
+    BroadcastDecoder,
+    ConvEncoder,
+    Encoded,
+    FeatureEncoder,
+    MLPDecoder,
+    TransformerDecoder,
+)
+from narrows.precision import at_least_float32
+from narrows.validation import check_choice, check_positive, check_tensor, checked
+
+ENCODERS: Mapping[str, type[nn.Module]] = MappingProxyType({"convolutions": ConvEncoder, "features": FeatureEncoder})
+DECODERS: Mapping[str, type[nn.Module]] = MappingProxyType(
+    {"broadcast": BroadcastDecoder, "mlp": MLPDecoder, "transformer": TransformerDecoder}
+)
+GRADIENTS = ("full", "last", "bilevel")
+
+PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "slot_autoencoder": {
+            "encoder": {"kind": "convolutions"},
+            "decoder": {"kind": "broadcast", "image_size": 32},
+            "num_slots": 5,
+            "slot_dim": 64,
+        },
+        "dinosaur": {
+            "encoder": {"kind": "features", "feature_dim": 384},
+            "decoder": {"kind": "mlp", "feature_dim": 384, "positions": 784},
+            "num_slots": 7,
+            "slot_dim": 256,
+            "mlp_dim": 1024,
+        },
+        "spot": {
+            "encoder": {"kind": "features", "feature_dim": 768},
+            "decoder": {"kind": "transformer", "feature_dim": 768, "positions": 196},
+            "num_slots": 7,
+            "slot_dim": 256,
+            "mlp_dim": 1024,
+            "initial_slots": "learned",
+            "gradient": "bilevel",
+        },
+        "savi": {
+            "encoder": {"kind": "convolutions"},
+            "decoder": {"kind": "broadcast", "image_size": 32},
+            "num_slots": 5,
+            "slot_dim": 64,
+            "predictor_heads": 4,
+        },
+        "slotcontrast": {
+            "encoder": {"kind": "features", "feature_dim": 384},
+            "decoder": {"kind": "mlp", "feature_dim": 384, "positions": 576},
+            "num_slots": 7,
+            "slot_dim": 64,
+            "initial_slots": "learned",
+            "predictor_heads": 4,
+        },
+    }
+)
+
+
+class ObjectDiscoveryOutput(NamedTuple):
+    """Objects that were found; of clips every entry has a T after the B.
+
+    Args:
+        slots: `[B, K, S]`, 0 at masked slots.
+        masks: `[B, K, h, w]`, the decoder's: the share of each slot in each cell or pixel, sums to 1 over the slots.
+        attention: `[B, K, h', w']`, the encoder's tokens divided among the slots, sums to 1 over the slots.
+        reconstruction: `[B, C, h, w]`, what the decoder rebuilt.
+        target: `[B, C, h, w]`, of what: images, or features of a backbone.
+        parts: `[B, K, C, h, w]`, what each slot alone rebuilt; None of the transformer decoder.
+    """
+
+    slots: Float[Tensor, "B *T K S"]
+    masks: Float[Tensor, "B *T K h w"]
+    attention: Float[Tensor, "B *T K h2 w2"]
+    reconstruction: Float[Tensor, "B *T C h3 w3"]
+    target: Float[Tensor, "B *T C h3 w3"]
+    parts: Float[Tensor, "B *T K C h3 w3"] | None
+
+    @property
+    def loss(self) -> Tensor:
+        """Mean square error of the reconstruction, what training minimises."""
+        return F.mse_loss(self.reconstruction, self.target.to(self.reconstruction.dtype))
+
+
+class ObjectDiscovery(SavedModel, pipeline_tag="image-segmentation"):
+    r"""Slots that rebuild an image, or features of it, and so divide it into objects.
+
+    Images `[B, C, H, W]`, clips `[B, T, C, H, W]`, or, with an encoder of features, cached tokens `[B, N, E]` and
+    `[B, T, N, E]`. In a clip the slots of a frame begin as those of the frame before, after the predictor where there
+    is one (SAVi): a slot keeps its object.
+
+    Args:
+        encoder: a module that returns `Encoded`, or the arguments of one of ours: `{"kind": "convolutions", ...}` makes
+            a `ConvEncoder`, "features" a `FeatureEncoder`.
+        decoder: a module that returns `Decoded`, or likewise "broadcast", "mlp" or "transformer" with arguments.
+        num_slots: K, unless a call says otherwise.
+        slot_dim: S, and the width of the encoder's tokens.
+        num_iterations: of slot attention in images and in the first frame of a clip.
+        later_iterations: in the other frames.
+        mlp_dim: hidden width of slot attention's MLP.
+        initial_slots: "gaussian", around one learned mean, or "learned", one by one (BO-QSA).
+        gradient: "full" through all iterations; "last", through the last alone (implicit differentiation, Chang et al.
+            2022); "bilevel", the same and straight through to the initial slots (BO-QSA).
+        predictor_heads: heads of a transformer block between frames (SAVi); None for no predictor.
+        backbone: of an encoder of features: a module from images to tokens. It is not saved.
+        device, dtype: where and in what precision parameters are made.
+
+    >>> import torch
+    >>> from narrows import create_model
+    >>> found = create_model("slot_autoencoder")(torch.randn(2, 3, 32, 32))
+    >>> found.slots.shape, found.masks.shape, found.attention.shape
+    (torch.Size([2, 5, 64]), torch.Size([2, 5, 32, 32]), torch.Size([2, 5, 16, 16]))
+
+    Locatello et al. 2020, https://arxiv.org/abs/2006.15055; Seitzer et al. 2023 (DINOSAUR),
+    https://arxiv.org/abs/2209.14860; Kipf et al. 2022 (SAVi), https://arxiv.org/abs/2111.12594.
+    """
+
+    @checked
+    def __init__(
+        self,
+        encoder: nn.Module | dict[str, Any],
+        decoder: nn.Module | dict[str, Any],
+        *,
+        num_slots: int,
+        slot_dim: int = 64,
+        num_iterations: int = 3,
+        later_iterations: int = 1,
+        mlp_dim: int | None = None,
+        initial_slots: str = "gaussian",
+        gradient: str = "full",
+        predictor_heads: int | None = None,
+        backbone: nn.Module | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        sizes = {"mlp_dim": mlp_dim, "predictor_heads": predictor_heads}
+        check_positive(
+            num_slots=num_slots, slot_dim=slot_dim, num_iterations=num_iterations, later_iterations=later_iterations
+        )
+        check_positive(**{name: value for name, value in sizes.items() if value is not None})
+        check_choice("initial_slots", initial_slots, ("gaussian", "learned"))
+        check_choice("gradient", gradient, GRADIENTS)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        given = {} if backbone is None else {"backbone": backbone}
+        self.encoder = _part("encoder", encoder, ENCODERS, slot_dim, {**factory, **given})
+        self.decoder = _part("decoder", decoder, DECODERS, slot_dim, factory)
+        self.later_iterations, self.gradient = later_iterations, gradient
+        kind = GaussianSlots if initial_slots == "gaussian" else LearnedSlots
+        self.slot_attention = SlotAttention(
+            slot_dim,
+            num_iterations=num_iterations,
+            mlp_dim=mlp_dim,
+            initial_slots=kind(num_slots, slot_dim, **factory),
+            **factory,
+        )
+        self.predictor = None if predictor_heads is None else SlotPredictor(slot_dim, predictor_heads, **factory)
+
+    def forward(
+        self,
+        images: Float[Tensor, "..."],
+        mask: Bool[Tensor, "B N"] | None = None,
+        slots: Float[Tensor, "B K S"] | None = None,
+        num_slots: int | None = None,
+        generator: torch.Generator | None = None,
+        *,
+        slot_mask: Bool[Tensor, "B K"] | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> ObjectDiscoveryOutput:
+        """Find objects.
+
+        Args:
+            images: images, clips, or cached tokens of either.
+            mask: `[B, N]`, tokens that are real; the slots do not read the others. Not in clips.
+            slots: initial slots, of the first frame in clips; drawn if None.
+            num_slots: K of this call.
+            generator: draws the initial slots.
+            slot_mask: `[B, K]`, slots that are real: a sample gets what it gets with those alone.
+            size: height and width of `masks` and `attention`, resized bilinearly; by default the decoder's cells and
+                the encoder's tokens.
+
+        Raises:
+            InvalidArgument, InvalidType: images of the wrong shape or type.
+        """
+        check_tensor("images", images, expected="a tensor of images, clips or tokens")
+        still = 3 if self._takes_tokens(images) else 4
+        if images.ndim not in (still, still + 1):
+            raise InvalidArgument(
+                "images",
+                expected="images [B, C, H, W], clips [B, T, C, H, W], or cached tokens [B, N, E] and "
+                "[B, T, N, E] of an encoder of features",
+                got=f"shape {tuple(images.shape)}",
+            )
+        clips = images.ndim == still + 1
+        if clips and mask is not None:
+            raise InvalidArgument("mask", expected="None for clips", got=f"shape {tuple(mask.shape)}")
+        frames = images.shape[1] if clips else 1
+        encoded: Encoded = self.encoder(images.flatten(0, 1) if clips else images)
+        tokens = encoded.tokens.unflatten(0, (-1, frames))
+        found: list[Tensor] = []
+        attention: list[Tensor] = []
+        for frame in range(frames):
+            iterations = self.slot_attention.num_iterations if frame == 0 else self.later_iterations
+            if frame > 0:
+                slots = found[-1] if self.predictor is None else self.predictor(found[-1], slot_mask)
+            new, weights = self._attend(tokens[:, frame], mask, slots, num_slots, generator, slot_mask, iterations)
+            found.append(new)
+            attention.append(weights)
+        joined = torch.stack(found, 1).flatten(0, 1)
+        if slot_mask is not None and clips:
+            slot_mask = slot_mask.repeat_interleave(frames, 0)
+        decoded = self.decoder(joined, encoded.target, slot_mask)
+        maps = torch.stack(attention, 1).flatten(0, 1).unflatten(2, encoded.grid)
+        masks = decoded.masks
+        if size is not None:
+            maps, masks = (
+                F.interpolate(at_least_float32(each), size, mode="bilinear", align_corners=False)
+                for each in (maps, masks)
+            )
+        parts = (joined, masks, maps, decoded.reconstruction, encoded.target, decoded.parts)
+        if clips:
+            parts = (None if part is None else part.unflatten(0, (-1, frames)) for part in parts)
+        return ObjectDiscoveryOutput(*parts)  # pyright: ignore[reportArgumentType]
+
+    def _takes_tokens(self, images: Tensor) -> bool:
+        """Whether these are cached tokens: of three axes, or of four that no image could have."""
+        encoder = self.encoder
+        return isinstance(encoder, FeatureEncoder) and (
+            images.ndim == 3 or (images.ndim == 4 and images.shape[-1] == encoder.feature_dim and images.shape[1] != 3)
+        )
+
+    def _attend(
+        self,
+        tokens: Float[Tensor, "B N D"],
+        mask: Tensor | None,
+        slots: Tensor | None,
+        num_slots: int | None,
+        generator: torch.Generator | None,
+        slot_mask: Tensor | None,
+        iterations: int,
+    ) -> tuple[Tensor, Tensor]:
+        attend = self.slot_attention
+        if self.gradient == "full":
+            return attend(tokens, mask, slots, num_slots, generator, num_iterations=iterations, slot_mask=slot_mask)
+        start = slots
+        if start is None:
+            start = attend.initial_slots(len(tokens), None, num_slots, generator)
+        settled = start
+        if iterations > 1:
+            with torch.no_grad():
+                settled, _ = attend(tokens, mask, start, num_iterations=iterations - 1, slot_mask=slot_mask)
+        settled = settled.detach()
+        if self.gradient == "bilevel":
+            settled = settled + (start - start.detach())
+        return attend(tokens, mask, settled, num_iterations=1, slot_mask=slot_mask)
+
+
+class SlotPredictor(nn.Module):
+    """A transformer block on the slots of a frame, which predicts those of the next (SAVi).
+
+    Args:
+        dim: S.
+        heads: of attention.
+        device, dtype: where and in what precision parameters are made.
+    """
+
+    def __init__(self, dim: int, heads: int, **factory: Any) -> None:
+        super().__init__()
+        if dim % heads:
+            raise InvalidArgument("predictor_heads", expected=f"a divisor of slot_dim = {dim}", got=heads)
+        self.heads = heads
+        self.to_qkv, self.to_out = nn.Linear(dim, 3 * dim, **factory), nn.Linear(dim, dim, **factory)
+        self.norm_attention, self.norm_mlp = (nn.LayerNorm(dim, **factory) for _ in range(2))
+        self.expand, self.contract = nn.Linear(dim, 4 * dim, **factory), nn.Linear(4 * dim, dim, **factory)
+
+    def forward(
+        self, slots: Float[Tensor, "B K S"], slot_mask: Bool[Tensor, "B K"] | None = None
+    ) -> Float[Tensor, "B K S"]:
+        """The slots with which the next frame begins. LayerNorm comes after what is added, as in SAVi."""
+        parts = self.to_qkv(slots).chunk(3, -1)
+        queries, keys, values = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
+        visible = None if slot_mask is None else slot_mask[:, None, None]
+        read = F.scaled_dot_product_attention(queries, keys, values, attn_mask=visible)
+        slots = self.norm_attention(slots + self.to_out(read.transpose(1, 2).flatten(2)))
+        return self.norm_mlp(slots + self.contract(self.expand(slots).relu()))
+
+
+def _part(
+    name: str,
+    given: nn.Module | dict[str, Any],
+    kinds: Mapping[str, type[nn.Module]],
+    dim: int,
+    options: dict[str, Any],
+) -> nn.Module:
+    """A module as it is, or the one that a dictionary describes."""
+    if isinstance(given, nn.Module):
+        return given
+    if "kind" not in given:
+        raise InvalidArgument(
+            name, expected=f"a module, or a dictionary with a 'kind' of {', '.join(kinds)}", got=given
+        )
+    check_choice(f"{name}['kind']", given["kind"], tuple(kinds))
+    arguments = {key: value for key, value in given.items() if key != "kind"}
+    try:
+        return kinds[given["kind"]](dim, **arguments, **options)
+    except TypeError as error:
+        expected = f"arguments of a {kinds[given['kind']].__name__}"
+        raise InvalidArgument(name, expected=expected, got=f"{given} ({error})") from error

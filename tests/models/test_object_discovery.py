@@ -1,0 +1,325 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from narrows import ObjectDiscovery, create_model, list_models, load_model
+from narrows.errors import InvalidArgument, InvalidType
+from narrows.models.object_discovery import SlotPredictor
+from narrows.models.object_parts import (
+    BroadcastDecoder,
+    ConvEncoder,
+    FeatureEncoder,
+    MLPDecoder,
+    SoftPositions,
+    TransformerDecoder,
+)
+
+SMALL = {"num_slots": 3, "slot_dim": 16}
+CONVOLUTIONS = {"kind": "convolutions", "width": 8}
+BROADCAST = {"kind": "broadcast", "image_size": 16, "width": 8}
+FEATURES = {"kind": "features", "feature_dim": 12}
+MLP = {"kind": "mlp", "feature_dim": 12, "positions": 9, "hidden_dim": 24}
+TRANSFORMER = {"kind": "transformer", "feature_dim": 12, "positions": 9, "depth": 2, "heads": 2}
+BUILDS = {
+    "images": (CONVOLUTIONS, BROADCAST, {}),
+    "clips": (CONVOLUTIONS, BROADCAST, {"predictor_heads": 2}),
+    "features": (FEATURES, MLP, {"mlp_dim": 32}),
+    "in order": (FEATURES, TRANSFORMER, {"initial_slots": "learned", "gradient": "bilevel"}),
+}
+
+
+def build(name: str, **options: object) -> ObjectDiscovery:
+    torch.manual_seed(0)
+    encoder, decoder, own = BUILDS[name]
+    return ObjectDiscovery(encoder, decoder, **{**SMALL, **own, **options})
+
+
+def inputs(name: str, batch: int = 2) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    shape = {"images": (3, 16, 16), "clips": (3, 3, 16, 16)}.get(name, (9, 12))
+    return torch.randn(batch, *shape, generator=generator)
+
+
+def starts(batch: int = 2, number: int = 3) -> Tensor:
+    return torch.randn(batch, number, 16, generator=torch.Generator().manual_seed(2))
+
+
+every_build = pytest.mark.parametrize("name", BUILDS)
+
+
+@every_build
+def test_masks_and_attention_divide_every_cell_among_the_slots(name: str) -> None:
+    found = build(name)(inputs(name), slots=starts())
+    for maps in (found.masks, found.attention):
+        assert (maps >= 0).all()
+        assert_close(maps.sum(-3), torch.ones_like(maps.sum(-3)))
+    if found.parts is not None:
+        assert_close((found.parts * found.masks.unsqueeze(-3)).sum(-4), found.reconstruction)
+    assert_close(found.loss, (found.reconstruction - found.target).square().mean())
+
+
+@every_build
+def test_a_step_lowers_the_loss_and_reaches_every_parameter(name: str) -> None:
+    model, x = build(name), inputs(name)
+    before = model(x, slots=None if name == "in order" else starts()).loss
+    before.backward()
+    without = [key for key, value in model.named_parameters() if value.grad is None or not value.grad.any()]
+    # Given slots are not drawn; orders that were not drawn have no beginning.
+    assert not [key for key in without if not key.startswith(("slot_attention.initial_slots", "decoder.begin"))]
+    with torch.no_grad():
+        for value in model.parameters():
+            if value.grad is not None:
+                value -= 1e-3 * value.grad
+    model.eval()
+    reference = build(name).eval()
+    options = {} if name == "in order" else {"slots": starts()}
+    assert model(x, **options).loss < reference(x, **options).loss
+
+
+@every_build
+def test_a_sample_gets_with_masked_slots_what_it_gets_with_its_real_ones_alone(name: str) -> None:
+    model, x, slots = build(name).double().eval(), inputs(name).double(), starts().double()
+    real = torch.tensor([[True, True, False], [True, True, True]])
+    together = model(x, slots=slots, slot_mask=real)
+    alone = model(x[:1], slots=slots[:1, :2])
+    assert_close(together.slots[:1, ..., :2, :], alone.slots)
+    assert_close(together.masks[:1, ..., :2, :, :], alone.masks)
+    assert_close(together.reconstruction[:1], alone.reconstruction)
+    assert not together.slots[0, ..., 2, :].any()
+    assert not together.masks[0, ..., 2, :, :].any()
+    nothing = model(x, slots=slots, slot_mask=torch.zeros(2, 3, dtype=torch.bool))
+    assert nothing.reconstruction.isfinite().all()
+
+
+@every_build
+def test_no_sample_depends_on_the_others_and_an_empty_batch_works(name: str) -> None:
+    model, x, slots = build(name).double().eval(), inputs(name).double(), starts().double()
+    together = model(x, slots=slots)
+    for alone, all_of_it in zip(model(x[1:], slots=slots[1:]), together, strict=True):
+        assert (alone is None) == (all_of_it is None)
+        if alone is not None:
+            assert_close(alone, all_of_it[1:])
+    assert model(x[:0], slots=slots[:0]).masks.shape == (0, *together.masks.shape[1:])
+
+
+def test_padded_tokens_are_not_read() -> None:
+    model, x, slots = build("features").double(), inputs("features").double(), starts().double()
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    mask[0, 6:] = False
+    other = x.clone()
+    other[0, 6:] = 100
+    first, second = (model(each, mask, slots) for each in (x, other))
+    assert_close(first.slots, second.slots)
+    assert not first.attention.flatten(2)[0, :, 6:].any()
+
+
+def test_a_clip_is_its_frames_one_after_another() -> None:
+    model, x, slots = build("clips").double(), inputs("clips").double(), starts().double()
+    whole = model(x, slots=slots)
+    state = slots
+    for frame in range(3):
+        if frame:
+            model.slot_attention.num_iterations = model.later_iterations
+            state = model.predictor(state)
+        alone = model(x[:, frame], slots=state)
+        assert_close(whole.slots[:, frame], alone.slots)
+        assert_close(whole.masks[:, frame], alone.masks)
+        state = alone.slots
+
+
+def test_the_number_of_slots_of_a_call_and_the_size_of_masks() -> None:
+    found = build("images")(inputs("images"), num_slots=5, size=(24, 20))
+    assert found.masks.shape == found.attention.shape == (2, 5, 24, 20)
+    assert found.slots.shape == (2, 5, 16)
+    assert_close(found.masks.sum(1), torch.ones(2, 24, 20))
+
+
+def test_the_bilevel_gradient_is_that_of_the_last_iteration_at_the_settled_slots() -> None:
+    model, x = build("features", initial_slots="learned", gradient="bilevel").double(), inputs("features").double()
+    learned = model.slot_attention.initial_slots.slots
+    (found,) = torch.autograd.grad(model(x).loss, learned)
+    with torch.no_grad():
+        settled, _ = model.slot_attention(model.encoder(x).tokens, num_iterations=2)
+    settled.requires_grad_()
+    tokens, _, target = model.encoder(x)
+    slots, _ = model.slot_attention(tokens, slots=settled, num_iterations=1)
+    rebuilt = model.decoder(slots, target).reconstruction
+    (expected,) = torch.autograd.grad((rebuilt - target).square().mean(), settled)
+    assert_close(found, expected.sum(0))
+    last = build("features", initial_slots="learned", gradient="last").double()
+    assert torch.autograd.grad(last(x).loss, last.slot_attention.initial_slots.slots, allow_unused=True) == (None,)
+    assert_close(last(x).slots, build("features", initial_slots="learned").double()(x).slots)
+
+
+def test_a_frozen_backbone_has_no_gradient_and_stays_in_evaluation_mode() -> None:
+    class Backbone(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.map, self.drop = nn.Conv2d(3, 12, 4, 4), nn.Dropout(0.5)
+
+        def forward(self, images: Tensor) -> Tensor:
+            features = self.drop(self.map(images))
+            return torch.cat((features.new_zeros(len(images), 1, 12), features.flatten(2).mT), 1)  # a class token
+
+    images = torch.randn(2, 3, 12, 12)
+    frozen = ObjectDiscovery(FEATURES, MLP, backbone=Backbone(), **SMALL).train()
+    assert not frozen.encoder.backbone.training
+    frozen(images).loss.backward()
+    assert all(value.grad is None for value in frozen.encoder.backbone.parameters())
+    tokens, slots = frozen.encoder.backbone(images), starts()
+    assert_close(frozen(images, slots=slots).masks, frozen(tokens, slots=slots).masks)
+    trained = ObjectDiscovery({**FEATURES, "trained": True}, MLP, backbone=Backbone(), **SMALL).train()
+    trained(images).loss.backward()
+    assert all(value.grad is not None for value in trained.encoder.backbone.parameters())
+
+
+def test_the_mlp_decoder_is_one_mlp_on_slot_and_position() -> None:
+    torch.manual_seed(0)
+    decoder = MLPDecoder(5, feature_dim=4, positions=6, hidden_dim=7, depth=3).double()
+    slots, target = torch.randn(2, 3, 5).double(), torch.randn(2, 4, 2, 3).double()
+    found = decoder(slots, target)
+    for sample in range(2):
+        for cell in range(6):
+            own = []
+            for slot in slots[sample]:
+                x = slot + decoder.positions[cell]
+                own.append(decoder.layers[2](decoder.layers[1](decoder.layers[0](x).relu()).relu()))
+            own = torch.stack(own)
+            share = own[:, -1].softmax(0)
+            row, column = divmod(cell, 3)
+            assert_close(found.masks[sample, :, row, column], share)
+            assert_close(found.reconstruction[sample, :, row, column], (own[:, :-1] * share[:, None]).sum(0))
+
+
+def test_in_any_order_a_cell_sees_those_before_it_and_no_other() -> None:
+    torch.manual_seed(0)
+    decoder = TransformerDecoder(5, feature_dim=4, positions=6, depth=2, heads=2).double().train()
+    slots, target = torch.randn(1, 3, 5).double(), torch.randn(1, 4, 2, 3).double().requires_grad_()
+    seen = set()
+    for seed in range(12):
+        torch.manual_seed(seed)
+        rebuilt = decoder(slots, target).reconstruction.flatten(2)
+        reads = torch.stack(
+            [
+                torch.autograd.grad(rebuilt[..., n].sum(), target, retain_graph=True)[0].flatten(2)[0].abs().sum(0) > 0
+                for n in range(6)
+            ]
+        )
+        counts = reads.sum(1)
+        assert sorted(counts.tolist()) == [0, 1, 2, 3, 4, 5]
+        order = counts.argsort()
+        assert all(
+            set(reads[cell].nonzero().flatten().tolist()) == set(order[:place].tolist())
+            for place, cell in enumerate(order.tolist())
+        )
+        seen.add(tuple(order.tolist()))
+    assert len(seen) > 3
+    assert torch.equal(decoder.eval()(slots, target).masks, decoder(slots, target).masks)
+
+
+def test_positions_are_distances_to_the_four_borders() -> None:
+    positions = SoftPositions(4, scale=2.0)
+    with torch.no_grad():
+        positions.project.weight.copy_(torch.eye(4))
+        positions.project.bias.zero_()
+    added = positions(torch.zeros(1, 3, 5, 4))[0]
+    assert_close(added[0, 0], torch.tensor([0.0, 0, 2, 2]))
+    assert_close(added[2, 1], torch.tensor([2.0, 0.5, 0, 1.5]))
+
+
+@every_build
+def test_bfloat16_autocast_is_close_and_trains(name: str) -> None:
+    model, x = build(name).eval(), inputs(name)
+    options = {} if name == "in order" else {"slots": starts()}
+    exact = model(x, **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model(x, **options)
+    rounded.loss.backward()
+    assert rounded.masks.dtype == torch.float32
+    assert_close(rounded.loss, exact.loss, rtol=0.02, atol=0)
+    assert all(value.grad.isfinite().all() for value in model.parameters() if value.grad is not None)
+
+
+@every_build
+def test_is_saved_whole(name: str, tmp_path: Path) -> None:
+    model, x = build(name).eval(), inputs(name)
+    model.save_pretrained(tmp_path / "model")
+    back = load_model(tmp_path / "model")
+    options = {} if name == "in order" else {"slots": starts()}
+    assert_close(back(x, **options).masks, model(x, **options).masks, rtol=0, atol=0)
+
+
+@every_build
+def test_is_made_on_the_meta_device_and_drawn_anew(name: str) -> None:
+    encoder, decoder, own = BUILDS[name]
+    model = ObjectDiscovery(encoder, decoder, **SMALL, **own, device="meta", dtype=torch.bfloat16)
+    assert {(value.device.type, value.dtype) for value in model.parameters()} == {("meta", torch.bfloat16)}
+    model = model.to_empty(device="cpu").float()
+    for value in model.parameters():
+        nn.init.constant_(value, torch.nan)
+    model.reset_parameters()
+    assert all(value.isfinite().all() for value in model.parameters())
+    assert build(name).state_dict().keys() == model.state_dict().keys()
+
+
+@pytest.mark.parametrize("name", list_models(task="objects"))
+def test_state_dict_keys_of_presets_are_what_they_were(name: str) -> None:
+    snapshot = json.loads((Path(__file__).parents[1] / "snapshots/model_state_dict_keys.json").read_text())
+    model = create_model(name, device="meta")
+    assert name in snapshot, f"add {name}: python -m tests.snapshots"
+    assert {key: list(value.shape) for key, value in model.state_dict().items()} == snapshot[name]
+
+
+@pytest.mark.compiled  # shape checks of the test run would answer first
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: build("images")(torch.randn(2, 3, 12, 12)), "images: expected 16 x 16 pixels"),
+        (lambda: build("images")(torch.randn(2, 1, 16, 16)), r"images: expected shape \[B, C, H, W\] with C = 3"),
+        (lambda: build("images")(torch.randn(3, 16)), "images: expected images"),
+        (lambda: build("images")("photo"), "images: expected a tensor"),
+        (lambda: build("features")(torch.randn(2, 16, 12)), "images: expected 9 tokens, as the decoder has positions"),
+        (lambda: build("in order")(torch.randn(2, 16, 12)), "images: expected 9 tokens, as the decoder has positions"),
+        (lambda: build("features")(torch.randn(2, 3, 12, 14)), "images: expected cached tokens"),
+        (lambda: build("in order")(inputs("in order"), num_slots=4), "num_slots: expected None or the 3 learned"),
+        (lambda: build("clips")(inputs("clips"), torch.ones(2, 64, dtype=torch.bool)), "mask: expected None for clips"),
+        (lambda: build("images", gradient="some"), "gradient: expected"),
+        (lambda: build("images", initial_slots="zero"), "initial_slots: expected"),
+        (lambda: build("images", num_slots=0), "num_slots: expected"),
+        (lambda: build("clips", predictor_heads=3), "predictor_heads: expected a divisor of slot_dim = 16"),
+        (lambda: ObjectDiscovery({}, MLP, **SMALL), "encoder: expected a module, or a dictionary with a 'kind'"),
+        (lambda: ObjectDiscovery({"kind": "conv"}, MLP, **SMALL), r"encoder\['kind'\]: expected"),
+        (lambda: ObjectDiscovery({**FEATURES, "depth": 2}, MLP, **SMALL), "encoder: expected arguments of a Feature"),
+        (lambda: BroadcastDecoder(8, image_size=24), "image_size: expected 8 times a power of two, 16 at least"),
+        (lambda: MLPDecoder(8, feature_dim=4, positions=4, depth=1), "depth: expected two"),
+        (lambda: TransformerDecoder(8, feature_dim=5, positions=4, heads=2), "heads: expected a divisor"),
+        (lambda: ConvEncoder(8, kernels=(4,), strides=(1,)), "kernels: expected odd numbers"),
+        (lambda: create_model("slot_autoencodr"), "Did you mean 'slot_autoencoder'"),
+        (lambda: create_model("dinosaur", slots=3), "got 'slots'"),
+        (lambda: list_models(task="everything"), "task: expected"),
+    ],
+)
+def test_errors_say_what_is_wrong(call, message) -> None:
+    with pytest.raises((InvalidArgument, InvalidType), match=message):
+        call()
+
+
+def test_the_predictor_leaves_out_masked_slots() -> None:
+    torch.manual_seed(0)
+    predictor, slots = SlotPredictor(16, 2).double(), starts().double()
+    mask = torch.tensor([[True, True, False]] * 2)
+    assert_close(predictor(slots, mask)[:, :2], predictor(slots[:, :2]))
+
+
+def test_cached_tokens_need_no_backbone_and_other_widths_are_refused() -> None:
+    encoder = FeatureEncoder(8, feature_dim=12)
+    tokens, grid, target = encoder(torch.randn(2, 10, 12))  # a class token before 3 x 3
+    assert tokens.shape == (2, 9, 8)
+    assert grid == (3, 3)
+    assert target.shape == (2, 12, 3, 3)
+    with pytest.raises(InvalidArgument, match="tokens: expected"):
+        encoder(torch.randn(2, 9, 13))
