@@ -58,13 +58,15 @@ class MLPDecoder(nn.Module):
         slot_dim: int,
         feature_dim: int,
         *,
-        grid: Grid,
+        grid: Sequence[int],
         hidden_dims: Sequence[int] = (2048, 2048, 2048),
         input_dim: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if len(grid) != 2:
+            raise InvalidArgument("grid", expected="(height, width)", got=grid)
         check_positive(slot_dim=slot_dim, feature_dim=feature_dim, height=grid[0], width=grid[1])
         factory = {"device": device, "dtype": dtype}
         width = slot_dim if input_dim is None else input_dim
@@ -228,7 +230,7 @@ class AutoregressiveDecoder(nn.Module):
         Args:
             slots: `[B, K, S]`.
             features: `[B, N, D]`, the true ones (teacher forcing).
-            slot_mask: `[B, K]`, True at real slots. A sample has to have one.
+            slot_mask: `[B, K]`, True at real slots.
             grid: `(height, width)` of the patches.
             order: number of the order; None draws one in training and takes 0, row by row, in evaluation.
             generator: draws it, on the CPU.
@@ -248,11 +250,10 @@ class AutoregressiveDecoder(nn.Module):
         begin = self.first[order].expand(features.shape[0], 1, -1).to(features.dtype)
         text = self.input_norm(self.input_map(torch.cat((begin, features[:, path[:-1]]), 1)))
         read = self.slot_norm(self.slot_map(slots))
-        weights = None
-        for number, block in enumerate(self.blocks, start=1):
-            text, weights = block(text, read, slot_mask, with_weights=number == len(self.blocks))
+        weights = text
+        for block in self.blocks:
+            text, weights = block(text, read, slot_mask)
         back = path.argsort()
-        assert weights is not None
         return DecodedFeatures(self.norm(text)[:, back], weights[:, :, back])
 
 
@@ -282,12 +283,12 @@ class DecoderBlock(nn.Module):
         self.expand, self.contract = nn.Linear(dim, 4 * dim, **factory), nn.Linear(4 * dim, dim, **factory)
 
     def forward(
-        self, text: Tensor, slots: Tensor, slot_mask: Tensor | None, *, with_weights: bool
-    ) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "B K N"] | None]:
-        """What goes on, and, where asked for, what each patch reads of the slots, heads averaged."""
+        self, text: Float[Tensor, "B N D"], slots: Float[Tensor, "B K D"], slot_mask: Tensor | None
+    ) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "B K N"]]:
+        """What goes on, and what each patch reads of the slots."""
         normed = self.norm_self(text)
         text = (normed if self.first else text) + self._dropped(self.patches.among(normed))
-        read, weights = self.slots.of(self.norm_cross(text), slots, slot_mask, with_weights=with_weights)
+        read, weights = self.slots.of(self.norm_cross(text), slots, slot_mask)
         text = text + self._dropped(read)
         return text + self._dropped(self.contract(F.relu(self.expand(self.norm_mlp(text))))), weights
 
@@ -321,17 +322,16 @@ class Heads(nn.Module):
         return self.to_out(attention(query, key, value, earlier).transpose(1, 2).flatten(2))
 
     def of(
-        self, text: Float[Tensor, "B N D"], slots: Float[Tensor, "B K D"], mask: Tensor | None, *, with_weights: bool
-    ) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "B K N"] | None]:
-        """What each patch reads of the slots, and how much of each."""
+        self, text: Float[Tensor, "B N D"], slots: Float[Tensor, "B K D"], mask: Tensor | None
+    ) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "B K N"]]:
+        """What each patch reads of the slots, and how much of each, heads averaged; 0 of masked ones."""
         query, key, value = self._split(self.to_q(text)), self._split(self.to_k(slots)), self._split(self.to_v(slots))
-        present = None if mask is None else mask[:, None, None]
-        if not with_weights:
-            return self.to_out(attention(query, key, value, present).transpose(1, 2).flatten(2)), None
         logits = (query @ key.mT).float() * query.shape[-1] ** -0.5
-        if present is not None:
-            logits = logits.masked_fill(~present, -torch.inf)
-        weights = logits.softmax(-1)
+        if mask is None:
+            weights = logits.softmax(-1)
+        else:
+            present = mask[:, None, None]
+            weights = logits.masked_fill(~present, torch.finfo(logits.dtype).min).softmax(-1) * present
         read = (weights.to(value.dtype) @ value).transpose(1, 2).flatten(2)
         return self.to_out(read), weights.mean(1).mT
 

@@ -18,15 +18,15 @@ from narrows.models.object_parts import (
     ConvEncoder,
     Encoded,
     FeatureEncoder,
-    MLPDecoder,
-    TransformerDecoder,
+    MLPFeatures,
+    PatchTransformer,
 )
 from narrows.precision import at_least_float32
 from narrows.validation import check_choice, check_positive, check_tensor, checked
 
 ENCODERS: Mapping[str, type[nn.Module]] = MappingProxyType({"convolutions": ConvEncoder, "features": FeatureEncoder})
 DECODERS: Mapping[str, type[nn.Module]] = MappingProxyType(
-    {"broadcast": BroadcastDecoder, "mlp": MLPDecoder, "transformer": TransformerDecoder}
+    {"broadcast": BroadcastDecoder, "mlp": MLPFeatures, "transformer": PatchTransformer}
 )
 GRADIENTS = ("full", "last", "bilevel")
 
@@ -40,14 +40,14 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         },
         "dinosaur": {
             "encoder": {"kind": "features", "feature_dim": 384},
-            "decoder": {"kind": "mlp", "feature_dim": 384, "positions": 784},
+            "decoder": {"kind": "mlp", "feature_dim": 384, "grid": [28, 28]},
             "num_slots": 7,
             "slot_dim": 256,
             "mlp_dim": 1024,
         },
         "spot": {
             "encoder": {"kind": "features", "feature_dim": 768},
-            "decoder": {"kind": "transformer", "feature_dim": 768, "positions": 196},
+            "decoder": {"kind": "transformer", "feature_dim": 768, "num_orders": 9},
             "num_slots": 7,
             "slot_dim": 256,
             "mlp_dim": 1024,
@@ -63,7 +63,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         },
         "slotcontrast": {
             "encoder": {"kind": "features", "feature_dim": 384},
-            "decoder": {"kind": "mlp", "feature_dim": 384, "positions": 576},
+            "decoder": {"kind": "mlp", "feature_dim": 384, "grid": [24, 24]},
             "num_slots": 7,
             "slot_dim": 64,
             "initial_slots": "learned",
@@ -82,7 +82,7 @@ class ObjectDiscoveryOutput(NamedTuple):
         attention: `[B, K, h', w']`, the encoder's tokens divided among the slots, sums to 1 over the slots.
         reconstruction: `[B, C, h, w]`, what the decoder rebuilt.
         target: `[B, C, h, w]`, of what: images, or features of a backbone.
-        parts: `[B, K, C, h, w]`, what each slot alone rebuilt; None of the transformer decoder.
+        parts: `[B, K, C, h, w]`, what each slot alone rebuilt; None of decoders of features.
     """
 
     slots: Float[Tensor, "B *T K S"]

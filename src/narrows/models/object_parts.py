@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from narrows.errors import InvalidArgument
-from narrows.layers.initialisation import draw_, reset_submodules
+from narrows.layers.initialisation import reset_submodules
+from narrows.layers.slot_decoders import AutoregressiveDecoder, DecodedFeatures, MLPDecoder
 from narrows.models.base import check_images
 from narrows.precision import at_least_float32
 from narrows.validation import check_positive, check_tokens
@@ -271,173 +272,31 @@ class BroadcastDecoder(nn.Module):
         return mixed(x[:, :, :-1], x[:, :, -1], slot_mask)
 
 
-class MLPDecoder(nn.Module):
-    """Each slot rebuilds the features of every cell with one MLP, from itself and the position of the cell (DINOSAUR).
+class MLPFeatures(MLPDecoder):
+    """`MLPDecoder` on the grid of the features it has to rebuild."""
 
-    Args:
-        slot_dim: S.
-        feature_dim: E, width of the features.
-        positions: N, cells at most; they have to be as many as tokens.
-        hidden_dim: of the MLP.
-        depth: linear maps of the MLP.
-        device, dtype: where and in what precision parameters are made.
-    """
-
-    def __init__(
-        self,
-        slot_dim: int,
-        *,
-        feature_dim: int,
-        positions: int,
-        hidden_dim: int = 1024,
-        depth: int = 4,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        check_positive(slot_dim=slot_dim, feature_dim=feature_dim, positions=positions, hidden_dim=hidden_dim)
-        if depth < 2:
-            raise InvalidArgument("depth", expected="two linear maps at least", got=depth)
-        self.positions = nn.Parameter(torch.empty(positions, slot_dim, device=device, dtype=dtype))
-        widths = [slot_dim, *([hidden_dim] * (depth - 1)), feature_dim + 1]
-        self.layers = nn.ModuleList(
-            nn.Linear(before, after, device=device, dtype=dtype) for before, after in pairwise(widths)
-        )
-        draw_(self.positions, lambda drawn: nn.init.normal_(drawn, std=0.02))
-
-    def reset_parameters(self) -> None:
-        """Draw every parameter anew."""
-        draw_(self.positions, lambda drawn: nn.init.normal_(drawn, std=0.02))
-        reset_submodules(self)
-
-    def forward(
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, slots: Float[Tensor, "B K S"], target: Tensor, slot_mask: Bool[Tensor, "B K"] | None = None
     ) -> Decoded:
-        """Every slot's own features and its share of each cell.
-
-        Raises:
-            InvalidArgument: other cells than there are positions.
-        """
-        height, width = target.shape[-2:]
-        if height * width != len(self.positions):
-            got = f"{height * width} tokens ({height} x {width})"
-            raise InvalidArgument(
-                "images", expected=f"{len(self.positions)} tokens, as the decoder has positions", got=got
-            )
-        x = slots[:, :, None] + self.positions
-        for layer in self.layers[:-1]:
-            x = layer(x).relu()
-        x = at_least_float32(self.layers[-1](x)).mT.unflatten(3, (height, width))
-        return mixed(x[:, :, :-1], x[:, :, -1], slot_mask)
+        """The features of every cell, and each slot's share of it."""
+        return _on_grid(super().forward(slots, slot_mask, grid=tuple(target.shape[-2:])), target)
 
 
-class TransformerDecoder(nn.Module):
-    """Features of each cell from the slots and the cells before it, in causal order (SLATE, SPOT).
+class PatchTransformer(AutoregressiveDecoder):
+    """`AutoregressiveDecoder` of the features it has to rebuild, each from the true ones before it."""
 
-    In training an order is drawn for each batch: along rows or columns, from any corner (permutations of patches, SPOT
-    section 3.2). In evaluation it goes along rows. Masks are the attention to the slots in the last block.
-
-    Args:
-        slot_dim: S.
-        feature_dim: E, width of the features.
-        positions: N, cells; they have to be as many as tokens.
-        depth: blocks.
-        heads: of attention.
-        permute: draw orders; else always along rows (SLATE).
-        device, dtype: where and in what precision parameters are made.
-    """
-
-    def __init__(
-        self,
-        slot_dim: int,
-        *,
-        feature_dim: int,
-        positions: int,
-        depth: int = 4,
-        heads: int = 4,
-        permute: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        check_positive(slot_dim=slot_dim, feature_dim=feature_dim, positions=positions, depth=depth, heads=heads)
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.permute = permute
-        self.positions = nn.Parameter(torch.empty(positions, feature_dim, **factory))
-        self.begin = nn.Parameter(torch.empty(8 if permute else 1, feature_dim, **factory))
-        self.norm_slots = nn.LayerNorm(slot_dim, **factory)
-        self.from_slots = nn.Linear(slot_dim, feature_dim, bias=False, **factory)
-        self.blocks = nn.ModuleList(DecoderBlock(feature_dim, heads, **factory) for _ in range(depth))
-        self.norm = nn.LayerNorm(feature_dim, **factory)
-        self.head = nn.Linear(feature_dim, feature_dim, **factory)
-        self._draw()
-
-    def _draw(self) -> None:
-        for parameter in (self.positions, self.begin):
-            draw_(parameter, lambda drawn: nn.init.normal_(drawn, std=0.02))
-
-    def reset_parameters(self) -> None:
-        """Draw every parameter anew."""
-        self._draw()
-        reset_submodules(self)
-
-    def forward(
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, slots: Float[Tensor, "B K S"], target: Tensor, slot_mask: Bool[Tensor, "B K"] | None = None
     ) -> Decoded:
-        """Features of every cell from the slots and the true features of the cells before it."""
-        height, width = target.shape[-2:]
-        if height * width != len(self.positions):
-            got = f"{height * width} tokens ({height} x {width})"
-            raise InvalidArgument(
-                "images", expected=f"{len(self.positions)} tokens, as the decoder has positions", got=got
-            )
-        number = int(torch.randint(8, ())) if self.permute and self.training else 0
-        order = _order(height, width, number).to(target.device)
-        features = target.flatten(2).mT.to(self.positions.dtype)[:, order]
-        before = torch.cat((self.begin[number].expand(len(features), 1, -1), features[:, :-1]), 1)
-        x = before + self.positions[order]
-        memory = self.from_slots(self.norm_slots(slots))
-        weights = x
-        for block in self.blocks:
-            x, weights = block(x, memory, slot_mask)
-        back = order.argsort()
-        found = at_least_float32(self.head(self.norm(x)))[:, back].mT.unflatten(2, (height, width))
-        masks = at_least_float32(weights)[:, back].mT.unflatten(2, (height, width))
-        return Decoded(found, masks, None)
+        """The features of every cell, and what each reads of the slots in the last block."""
+        features = target.flatten(2).mT.to(self.first.dtype)
+        return _on_grid(super().forward(slots, features, slot_mask, grid=tuple(target.shape[-2:])), target)
 
 
-class DecoderBlock(nn.Module):
-    """Causal attention, attention to the slots, and an MLP, each after a LayerNorm and added."""
-
-    def __init__(self, dim: int, heads: int, **factory: Any) -> None:
-        super().__init__()
-        if dim % heads:
-            raise InvalidArgument("heads", expected=f"a divisor of feature_dim = {dim}", got=heads)
-        self.heads = heads
-        self.norms = nn.ModuleList(nn.LayerNorm(dim, **factory) for _ in range(3))
-        self.to_qkv, self.to_out = nn.Linear(dim, 3 * dim, **factory), nn.Linear(dim, dim, **factory)
-        self.to_q, self.to_kv = nn.Linear(dim, dim, **factory), nn.Linear(dim, 2 * dim, **factory)
-        self.from_slots = nn.Linear(dim, dim, **factory)
-        self.expand, self.contract = nn.Linear(dim, 4 * dim, **factory), nn.Linear(4 * dim, dim, **factory)
-
-    def forward(
-        self, x: Float[Tensor, "B N E"], memory: Float[Tensor, "B K E"], slot_mask: Bool[Tensor, "B K"] | None
-    ) -> tuple[Float[Tensor, "B N E"], Float[Tensor, "B N K"]]:
-        """The new features, and how each cell divides its attention among the slots (mean over heads)."""
-        queries, keys, values = (self._split(part) for part in self.to_qkv(self.norms[0](x)).chunk(3, -1))
-        read = F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
-        x = x + self.to_out(read.transpose(1, 2).flatten(2))
-        queries = self._split(self.to_q(self.norms[1](x)))
-        keys, values = (self._split(part) for part in self.to_kv(memory).chunk(2, -1))
-        logits = at_least_float32(queries @ keys.mT) * keys.shape[-1] ** -0.5
-        if slot_mask is not None:
-            logits = logits.masked_fill(~slot_mask[:, None, None], -torch.inf)
-        weights = logits.softmax(-1).nan_to_num()
-        x = x + self.from_slots((weights.to(values.dtype) @ values).transpose(1, 2).flatten(2))
-        return x + self.contract(F.gelu(self.expand(self.norms[2](x)))), weights.mean(1)
-
-    def _split(self, x: Float[Tensor, "B R E"]) -> Float[Tensor, "B H R _"]:
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+def _on_grid(found: DecodedFeatures, target: Tensor) -> Decoded:
+    height, width = target.shape[-2:]
+    features = at_least_float32(found.features).mT.unflatten(2, (height, width))
+    return Decoded(features, found.masks.unflatten(2, (height, width)), None)
 
 
 def mixed(
@@ -448,13 +307,3 @@ def mixed(
         logits = logits.masked_fill(~slot_mask[:, :, None, None], -torch.inf)
     masks = logits.softmax(1).nan_to_num()  # a scene without any slot
     return Decoded((parts * masks.unsqueeze(2)).sum(1), masks, parts)
-
-
-def _order(height: int, width: int, number: int) -> Tensor:
-    """The cells of a grid along rows (0 to 3) or columns (4 to 7), from each of the four corners."""
-    cells = torch.arange(height * width).view(height, width)
-    if number & 1:
-        cells = cells.flip(0)
-    if number & 2:
-        cells = cells.flip(1)
-    return (cells.T if number & 4 else cells).flatten()
