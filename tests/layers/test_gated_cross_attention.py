@@ -360,3 +360,16 @@ def test_what_is_wrong_with_a_shape_or_a_type_is_said() -> None:
         module(text, media, torch.zeros(2, 4, dtype=torch.bool))
     with pytest.raises(InvalidArgument, match=r"media_mask: expected shape \[B, M\] = \(2, 2\)"):
         module(text, media, media_mask=torch.ones(2, 3, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("start", [0, 0.4])
+def test_gates_start_where_they_are_told(start: float) -> None:
+    block = GatedCrossAttentionBlock(16, heads=2, head_dim=4, gate_init=start)
+    for _ in range(2):
+        assert block.attn_gate.item() == block.ff_gate.item() == pytest.approx(start)
+        opened(block).reset_parameters()
+
+
+def test_gates_that_start_nowhere_are_refused() -> None:
+    with pytest.raises(InvalidArgument, match="gate_init: expected an integer or a finite number, got nan"):
+        gated(gate_init=float("nan"))

@@ -202,7 +202,7 @@ class GatedCrossAttentionBlock(nn.Module):
     $$y \leftarrow y + \tanh(\alpha)\operatorname{attn}(q = y,\; kv = x), \qquad
     y \leftarrow y + \tanh(\beta)\operatorname{ffw}(y)$$
 
-    With $\alpha = \beta = 0$, as at the start, the block is the identity.
+    With $\alpha = \beta = 0$, as at the start by default, the block is the identity.
 
     Args:
         dim: width D of the text.
@@ -214,6 +214,8 @@ class GatedCrossAttentionBlock(nn.Module):
             OpenFlamingo, Idefics), or leaves it as it is (Llama 3.2).
         mlp_ratio: hidden width of the feed-forward, in D.
         activation: "gelu", or the paper's "squared_relu".
+        gate_init: alpha and beta at the start. Beside 0 the block changes what a frozen language model says from the
+            first step on, and its other parameters learn from that step on too, instead of once the gates have opened.
         impl: "auto" or an implementation of `media_attention`.
         device, dtype: where and in what precision parameters are made.
 
@@ -237,6 +239,7 @@ class GatedCrossAttentionBlock(nn.Module):
         feed_forward_without_media: bool = True,
         mlp_ratio: int | float = 4,
         activation: str = "gelu",
+        gate_init: int | float = 0.0,
         impl: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -253,15 +256,16 @@ class GatedCrossAttentionBlock(nn.Module):
             dtype=dtype,
         )
         self.feed_forward_without_media = feed_forward_without_media
-        self.attn_gate = nn.Parameter(torch.zeros(1, device=device, dtype=dtype))
+        self.gate_init = float(gate_init)
+        self.attn_gate = nn.Parameter(torch.full((1,), self.gate_init, device=device, dtype=dtype))
         self.ff = feed_forward(dim, mlp_ratio=mlp_ratio, activation=activation, device=device, dtype=dtype)
-        self.ff_gate = nn.Parameter(torch.zeros(1, device=device, dtype=dtype))
+        self.ff_gate = nn.Parameter(torch.full((1,), self.gate_init, device=device, dtype=dtype))
 
     def reset_parameters(self) -> None:
-        """Draw all parameters anew, and close the gates."""
+        """Draw all parameters anew, and put the gates to `gate_init`."""
         reset_submodules(self)
-        nn.init.zeros_(self.attn_gate)
-        nn.init.zeros_(self.ff_gate)
+        nn.init.constant_(self.attn_gate, self.gate_init)
+        nn.init.constant_(self.ff_gate, self.gate_init)
 
     def forward(
         self,
