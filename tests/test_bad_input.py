@@ -165,7 +165,7 @@ CONSTRUCTORS: dict[str, tuple[dict[str, Any], dict[str, tuple[Any, ...]]]] = {
             **dict.fromkeys(("depth", "image_size", "patch_size", "channels", "dim", "heads", "mlp_dim"), (0, -1)),
             "head_dim": (0, -1),
             "num_classes": (-1,),
-            "keep": (0.5, (0.5, 0.5), (), (0.0,), (-1,), (1.5,), (math.nan,), ("half",), "half"),
+            "keep": (0.0, 17, (0.5, 0.5), (), (0.0,), (-1,), (1.5,), (math.nan,), ("half",), "half"),
             "dropout": (-0.1, 1.5),
             **dict.fromkeys(("sampling", "stem"), ("fast", "")),
         },

@@ -113,6 +113,20 @@ def test_budgets_are_counts_shares_or_nothing() -> None:
     assert capacities([6, 12, 6]) == [(6, False), (12, True), (6, True)]
 
 
+def test_one_budget_holds_from_a_quarter_of_the_depth_on() -> None:
+    """As one of `reduce_tokens` does."""
+
+    def capacities(keep: float) -> list[tuple[int, bool] | None]:
+        blocks = ATSViT(**{**SIZES, "depth": 5, "keep": keep}).blocks
+        samplers = [block.attention.sampler if block.samples else None for block in blocks]
+        return [sampler and (sampler.num_tokens, sampler.sample_always) for sampler in samplers]
+
+    assert capacities(0.5) == [None, (8, False), None, None, None]
+    assert capacities(16) == capacities(1.0) == [None, *[(16, True)] * 4]
+    with pytest.raises(InvalidArgument, match=r"keep: expected shares above 0 and at most 1, got 1\.5"):
+        build(keep=1.5)
+
+
 def test_equal_budgets_keep_sampling_where_upstream_stops() -> None:
     """The paper's schedule: as many as there are, in every block, adapting to the image."""
     routings = build(keep=(16, 16, 16)).routing(images(8))
@@ -228,7 +242,7 @@ def test_errors_name_the_argument() -> None:
         build(keep=(None, None, 17))
     with pytest.raises(InvalidArgument, match="keep: expected a positive integer, got 0"):
         build(keep=(0, None, None))
-    with pytest.raises(InvalidType, match="keep: expected a sequence, each an integer, a finite number or None, got"):
+    with pytest.raises(InvalidType, match="keep: expected an integer, a finite number or a sequence, each an"):
         build(keep=(True, None, None))
     with pytest.raises(InvalidArgument, match="sampling: expected one of"):
         build(sampling="topk")

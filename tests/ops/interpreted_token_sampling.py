@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from narrows.errors import ImplementationUnavailable
+from narrows.measure import count_macs
 from narrows.ops.token_sampling import inverse_transform_sample, triton
 from tests.ops import test_token_sampling as plain
 
@@ -94,6 +95,11 @@ def test_scores_of_attention_to_as_many_tokens_as_usual() -> None:
     assert 1 < found.mask.sum() < 196
     assert torch.equal(found.ids, expected.ids)
     assert torch.equal(found.mask, expected.mask)
+
+
+def test_it_counts_as_free_of_products(recwarn: pytest.WarningsRecorder) -> None:
+    assert count_macs(lambda: inverse_transform_sample(torch.rand(2, 9), 3, impl="triton")) == 0
+    assert not recwarn.list
 
 
 def test_too_many_tokens_are_refused_by_name_and_sampled_by_auto() -> None:

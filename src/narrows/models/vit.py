@@ -328,7 +328,8 @@ class ATSViT(TransformerClassifier):
         head_dim: width of a head; `dim / heads` if None.
         keep: for each block how many tokens beside the class token it keeps at most: a count, a share of the image's
             patches at `image_size`, or None to keep all. Fewer than can arrive: images that fit are left whole. Not
-            fewer: the block samples every image and drops what is insignificant, as in the paper.
+            fewer: the block samples every image and drops what is insignificant, as in the paper. One entry alone holds
+            from block `depth // 4` on, as budgets of `reduce_tokens` do.
         sampling: "quantile" (deterministic) or "gumbel" (random in evaluation too, from torch's global generator).
         qkv_bias: whether queries, keys and values have a bias.
         dropout: after the embedding, on attention weights and results, and in the feed-forward.
@@ -341,7 +342,7 @@ class ATSViT(TransformerClassifier):
         *,
         depth: int,
         head_dim: int | None = None,
-        keep: Sequence[int | float | None],
+        keep: int | float | Sequence[int | float | None],
         sampling: str = "quantile",
         qkv_bias: bool = True,
         dropout: float = 0.0,
@@ -349,6 +350,11 @@ class ATSViT(TransformerClassifier):
     ) -> None:
         check_positive(depth=depth, image_size=vit["image_size"], patch_size=vit["patch_size"])
         check_share(dropout=dropout)
+        num_patches = room = (vit["image_size"] // vit["patch_size"]) ** 2
+        if not isinstance(keep, Sequence):
+            # Later blocks keep what comes; with the whole budget, the paper's own setting, each samples.
+            later = keep if _count(keep, num_patches) == num_patches else None
+            keep = [*[None] * (depth // 4), keep, *[later] * (depth - depth // 4 - 1)]
         if len(keep) != depth:
             raise InvalidArgument("keep", expected=f"one entry for each of the {depth} blocks", got=f"{len(keep)}")
 
@@ -364,7 +370,6 @@ class ATSViT(TransformerClassifier):
             feed_forward = FeedForward(dim, mlp_dim, dropout=dropout, **factory)
             return ATSBlock(dim, attention, feed_forward, masked=masked, **factory)
 
-        num_patches = room = (vit["image_size"] // vit["patch_size"]) ** 2
         blocks: list[Callable[..., nn.Module]] = []
         masked = False
         for entry in keep:

@@ -1,13 +1,16 @@
 """Targets: the most tokens that a cost allows, and a clear word where it allows none."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
+import timm
 import torch
 import transformers
 
 import narrows
 from narrows.adapters.token_reduction import CostTarget, Reduction, targets
+from narrows.adapters.token_reduction.budget import count_of
 from narrows.errors import InvalidArgument, InvalidType
 from narrows.measure import Timing, count_macs, macs_per_sample
 from narrows.models import ImageClassifier, create_model
@@ -67,6 +70,15 @@ def test_macs_are_met_with_as_many_tokens_as_they_allow(model: ImageClassifier, 
         assert macs_per_sample(model, images(), batch=3) > goal, "one more token would have fitted"
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_target_costs_five_forwards_of_its_calibration_batch_at_most(method: str) -> None:
+    """The test of the reduction among them. As deep as DeiT-S, with as many tokens, and narrow."""
+    model = timm.create_model("deit_small_patch16_224", embed_dim=48, num_heads=3, num_classes=9).eval()
+    whole = macs_per_sample(model, torch.zeros(1, 3, 224, 224), batch=1)
+    spent = count_macs(partial(narrows.reduce_tokens, model, method=method, budget=narrows.TargetMACs(0.7 * whole)))
+    assert spent <= 5 * narrows.TargetMACs.batch * whole
+
+
 @pytest.mark.parametrize("method", ["topk", "tome"])
 def test_macs_are_met_on_images_of_another_size(model: ImageClassifier, method: str) -> None:
     """In shares of the tokens of these images: a count of those of the model's own could not reach so many."""
@@ -93,6 +105,27 @@ def test_macs_of_a_tower_and_of_the_model_that_holds_it() -> None:
         given = example if name == "whole" else None
         with narrows.reduce_tokens(model, method="topk", budget=narrows.TargetMACs(goal), example=given):
             assert 0.9 * goal <= count_macs(call) <= goal
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("given", [False, True], ids=["tower", "whole"])
+def test_macs_of_llava(given: bool) -> None:
+    """Its projector reads the grid, so that reducing the tower saves what the tower costs, at most."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 32}
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**sizes, image_size=32, patch_size=8),
+        text_config=transformers.LlamaConfig(**sizes, vocab_size=40, num_key_value_heads=2),
+        image_token_index=39,
+        image_seq_length=16,
+    )
+    model = transformers.LlavaForConditionalGeneration(config).eval()
+    example = {"input_ids": torch.tensor([[1, *[39] * 16, 5, 7]]), "pixel_values": torch.randn(1, 3, 32, 32)}
+    tower = next(module for module in model.modules() if isinstance(module, transformers.CLIPVisionModel))
+    calls = (lambda: tower(pixel_values=example["pixel_values"]), lambda: model(**example))
+    goal = 0.85 * count_macs(calls[given])
+    budget = narrows.TargetMACs(goal)
+    with narrows.reduce_tokens(model, method="topk", budget=budget, example=example if given else None):
+        assert 0.9 * goal <= count_macs(calls[given]) <= goal
 
 
 @torch.no_grad()
@@ -143,7 +176,7 @@ def test_latency_is_measured_on_the_calibration_batch_and_met(
     def timed(contenders: dict[str, Callable[[], torch.Tensor]], **options: object) -> dict[str, Timing]:
         contenders[""]()
         (entry,) = {entry for entry in seconds.schedule if entry is not None}
-        return {"": Timing((entry / 1e3,))}
+        return {"": Timing((count_of(entry, TOKENS) / 1e3,))}
 
     class Watching(narrows.TargetLatency):
         def cost(self, reduction: Reduction, images: torch.Tensor) -> float:

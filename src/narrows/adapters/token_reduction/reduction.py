@@ -14,7 +14,7 @@ from narrows.adapters.token_reduction.budget import Schedule, count_of
 from narrows.adapters.token_reduction.calls import Averaging, Pool, Tower, drive, release, without_padding
 from narrows.adapters.token_reduction.hosts.base import HostBlock, HostModel, RunsItself
 from narrows.adapters.token_reduction.methods import Merging, ReductionMethod
-from narrows.adapters.token_reduction.tokens import Packed, TokenState, copy_kept_mask
+from narrows.adapters.token_reduction.tokens import Packed, Padded, TokenState, copy_kept_mask
 from narrows.errors import InvalidArgument, InvalidType
 from narrows.routing import Routing
 
@@ -174,6 +174,12 @@ class Reduction:
     def _record(self, index: int, state: TokenState, device: torch.device) -> None:
         """Remember what became of the tokens up to the block at `index`, without the tokens themselves."""
         self._last_call[index] = replace(state, fills=(), gathered=[], call=replace(state.call, tower=None)), device
+
+    @property
+    def padded(self) -> bool:
+        """Whether slots that hold no token were computed with in the last eager call."""
+        layouts = [state.layout for state, _ in self._last_call.values()]
+        return any(isinstance(layout, Padded) and layout.mask is not None for layout in layouts)
 
     def forget(self) -> None:
         """Drop the record of the last call."""

@@ -4,6 +4,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from functools import partial
+from math import prod
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -82,6 +83,11 @@ class CostTarget(ABC):
     def cost(self, reduction: Reduction, images: Any) -> float:
         """What the reduced model costs on these images, or arguments by name."""
 
+    def ceiling(self, reduction: Reduction, images: Any) -> float:
+        """What no number of tokens exceeds; `reduction` keeps all of them."""
+        with evaluating(reduction.model), torch.no_grad():
+            return self.cost(reduction, images)
+
     @abstractmethod
     def text(self, cost: int | float) -> str:
         """A cost with its unit."""
@@ -92,33 +98,33 @@ class CostTarget(ABC):
         Raises:
             InvalidArgument: not even the least number does; the message names what that costs.
         """
-        images, most, own_size, before = self._begin(attempt)
+        images, most, own_size, before, dearest = self._begin(attempt)
 
         def budget(count: int) -> FixedBudget:
             return count if own_size else count / most
 
-        dearest = self._cost(attempt, budget(most), images)
-        assert dearest is not None, "keeping every token is possible with any method"
         if dearest <= self.goal:
-            return Solution(budget(most), self._note(most, dearest, most))
+            reached = self._cost(attempt, budget(most), images)
+            assert reached is not None, "keeping every token is possible with any method"
+            return Solution(budget(most), self._note(most, reached, most))
         # `high` costs too much; `low` meets the goal, or is below what the method can reach.
-        low, high, met, of_low = 0, most, None, before * dearest
+        low, high, met = 0, most + 1, None
+        known = [(0, before * dearest), (most, dearest)]  # the first is a guess, good for two steps
         steps = 0
         while high - low > 1:
-            # Where a straight line meets the goal; halved now and then, for costs that are no line.
-            count = low + int((high - low) * (self.goal - of_low) / max(dearest - of_low, 1e-9 * dearest))
-            if steps % 4 == 3:
-                count = (low + high) // 2
-            count, steps = min(max(count, low + 1), high - 1), steps + 1
-            cost = self._cost(attempt, budget(count), images)
+            # Halved now and then, for costs that are no smooth curve.
+            guess = _interpolated(known, self.goal) if steps % 6 < 5 else None
+            count = (low + high) // 2 if guess is None else min(max(int(guess), low + 1), high - 1)
+            cost, steps = self._cost(attempt, budget(count), images), steps + 1
             if cost is None or cost <= self.goal:
-                low, met, of_low = count, cost, of_low if cost is None else cost
+                low, met = count, cost
             else:
                 high, dearest = count, cost
+            known = [] if cost is None else [*known[-2:], (count, cost)]
         if met is None:
             raise InvalidArgument(
                 "budget",
-                expected=f"a target of at least {self.text(dearest)}, which {high} of {most} tokens cost",
+                expected=f"a target of at least {self.text(dearest)}, which {min(high, most)} of {most} tokens cost",
                 got=self.text(self.goal),
             )
         return Solution(budget(low), self._note(low, met, most))
@@ -127,8 +133,10 @@ class CostTarget(ABC):
         asked, reached = self.text(self.goal), self.text(cost)
         return f"at most {asked} asked, {reached} reached with {count} of {most} tokens"
 
-    def _begin(self, attempt: Attempt) -> tuple[Any, int, bool, float]:
-        """The calibration batch, its tokens, whether they are those of the own size, and the share of whole blocks."""
+    def _begin(self, attempt: Attempt) -> tuple[Any, int, bool, float, float]:
+        """The calibration batch, its tokens, whether they are those of the own size, the share of whole blocks, and
+        what no number of tokens exceeds.
+        """
         with attempt(1.0) as reduction:
             host = reduction.host
             images = reduction.example if self.images is None else self.images
@@ -140,7 +148,8 @@ class CostTarget(ABC):
             seen = [value for value in tree_leaves(images) if isinstance(value, Tensor) and value.ndim == 4]
             grid = host.grid_of(seen[0]) if seen else None
             most = host.num_tokens if grid is None else grid[0] * grid[1]
-            return images, most, most == host.num_tokens, reduction.plan.first / host.depth
+            share = reduction.plan.first / host.depth
+            return images, most, most == host.num_tokens, share, self.ceiling(reduction, images)
 
     def _cost(self, attempt: Attempt, budget: FixedBudget, images: Any) -> float | None:
         """The cost of a budget; None where the method cannot reach it."""
@@ -150,6 +159,14 @@ class CostTarget(ABC):
             return None
         with reduction, evaluating(reduction.model), torch.no_grad():
             return self.cost(reduction, images)
+
+
+def _interpolated(known: list[tuple[int, float]], goal: float) -> float | None:
+    """Where the curve through up to three points `(count, cost)` meets the goal; None where there is none."""
+    if len(known) < 2 or len({cost for _, cost in known}) < len(known):
+        return None
+    others = [[(goal - other) / (cost - other) for _, other in known if other != cost] for _, cost in known]
+    return sum(count * prod(factors) for (count, _), factors in zip(known, others, strict=True))
 
 
 def _call(reduction: Reduction, images: Any) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
@@ -175,11 +192,22 @@ class TargetMACs(CostTarget):
     def cost(self, reduction: Reduction, images: Any) -> float:
         """Multiply-accumulates of an image."""
         model, args, kwargs = _call(reduction, images)
-        calls = reduction.without_padding(*args, model=model, **kwargs)
+        calls = list(reduction.without_padding(*args, model=model, **kwargs))
         if not reduction.method.adaptive:  # every image costs the same
-            return float(count_macs(next(iter(calls))))
-        macs = [count_macs(call) for call in calls]
-        return sum(macs) / len(macs)
+            return float(count_macs(calls[0]))
+        if reduction.plan.execution != "static":  # all images at once, if their rows are packed
+            macs = count_macs(partial(model, *args, **kwargs))
+            if not reduction.padded:
+                return macs / len(calls)
+        return sum(count_macs(call) for call in calls) / len(calls)
+
+    def ceiling(self, reduction: Reduction, images: Any) -> float:
+        """Those of one image and the model untouched."""
+        model, args, kwargs = _call(reduction, images)
+        one = next(iter(reduction.without_padding(*args, model=model, **kwargs)))
+        reduction.remove()
+        with evaluating(reduction.model), torch.no_grad():
+            return float(count_macs(one))
 
     def text(self, cost: int | float) -> str:
         """MMACs, GMACs or TMACs."""

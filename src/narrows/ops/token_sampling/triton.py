@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from narrows.ops.token_sampling.common import TokenSample
 
@@ -93,6 +94,11 @@ def _inverse_transform_sample(
 def _(scores: Tensor, _: Tensor | None, num_samples: int, _always: bool, prefix: int) -> tuple[Tensor, Tensor]:
     shape = scores.shape[0], prefix + num_samples
     return scores.new_empty(shape, dtype=torch.long), scores.new_empty(shape, dtype=torch.bool)
+
+
+@register_flop_formula(torch.ops.narrows.inverse_transform_sample)
+def _no_products(*_: object, **__: object) -> int:
+    return 0
 
 
 def num_warps(block: int) -> int:
