@@ -279,7 +279,7 @@ class MLPFeatures(MLPDecoder):
         self, slots: Float[Tensor, "B K S"], target: Tensor, slot_mask: Bool[Tensor, "B K"] | None = None
     ) -> Decoded:
         """The features of every cell, and each slot's share of it."""
-        return _on_grid(super().forward(slots, slot_mask, grid=tuple(target.shape[-2:])), target)
+        return _on_grid(super().forward(slots, slot_mask, grid=(target.shape[-2], target.shape[-1])), target)
 
 
 class PatchTransformer(AutoregressiveDecoder):
@@ -290,7 +290,8 @@ class PatchTransformer(AutoregressiveDecoder):
     ) -> Decoded:
         """The features of every cell, and what each reads of the slots in the last block."""
         features = target.flatten(2).mT.to(self.first.dtype)
-        return _on_grid(super().forward(slots, features, slot_mask, grid=tuple(target.shape[-2:])), target)
+        grid = target.shape[-2], target.shape[-1]
+        return _on_grid(super().forward(slots, features, slot_mask, grid=grid), target)
 
 
 def _on_grid(found: DecodedFeatures, target: Tensor) -> Decoded:
