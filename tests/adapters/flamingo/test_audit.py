@@ -1,10 +1,29 @@
 """`narrows.audit` on models that are right, on models that are wrong in a known way, and on transformers' own."""
 
 import re
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import (
+    CLIPVisionConfig,
+    FuyuConfig,
+    FuyuForCausalLM,
+    Idefics2Config,
+    Idefics2ForConditionalGeneration,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    MistralConfig,
+    MixtralConfig,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
+    PreTrainedConfig,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+)
 
 from narrows.adapters.flamingo import audit
 from narrows.errors import InvalidArgument, InvalidType
@@ -229,21 +248,166 @@ def test_it_finds_the_leak_of_mllama():
     assert not found.blind
 
 
-def test_llava_has_no_leak():
-    """Its images stand among the text, four tokens each, those of both rows one after another."""
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+TEXT: dict[str, Any] = {
+    "vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}  # fmt: skip
+VISION: dict[str, Any] = {
+    "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 8,
+    "patch_size": 4,
+}  # fmt: skip
 
-    vision = CLIPVisionConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
+
+def images_at(*rows: Sequence[int], length: int = 14, token: int = 63, **more: Any) -> dict[str, Any]:
+    """A batch with the tokens of images at these positions."""
+    ids = torch.randint(3, 57, (len(rows), length), generator=torch.Generator().manual_seed(3))
+    for row, positions in enumerate(rows):
+        ids[row, list(positions)] = token
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **more}
+
+
+def a_tiny_llava(text: PreTrainedConfig | None = None) -> nn.Module:
+    torch.manual_seed(0)
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**VISION), text_config=text or LlamaConfig(**TEXT), image_token_id=63
     )
-    text = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
-    model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_id=63))
-    ids = torch.randint(3, 60, (2, 14))
-    ids[0, 2:6], ids[0, 8:12], ids[1, 5:9] = 63, 63, 63
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(3, 3, 8, 8)}
-    found = audit(model, batch, tokens_per_medium=4, media_axis=0)
+    model = LlavaForConditionalGeneration(config)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+TWO = [*range(2, 6), *range(8, 12)]
+
+
+@pytest.mark.parametrize("options", [{}, {"tokens_per_medium": 4, "media_axis": 0}], ids=str)
+def test_llava_has_no_leak(options: dict[str, int]):
+    """Its images stand among the text, four tokens each, those of both rows one after another."""
+    batch = images_at(TWO, range(5, 9), pixel_values=torch.randn(3, 3, 8, 8))
+    found = audit(a_tiny_llava(), batch, **options)
     assert found.passed, str(found)
     assert [(medium.row, medium.index, medium.position) for medium in found.media] == [(0, 0, 2), (0, 1, 8), (1, 0, 5)]
+
+
+def test_one_image_of_llava_is_not_three():
+    """`[1, 3, H, W]` could be three media of one row."""
+    found = audit(a_tiny_llava(), images_at(range(2, 6), pixel_values=torch.randn(1, 3, 8, 8)))
+    assert found.passed, str(found)
+    assert [medium.position for medium in found.media] == [2]
+    together = audit(a_tiny_llava(), images_at(range(2, 10), pixel_values=torch.randn(2, 3, 8, 8)))
+    assert [medium.position for medium in together.media] == [2, 6]
+
+
+def test_what_experts_round_otherwise_is_no_leak():
+    batch = images_at(TWO, range(5, 9), length=40, pixel_values=torch.randn(3, 3, 8, 8))
+    model = a_tiny_llava(MixtralConfig(**TEXT, num_local_experts=4, num_experts_per_tok=2))
+    found = audit(model, batch)
+    assert found.verdict == "passes", str(found)
+    assert found.threshold < 1e-5
+
+
+def test_what_leaks_is_a_leak_beside_experts_that_round():
+    class Leaking(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = a_tiny_llava(MixtralConfig(**TEXT, num_local_experts=4, num_experts_per_tok=2))
+            self.config = self.inner.config
+
+        def forward(self, pixel_values: Tensor, **kwargs: Any) -> Tensor:
+            return self.inner(pixel_values=pixel_values, **kwargs).logits + 1e-3 * pixel_values.mean()
+
+    batch = images_at(TWO, range(5, 9), length=40, pixel_values=torch.randn(3, 3, 8, 8))
+    assert audit(Leaking(), batch).verdict == "leaks"
+
+
+def test_text_out_of_reach_of_a_sliding_window_is_not_blind():
+    model = a_tiny_llava(MistralConfig(**TEXT, sliding_window=4))
+    found = audit(model, images_at(range(3, 7), length=30, pixel_values=torch.randn(1, 3, 8, 8)))
+    assert found.verdict == "passes", str(found)
+    assert (found.change[0, 0, 20:] == 0).all()
+    assert not found.within_reach[0, 0, 20:].any()
+
+
+def test_patches_of_images_of_unequal_size_are_told_by_their_grids():
+    vision = {
+        "depth": 1, "embed_dim": 16, "hidden_size": 16, "num_heads": 2, "mlp_ratio": 2, "patch_size": 2,
+        "spatial_merge_size": 2, "temporal_patch_size": 1, "in_channels": 3,
+    }  # fmt: skip
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
+    config = Qwen2VLConfig(
+        text_config={**TEXT, "rope_parameters": rope}, vision_config=vision, image_token_id=63,
+        vision_start_token_id=62, vision_end_token_id=61, video_token_id=60,
+    )  # fmt: skip
+    grids = torch.tensor([[1, 2, 4], [1, 4, 4]])
+    batch = images_at((2, 3, 9, 10, 11, 12), length=20, pixel_values=torch.randn(24, 12), image_grid_thw=grids)
+    batch["input_ids"][0, [1, 8]], batch["input_ids"][0, [4, 13]] = 62, 61
+    batch["mm_token_type_ids"] = (batch["input_ids"] == 63).int()
+    found = audit(Qwen2VLForConditionalGeneration(config), batch)
+    assert found.verdict == "passes", str(found)
+    assert [(one.position, one.where) for one in found.media] == [(2, (slice(0, 8),)), (9, (slice(8, 24),))]
+    with pytest.raises(InvalidArgument, match="grid_thw: expected 24 patches for 6 media tokens"):
+        audit(Qwen2VLForConditionalGeneration(config), {**batch, "image_grid_thw": grids + 1})
+
+
+def test_padding_images_of_idefics_stay_padding():
+    """It tells them by their zeros, and noise in their place would be images without a place."""
+    perceiver = {
+        "resampler_n_latents": 2, "resampler_depth": 1, "resampler_n_heads": 2, "resampler_head_dim": 8,
+        "num_key_value_heads": 1, "hidden_size": 16,
+    }  # fmt: skip
+    config = Idefics2Config(
+        vision_config=VISION, perceiver_config=perceiver, text_config={**TEXT, "model_type": "mistral"},
+        image_token_id=63,
+    )  # fmt: skip
+    images = torch.randn(2, 2, 3, 8, 8)
+    images[1, 1] = 0
+    found = audit(Idefics2ForConditionalGeneration(config), images_at((2, 3, 8, 9), (5, 6), pixel_values=images))
+    assert found.verdict == "passes", str(found)
+    assert [(medium.row, medium.position) for medium in found.media] == [(0, 2), (0, 8), (1, 5)]
+
+
+def test_a_prefix_that_reads_in_both_directions_is_no_leak_and_is_declared():
+    text = {**TEXT, "model_type": "gemma", "head_dim": 8}
+    vision = {**VISION, "model_type": "siglip_vision_model", "num_image_tokens": 4}
+    config = PaliGemmaConfig(
+        vision_config=vision, text_config=text, image_token_index=63, projection_dim=16, hidden_size=16, vocab_size=64
+    )
+    model = PaliGemmaForConditionalGeneration(config)
+    batch = images_at(range(2, 6), pixel_values=torch.randn(1, 3, 8, 8))
+    prefix = torch.arange(14)[None] < 9
+    batch |= {"token_type_ids": (~prefix).long(), "labels": batch["input_ids"]}
+    silent = audit(model, batch)
+    assert silent.verdict.startswith("cannot tell, because the language model itself reads text that follows")
+    assert not silent.leaks
+    assert "cannot tell" in str(silent)
+    assert audit(model, batch, prefix=prefix).verdict == "passes"
+
+
+def test_fuyu_has_its_patches_at_their_indices():
+    config = FuyuConfig(
+        **TEXT, patch_size=2, num_channels=3, text_config={**TEXT, "model_type": "persimmon"}, image_token_id=63
+    )
+    batch = images_at((2, 3, 5, 6), (4, 5, 7, 8), image_patches=torch.randn(2, 4, 12))
+    batch["image_patches_indices"] = torch.where(batch["input_ids"] == 63, 0, -1)
+    found = audit(FuyuForCausalLM(config), batch)
+    assert found.verdict == "passes", str(found)
+    assert [(medium.row, medium.position) for medium in found.media] == [(0, 2), (1, 4)]
+
+
+def test_a_model_that_fails_on_what_is_changed_accuses_nobody():
+    class Fragile(Reader):
+        def forward(self, input_ids: Tensor, media: Tensor, **rest: Tensor) -> Tensor:
+            if not hasattr(self, "first"):
+                self.first = media.clone()
+            if not torch.equal(media, self.first):
+                raise RuntimeError("another number of images")
+            return super().forward(input_ids, media, **rest)
+
+    found = audit(Fragile().double(), a_batch("M.M"), media_token_id=MEDIA)
+    assert found.verdict.startswith("cannot tell, because the model raises RuntimeError with medium 0 of row 0 changed")
+    assert not found.leaks
+    assert not found.blind
 
 
 POLICIES = (LastMedium(), LastMedia(2), ConsecutiveGroup(), AllPrevious())

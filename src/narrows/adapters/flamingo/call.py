@@ -54,8 +54,11 @@ class MediaCall:
     routings: list[Routing] | None = None
     begun: bool = False
 
-    def begin(self, start: int, length: int) -> None:
-        """Note that a pass over `length` tokens begins behind `start` others; raise where that is not this text."""
+    def begin(self, start: int, length: int, *, known: bool) -> None:
+        """Note that a pass over `length` tokens begins behind `start` others; raise where that is not this text.
+
+        `known`: whether the cache has a memory of those.
+        """
         if not self.begun and self.virtual:
             if start == self.start + self.virtual:  # as keys and values
                 self.start = start
@@ -63,7 +66,8 @@ class MediaCall:
                 self.locations = pad(self.locations, (self.virtual, 0))
         first, new = not self.begun, self.locations.shape[1]
         self.begun = True
-        if start >= self.start and (not first or start == self.start) and (not self.whole or length == new):
+        follows = start == self.start if first else start == self.start or (start > self.start and known)
+        if follows and (not self.whole or length == new):
             return
         raise InvalidArgument(
             "language_model",

@@ -9,11 +9,10 @@ from uuid import uuid4
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers.cache_utils import Cache
 
 from narrows.adapters.flamingo.call import CALL, PASS, LayerInputs, MediaCall, MediaPass, current
 from narrows.adapters.flamingo.host import Host
-from narrows.adapters.flamingo.memory import read_memory, text_length, write_memory
+from narrows.adapters.flamingo.memory import cache_of, read_memory, text_cache, text_length, write_memory
 from narrows.errors import InvalidArgument
 from narrows.ops.media_attention import Attend
 
@@ -37,7 +36,7 @@ class MediaHooks:
         self.traced_call: MediaCall | None = None
         self._traced_pass: MediaPass | None = None
         self._inputs = LayerInputs()
-        self._layers, self._blocks = host.layers, dict(blocks)
+        self._layers, self._blocks, self._cached = host.layers, dict(blocks), host.cached
         self._handles: list[RemovableHandle] = [
             host.model.register_forward_pre_hook(self._begin, with_kwargs=True),
             host.model.register_forward_hook(self._end, with_kwargs=True),
@@ -76,9 +75,9 @@ class MediaHooks:
         if call is None:
             return
         batch, length = _text_shape(args, kwargs)
-        cache = kwargs.get("past_key_values")
+        cache = cache_of(kwargs) if self._cached else None
         memory, start = read_memory(cache, self.key), text_length(cache)
-        call.begin(start, length)
+        call.begin(start, length, known=memory is not None)
         one = MediaPass(call, memory, batch=batch, start=start, length=length, attend=self.attend)
         if compiling:
             self._traced_pass = one
@@ -92,15 +91,15 @@ class MediaHooks:
             self._traced_pass = None
         elif one is not None:
             PASS.set(None)
-        for part in output if isinstance(output, tuple) else output.values():
-            if not isinstance(part, Cache):
-                continue
-            if one is not None:
-                write_memory(part, self.key, one.memory())
-            elif (memory := read_memory(part, self.key)) is not None:  # text that was read without its media
-                shape = _text_shape(args, kwargs)
-                none = torch.zeros(shape, dtype=torch.bool, device=memory.locations.device)
-                write_memory(part, self.key, memory.with_text(none, written=True))
+        parts = output if isinstance(output, tuple) else output.values()
+        cache = next((part for part in map(text_cache, parts) if part is not None), cache_of(kwargs))
+        if cache is None or not self._cached:
+            return
+        if one is not None:
+            write_memory(cache, self.key, one.memory())
+        elif (memory := read_memory(cache, self.key)) is not None:  # text that was read without its media
+            none = torch.zeros(_text_shape(args, kwargs), dtype=torch.bool, device=memory.locations.device)
+            write_memory(cache, self.key, memory.with_text(none, written=True))
 
     def _pass(self) -> MediaPass | None:
         if torch.compiler.is_compiling() and self._traced_pass is not None:

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from narrows.precision import accumulation_dtype
 from narrows.validation import check_positive
 
 ATTENTION = "attention"
+CACHES = {"past_key_values", "cache_params"}
+OTHER_STATES = {"state", "mems", "cache", "past_buckets_states"}
+HIDDEN_STATES = ("hidden_states", "activations", "x")  # as decoder layers call them
 
 
 class Host(NamedTuple):
@@ -23,11 +26,15 @@ class Host(NamedTuple):
         model: the causal language model itself, inside whatever wraps it.
         layers: its decoder layers.
         width: of the hidden states between them.
+        skipped: numbers of layers that do not run without media of their own (Mllama's).
+        cached: whether it takes a cache; otherwise it reads the whole text each time.
     """
 
     model: PreTrainedModel
     layers: nn.ModuleList
     width: int
+    skipped: tuple[int, ...]
+    cached: bool
 
 
 def find_host(language_model: nn.Module) -> Host:
@@ -46,35 +53,50 @@ def find_host(language_model: nn.Module) -> Host:
     if (reason := _why_not(model)) is not None:
         raise InvalidArgument(
             "language_model",
-            expected="a decoder of transformers with keys and values of all its text in past_key_values",
+            expected="a causal decoder of transformers that keeps its text in a cache of transformers",
             got=f"{type(model).__name__}, which {reason}",
         )
     config = model.config.get_text_config(decoder=True)
-    layers = _decoder_layers(model, config.num_hidden_layers)
+    # Some count two attentions of a layer as two.
+    counts = [getattr(config, name, None) for name in ("num_hidden_layers", "num_layers")]
+    layers = next((found for count in counts if count and (found := _decoder_layers(model, count))), {})
+    if len(layers) > 1:
+        towers = tuple(f"{name}." for name, part in model.named_modules() if _reads_no_text(part))
+        layers = {name: found for name, found in layers.items() if not name.startswith(towers)}
+    decoder: Any = model.get_decoder() if len(layers) > 1 else None
+    if decoder not in (None, model):
+        layers = {name: found for name, found in layers.items() if found in set(decoder.modules())}
     if len(layers) != 1:
         raise InvalidArgument(
             "language_model",
-            expected=f"one list of its {config.num_hidden_layers} decoder layers",
+            expected=f"one list of its {counts[0]} decoder layers",
             got=f"{type(model).__name__} with {len(layers)} such lists {sorted(layers)}",
         )
     (only,) = layers.values()
-    return Host(model, only, config.hidden_size)
+    skipped = tuple(getattr(config, "cross_attention_layers", None) or ())
+    cached = bool(CACHES & set(inspect.signature(model.forward).parameters))
+    return Host(model, only, config.hidden_size, skipped, cached)
 
 
 def _why_not(model: PreTrainedModel) -> str | None:
     """The reason why a model is not supported, or None."""
     if model.config.is_encoder_decoder:
         return "is an encoder-decoder: its decoder reads an encoder already"
-    if "past_key_values" not in inspect.signature(model.forward).parameters:
-        return "takes no past_key_values: its state is recurrent, or it keeps none"
+    takes = inspect.signature(model.forward).parameters
+    if (states := OTHER_STATES & set(takes)) and not CACHES & set(takes):
+        return f"keeps the text before in {states.pop()}, which is no cache of transformers, where its media would be"
     config = model.config.get_text_config(decoder=True)
     causal = any(getattr(module, "is_causal", False) for module in model.modules())
-    if getattr(config, "is_decoder", True) is False and not causal:  # some decoders ignore their is_decoder
+    # Decoders that are nothing else ignore their is_decoder; those that can be encoders take an encoder's states.
+    if getattr(config, "is_decoder", True) is False and not causal and "encoder_hidden_states" in takes:
         return "reads text in both directions: its config says is_decoder=False"
-    others = {kind for kind in getattr(config, "layer_types", None) or () if ATTENTION not in kind or "linear" in kind}
-    if model._is_stateful or others:
-        return f"has a recurrent state{f' in layers {sorted(others)}' if others else ''}, which cannot be cut back"
     return None
+
+
+def has_recurrent_state(model: PreTrainedModel) -> bool:
+    """Whether a cache of this model cannot be cut back: it holds a state of all text, not one of each token."""
+    kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ()
+    return model._is_stateful or any(ATTENTION not in kind or "linear" in kind for kind in kinds)
 
 
 def _decoder_layers(model: PreTrainedModel, count: int) -> dict[str, nn.ModuleList]:
@@ -98,16 +120,23 @@ def _takes_hidden_states(layer: nn.Module) -> bool:
     if first is not None and first.kind is inspect.Parameter.VAR_POSITIONAL:
         inner = list(layer.children())
         return len(inner) == 1 and _takes_hidden_states(inner[0])
-    return first is not None and first.name == "hidden_states"
+    return first is not None and first.name in HIDDEN_STATES
 
 
-def layer_numbers(every: int | Sequence[int], num_layers: int) -> tuple[int, ...]:
-    """The decoder layers that get a block."""
+def _reads_no_text(module: nn.Module) -> bool:
+    """Whether a module is a tower for images or sound beside the language model."""
+    return isinstance(module, PreTrainedModel) and module.main_input_name in ("pixel_values", "input_features")
+
+
+def layer_numbers(every: int | Sequence[int], num_layers: int, skipped: Sequence[int] = ()) -> tuple[int, ...]:
+    """The decoder layers that get a block: none of those `skipped`."""
     if isinstance(every, int):
         check_positive(every=every)
-        numbers = tuple(range(every - 1, num_layers, every))
+        numbers = tuple(number for number in range(num_layers) if number not in skipped)[every - 1 :: every]
     else:
         numbers = tuple(sorted(set(every)))
+    if never := [number for number in numbers if number in skipped]:
+        raise InvalidArgument("every", expected=f"layers that run in text: none of {list(skipped)}", got=never)
     if not numbers or numbers[0] < 0 or numbers[-1] >= num_layers:
         raise InvalidArgument(
             "every", expected=f"a number up to {num_layers}, or some of the layers 0 to {num_layers - 1}", got=every
@@ -180,5 +209,5 @@ def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 def virtual_tokens(language_model: nn.Module) -> int:
     """How many positions a prompt that peft has learned takes before the text."""
-    config = getattr(language_model, "active_peft_config", None)
+    config: Any = getattr(language_model, "active_peft_config", None)
     return config.num_virtual_tokens if getattr(config, "is_prompt_learning", False) else 0

@@ -4,14 +4,16 @@ A `MediaMemory` is immutable. A call makes a new one from the last, and stores i
 finished: as one more cache layer, so that whatever is done to a cache (cropping, reordering, repeating) is done to it.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers.cache_utils import Cache, DummyLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer
 
+from narrows.errors import InvalidArgument
 from narrows.layers.gated_cross_attention import MediaKeysValues
 
 
@@ -184,9 +186,30 @@ def write_memory(cache: Cache, owner: str, memory: MediaMemory) -> None:
     layers.append(MediaCacheLayer(owner, memory))
 
 
+def cache_of(arguments: Mapping[str, Any]) -> Cache | None:
+    """The cache among the arguments of a language model; those without attention call it otherwise."""
+    return text_cache(arguments.get("past_key_values", arguments.get("cache_params")))
+
+
+def text_cache(cache: Any) -> Cache | None:
+    """The cache of the text, in what decoders have that could read an encoder too."""
+    cache = getattr(cache, "self_attention_cache", cache)
+    return cache if isinstance(cache, Cache) else None
+
+
 def text_length(cache: Cache | None) -> int:
-    """Number of text tokens in a cache."""
+    """Number of text tokens in a cache.
+
+    Raises:
+        InvalidArgument: a cache without attention, that does not count its text, was filled without media.
+    """
     for layer in media_layers(cache):
         if layer.memory is not None:
             return layer.memory.length
-    return 0 if cache is None else int(cache.get_seq_length())
+    if cache is None:
+        return 0
+    if cache.layers and not any(isinstance(layer, CacheLayerMixin) for layer in cache.layers):
+        if any(any(getattr(layer, "has_previous_state", {}).values()) for layer in cache.layers):
+            raise InvalidArgument("cache_params", expected="a cache of this Flamingo", got="one of another text")
+        return 0
+    return int(cache.get_seq_length())

@@ -15,7 +15,15 @@ from transformers.generation import UnbatchedClassifierFreeGuidanceLogitsProcess
 from narrows.adapters.flamingo.base import PretrainedAddition
 from narrows.adapters.flamingo.call import MediaCall, run
 from narrows.adapters.flamingo.hooks import MediaHooks
-from narrows.adapters.flamingo.host import Frozen, as_dtype, factory, find_host, layer_numbers, virtual_tokens
+from narrows.adapters.flamingo.host import (
+    Frozen,
+    as_dtype,
+    factory,
+    find_host,
+    has_recurrent_state,
+    layer_numbers,
+    virtual_tokens,
+)
 from narrows.adapters.flamingo.media import (
     check_counts,
     document_starts,
@@ -25,7 +33,7 @@ from narrows.adapters.flamingo.media import (
     stack_media,
     width_of,
 )
-from narrows.adapters.flamingo.memory import text_length
+from narrows.adapters.flamingo.memory import cache_of, text_length
 from narrows.adapters.flamingo.saving import (
     check_made_for,
     decode_policy,
@@ -43,6 +51,7 @@ from narrows.validation import check_choice, check_not_negative, checked
 
 LAST_MEDIUM = LastMedium()
 PLACEMENTS = ("before", "after")
+DRAFTS = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
 Media = Float[Tensor, "B M *medium"] | Sequence[Tensor | Sequence[Tensor]]
 
 
@@ -122,7 +131,8 @@ class Flamingo(
         media_dim = width_of(vision_encoder) if media_dim is None else media_dim
         if media_dim is None:
             raise InvalidArgument("media_dim", expected="the width of the media's tokens", got=None)
-        self.layer_numbers = layer_numbers(every, len(host.layers))
+        self.layer_numbers = layer_numbers(every, len(host.layers), host.skipped)
+        self._recurrent = has_recurrent_state(host.model)
         self.placement, self.attend, self.media_token_id = placement, attend, media_token_id
         self.language_model, self.vision_encoder = language_model, vision_encoder
         kind = as_dtype(dtype)
@@ -210,6 +220,14 @@ class Flamingo(
                 expected="a cache that is read where it is called",
                 got="'paged': texts of several calls are packed and read in another thread, which knows no media",
                 hint="Leave it out, or say 'dynamic' or 'static'.",
+            )
+        config = kwargs.get("generation_config") or self.generation_config
+        drafts = [name for name in DRAFTS if kwargs.get(name, getattr(config, name, None)) is not None]
+        if drafts and self._recurrent:
+            raise InvalidArgument(
+                drafts[0],
+                expected="None: drafts that are rejected are cut from the cache",
+                got=f"drafts for {type(self.language_model).__name__}, whose recurrent state cannot be cut back",
             )
         call = self._call(input_ids, media, media_mask, media_locations, kwargs, generates=True)
         kwargs = self._guided(kwargs)
@@ -349,7 +367,7 @@ class Flamingo(
         text = kwargs.get("inputs_embeds") if input_ids is None else input_ids
         if text is None:
             raise InvalidArgument("input_ids", expected="the text, or inputs_embeds", got=None)
-        attention_mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+        attention_mask, cache = kwargs.get("attention_mask"), cache_of(kwargs)
         locations, start = locate(text, attention_mask, media_locations, self.media_token_id), text_length(cache)
         virtual = virtual_tokens(self.language_model)
         if generates:
