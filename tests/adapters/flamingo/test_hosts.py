@@ -12,7 +12,14 @@ from accelerate import cpu_offload, dispatch_model
 from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    MllamaForCausalLM,
+    MllamaTextConfig,
+)
 
 from narrows.adapters.flamingo import Flamingo
 from narrows.errors import InvalidArgument
@@ -206,30 +213,24 @@ def test_sharded_in_mixed_precision(one_rank: Any) -> None:
     assert model.eval().generate(prompt, media=media(1, 2), max_new_tokens=2, do_sample=False).shape == (1, 9)
 
 
+ELSEWHERE = "which keeps the text before in {}, which is no cache of transformers"
 REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
-    "mamba": (AutoModelForCausalLM, {"state_size": 4}, "MambaForCausalLM, which takes no past_key_values: .*recurrent"),
-    "rwkv": (AutoModelForCausalLM, {"attention_hidden_size": 16}, "RwkvForCausalLM, which takes no past_key_values"),
+    "rwkv": (AutoModelForCausalLM, {"attention_hidden_size": 16}, "RwkvForCausalLM, " + ELSEWHERE.format("state")),
+    "xlnet": (
+        AutoModelForCausalLM,
+        {"d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 16},
+        ELSEWHERE.format("mems"),
+    ),
     "t5": (
         AutoModelForSeq2SeqLM,
         {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 2},
         "which is an encoder-decoder",
     ),
     "bert": (AutoModelForCausalLM, {"intermediate_size": 16}, "BertLMHeadModel, which reads text in both directions"),
-    "recurrent_gemma": (
+    "rembert": (
         AutoModelForCausalLM,
-        {"num_hidden_layers": 3, "intermediate_size": 32, "lru_width": 16},
-        "RecurrentGemmaForCausalLM, which .*recurrent",
-    ),
-    "qwen3_next": (
-        AutoModelForCausalLM,
-        {"layer_types": ["linear_attention", "full_attention"], "intermediate_size": 16, "num_experts": 2},
-        r"Qwen3NextForCausalLM, which has a recurrent state",
-    ),
-    "ctrl": (AutoModelForCausalLM, {"n_embd": 16, "n_layer": 2, "n_head": 2, "dff": 16}, "CTRL.* with 0 such lists"),
-    "openai-gpt": (
-        AutoModelForCausalLM,
-        {"n_embd": 16, "n_layer": 2, "n_head": 2},
-        "OpenAIGPTLMHeadModel, which takes no",
+        {"intermediate_size": 16},
+        "RemBertForCausalLM, which reads text in both directions",
     ),
 }
 
@@ -258,9 +259,30 @@ def test_several_lists_that_could_be_the_decoder_layers_are_refused() -> None:
     config = AutoConfig.for_model("llama", **SMALL, intermediate_size=16)
     lm = AutoModelForCausalLM.from_config(config)
     assert len(flamingo(lm, every=1).blocks) == 2
-    lm.extra = AutoModel.from_config(config)
-    with pytest.raises(InvalidArgument, match=r"with 2 such lists \['extra.layers', 'model.layers'\]"):
+    lm.model.extra = AutoModel.from_config(config)
+    with pytest.raises(InvalidArgument, match=r"with 2 such lists \['model.extra.layers', 'model.layers'\]"):
         flamingo(lm, every=1)
+
+
+@pytest.mark.parametrize("drafts", [{"prompt_lookup_num_tokens": 2}, {"assistant_model": "itself"}], ids=str)
+def test_drafts_are_refused_where_a_cache_cannot_be_cut_back(drafts: dict[str, Any]) -> None:
+    types = ["linear_attention", "full_attention"]
+    config = AutoConfig.for_model("qwen3_next", **SMALL, intermediate_size=16, num_experts=2, layer_types=types)
+    lm = AutoModelForCausalLM.from_config(config)
+    model = flamingo(lm, every=1, media_token_id=31)
+    if "assistant_model" in drafts:
+        drafts = {"assistant_model": lm}
+    with pytest.raises(InvalidArgument, match=r"expected None: drafts that are rejected are cut from the cache"):
+        model.generate(torch.tensor([[1, 31, 2]]), media=media(1, 1), max_new_tokens=2, **drafts)
+
+
+def test_layers_that_text_alone_skips_get_no_block() -> None:
+    sizes = {**SMALL, "num_hidden_layers": 4, "num_key_value_heads": 1, "intermediate_size": 16}
+    ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    lm = MllamaForCausalLM(MllamaTextConfig(cross_attention_layers=[1, 3], **sizes, **ends))
+    assert flamingo(lm, every=1, media_token_id=31).layer_numbers == (0, 2)
+    with pytest.raises(InvalidArgument, match=r"every: expected layers that run in text: none of \[1, 3\], got \[1\]"):
+        flamingo(lm, every=(0, 1), media_token_id=31)
 
 
 def test_outputs_with_peft_inside_are_those_of_the_merged_model() -> None:
