@@ -250,6 +250,11 @@ def test_tokens_replaced_between_blocks_are_noticed() -> None:
         handle = model.blocks[2].register_forward_hook(lambda module, args, output: output * 1.0)
         assert torch.equal(model(images()), expected)
         handle.remove()
+        for index in (1, 3):  # after the last block that reduces as well
+            prompt = model.blocks[index].register_forward_pre_hook(lambda _, args: (torch.cat((args[0],) * 2, 1),))
+            with pytest.raises(NarrowsError, match="replaced the tokens|got 74 tokens|special ones and a grid"):
+                model(images())
+            prompt.remove()
         tokens = model.norm_pre(model._pos_embed(model.patch_embed(images())))
         with pytest.raises(NarrowsError, match="call of one block alone"):
             model.blocks[3](tokens)

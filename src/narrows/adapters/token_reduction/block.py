@@ -266,10 +266,9 @@ class ReducedBlock:
     def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
         """A forward hook of such a block: what becomes of the tokens goes with them."""
         block = self._of(module)
-        tokens = block.tokens(_first_of(args, kwargs))
-        call, state = call_of(tokens), state_of(tokens)
-        if state is not None:
-            return self._returned(block, result, in_order(block, tokens), state)
+        if self.index > self.plan.first:  # other hooks may have replaced the tokens since
+            return self._returned(block, result, *self._incoming(block, args, kwargs))
+        call = call_of(block.tokens(_first_of(args, kwargs)))
         if call is not None:
             mark(block.tokens(result), call)
         return None

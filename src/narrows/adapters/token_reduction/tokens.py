@@ -9,6 +9,7 @@ in the same order. Norms, projections and feed-forwards act on rows and need not
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -370,30 +371,20 @@ def attend(
         dropout: probability at which attention weights are dropped.
         fused: whether a fused kernel may run: they have no second derivative.
     """
-    if isinstance(query_layout, Packed):
-        assert bias is None, "packed rows take no bias"
-        if isinstance(key_layout, Packed):
-            key_lengths = key_layout.lengths
-        else:
-            assert key_layout.mask is None, "rows that may be packed are packed at once"
-            key_lengths = torch.full_like(query_layout.lengths, key_layout.width)
-        attended = ragged_attention(
-            query[0],
-            key_layout.to_packed(key),
-            key_layout.to_packed(value),
-            query_layout.lengths,
-            key_lengths,
-            scale=scale,
-            dropout=dropout,
-        )
-        return attended.flatten(1)[None]
-    assert isinstance(key_layout, Padded), "padded queries read padded keys"
-    query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    if fused and not is_transformed(query, key, value):
+    with nullcontext() if fused and not is_transformed(query, key, value) else sdpa_kernel(SDPBackend.MATH):
+        if isinstance(query_layout, Packed):
+            assert bias is None, "packed rows take no bias"
+            if isinstance(key_layout, Packed):
+                key_lengths = key_layout.lengths
+            else:
+                assert key_layout.mask is None, "rows that may be packed are packed at once"
+                key_lengths = torch.full_like(query_layout.lengths, key_layout.width)
+            rows = query[0], key_layout.to_packed(key), key_layout.to_packed(value)
+            lengths, impl = (query_layout.lengths, key_lengths), "auto" if fused else "grouped"
+            return ragged_attention(*rows, *lengths, scale=scale, dropout=dropout, impl=impl).flatten(1)[None]
+        assert isinstance(key_layout, Padded), "padded queries read padded keys"
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout, scale=scale)
-    else:
-        with sdpa_kernel(SDPBackend.MATH):
-            attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout, scale=scale)
     return attended.transpose(1, 2).flatten(2)
 
 
