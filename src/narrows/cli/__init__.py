@@ -28,6 +28,9 @@ COMMANDS = {
     ),
     "show": Command("commands.show", "draw where the tokens of images go in a model"),
     "reduce": Command("commands.reduce", "let a vision transformer carry fewer tokens; report what it costs and keeps"),
+    "discover": Command(
+        "commands.discover", "find objects in images without labels; report how well where masks are known"
+    ),
     "info": Command("info.run", "say what is installed, which models there are and what can run here"),
     "fit": Command("training.run", "train one model, with checkpoints and exact resume"),
     "validate": Command("training.run", "loss and accuracy on the held-out images"),
@@ -40,6 +43,7 @@ COMMANDS = {
 _GROUPS = {
     "Which mechanism is for me?": ("compare", "show"),
     "How fast can a model you have be?": ("reduce",),
+    "Where are the objects?": ("discover",),
     "Train one": ("fit", "validate", "test", "predict"),
     "Let a language model see": ("generate",),
     "How fast, and what is here?": ("bench", "info"),

@@ -24,6 +24,14 @@ def reduce(arguments: list[str]) -> None:
     print("\n".join([str(found), f"Chosen: {found.chosen.name} ({found.why})", *written, f"Report: {found.report}"]))
 
 
+def discover(arguments: list[str]) -> None:
+    """Find objects, score and report."""
+    from narrows.jobs import discover as job
+
+    found = call(job.discover, arguments)
+    print("\n".join([str(found), f"Report: {found.report}"]))
+
+
 def show(arguments: list[str]) -> None:
     """Draw pictures."""
     from narrows.jobs import show as job

@@ -29,8 +29,8 @@ try:
 except ImportError as error:
     raise MissingExtra(error.name or "lightning", extra="train", purpose="train") from error
 
-from narrows.data.module import ImageDataModule, PositionedDataModule, SegmentationDataModule
-from narrows.jobs.fit import classification, segmentation
+from narrows.data.module import ImageDataModule, ObjectDataModule, PositionedDataModule, SegmentationDataModule
+from narrows.jobs.fit import classification, objects, segmentation
 from narrows.training.callbacks import ClassMaps, PredictionTable, SavePretrained
 from narrows.training.checkpoints import Checkpoints, StopOnSignal, WholeFiles
 from narrows.training.task import Task
@@ -102,6 +102,7 @@ _SHAPE = [_of_images(name) for name in ("num_classes", "image_size", "channels")
 TASKS: dict[str, Callable[[], Choice]] = {
     "classification": lambda: Choice(classification, ImageDataModule, "val/accuracy", PredictionTable, _SHAPE),
     "segmentation": lambda: Choice(segmentation, SegmentationDataModule, "val/mean_iou", ClassMaps, _SHAPE),
+    "objects": lambda: Choice(objects, ObjectDataModule, "val/loss", None, _SHAPE[1:], "min"),
     "flamingo": _flamingo,
 }
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
@@ -10,9 +11,11 @@ from torch.utils.data import DataLoader, Dataset
 from narrows.data.folder import load_unlabelled
 from narrows.data.images import Augmentation, ImageData, ImageSet
 from narrows.data.load import load
+from narrows.data.object_folder import load_object_folder
+from narrows.data.object_scenes import OBJECT_SCENES, load_object_scenes
 from narrows.data.positions import PositionSampler
 from narrows.data.scenes import load_segmented
-from narrows.errors import DataError
+from narrows.errors import DataError, InvalidArgument
 from narrows.validation import check_positive
 
 
@@ -187,3 +190,45 @@ class SegmentationDataModule(ImageDataModule):
     def loaded(self) -> ImageData:
         """The scenes."""
         return load_segmented(self.data, image_size=self.image_size, seed=self.seed)
+
+
+class ObjectDataModule(ImageDataModule):
+    """Scenes or a folder of images or clips, with the number of the object in each pixel where it is known.
+
+    Args:
+        data: one of `narrows.data.object_scenes.OBJECT_SCENES`, or a folder as `load_object_folder` takes it.
+        image_size: side of the square images; by default that of the scenes, 128 for a folder.
+        frames: T, of clips; None for images, and for the 8 frames of "moving_sprites".
+        length: scenes in an epoch.
+        batch_size, num_workers, seed, images: as of `ImageDataModule`.
+    """
+
+    def __init__(
+        self,
+        data: str = "sprites",
+        *,
+        image_size: int | None = None,
+        frames: int | None = None,
+        length: int | None = None,
+        batch_size: int = 16,
+        num_workers: int = 0,
+        seed: int = 0,
+        images: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__(
+            data, image_size=image_size, batch_size=batch_size, num_workers=num_workers, seed=seed, images=images
+        )
+        self.frames, self.length = frames, length
+
+    @cached_property
+    def loaded(self) -> ImageData:
+        """The images or clips."""
+        if self.data in OBJECT_SCENES:
+            return load_object_scenes(
+                self.data, image_size=self.image_size, frames=self.frames, length=self.length, seed=self.seed
+            )
+        if not Path(self.data).exists():
+            expected = f"one of {', '.join(OBJECT_SCENES)}, or a folder"
+            raise InvalidArgument("data", expected=expected, got=repr(self.data))
+        size = 128 if self.image_size is None else self.image_size
+        return load_object_folder(Path(self.data), image_size=size, frames=self.frames, seed=self.seed)

@@ -3,8 +3,10 @@
 from typing import Any
 
 from narrows.hub.models import open_model
+from narrows.jobs.object_models import object_model
 from narrows.models.segmenter import Segmenter
 from narrows.training.classification import Classification
+from narrows.training.objects import ObjectTask
 from narrows.training.segmentation import Segmentation
 
 
@@ -57,3 +59,28 @@ def segmentation(
     backbone_args = {"image_size": image_size, **(model_args or {})}
     segmenter = Segmenter(model, num_classes=num_classes, channels=channels, dim=dim, backbone_args=backbone_args)
     return Segmentation(segmenter, num_classes=num_classes, **options)
+
+
+def objects(
+    model: str = "slot_autoencoder",
+    *,
+    image_size: int = 32,
+    channels: int = 3,
+    backbone: str | None = None,
+    model_args: dict[str, Any] | None = None,
+    **options: Any,
+) -> ObjectTask:
+    """Objects without labels by an `ObjectDiscovery`.
+
+    Args:
+        model: a name of `narrows.list_models(task="objects")`, whose weights are random.
+        image_size: side of the square images the decoder is built for.
+        channels: channels of the images.
+        backbone: of models that rebuild features: "timm:<name>", "hf:<name>", a folder or a registry name.
+        model_args: further arguments of the model, over those of its name.
+        options: those of `ObjectTask`.
+    """
+    return ObjectTask(
+        object_model(model, image_size=image_size, channels=channels, backbone=backbone, **(model_args or {})),
+        **options,
+    )

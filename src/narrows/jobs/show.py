@@ -7,11 +7,13 @@ from tqdm.auto import tqdm
 
 from narrows.data import ImageSet, picture
 from narrows.data.folder import load_unlabelled
+from narrows.data.object_scenes import OBJECT_SCENES, load_object_scenes
 from narrows.data.scenes import SCENES, load_scenes
 from narrows.errors import InvalidArgument
 from narrows.files import check_writable
 from narrows.hub.models import accelerator_of, open_model
-from narrows.models import ImageClassifier
+from narrows.jobs.object_models import object_picture, open_object_model
+from narrows.models import ImageClassifier, ObjectDiscovery
 from narrows.validation import check_positive
 from narrows.visualize import overlay, save
 
@@ -27,9 +29,10 @@ def show(
     """Draw where the tokens of images go in a model: one picture for each image and bottleneck.
 
     Args:
-        model: folder written by `narrows fit`, `narrows compare` or `save_pretrained`, or a registry name, whose
+        model: folder written by `narrows fit`, `compare`, `discover` or `save_pretrained`, or a registry name, whose
             weights are random.
-        images: image files and folders of them, or "digits" or "small_digits" for digit scenes.
+        images: image files and folders of them, or "digits" or "small_digits" for digit scenes; of a model that finds
+            objects, "sprites" or other scenes of `narrows.data.object_scenes`.
         output: folder for the pictures.
         limit: at most so many images.
         max_carriers: at most so many carriers get a panel.
@@ -42,6 +45,9 @@ def show(
     check_positive(limit=limit, max_carriers=max_carriers)
     place = accelerator_of(device)
     check_writable(output, folder=True)
+    if (finder := open_object_model(model)) is not None:
+        _show_objects(finder.to(place), images, Path(output), limit)
+        return
     scenes = images[0] if len(images) == 1 and images[0] in SCENES else None
     loaded = open_model(model, channels=1) if scenes else open_model(model)
     network, size = loaded.module.to(place), loaded.size[0]
@@ -64,6 +70,24 @@ def show(
             figure = overlay(picture(batch)[0], routing, max_carriers=max_carriers)
             save(figure, folder / f"{stems[index]}-{routing.name}.png")
     print(f"Pictures of {len(indices)} images are in {folder}")
+
+
+def _show_objects(model: ObjectDiscovery, images: Sequence[str], folder: Path, limit: int) -> None:
+    """Draw the objects that a model finds, in scenes or in images of the size its decoder is built for."""
+    if len(images) == 1 and images[0] in OBJECT_SCENES:
+        found = load_object_scenes(images[0]).held_out
+    else:
+        size = getattr(model.decoder, "image_size", None)
+        if size is None:
+            expected = f"one that rebuilds pixels, or scenes: {', '.join(OBJECT_SCENES)}"
+            raise InvalidArgument("model", expected=expected, got="one that rebuilds features")
+        found = load_unlabelled(images, image_size=size, channels=3)
+    folder.mkdir(parents=True, exist_ok=True)
+    stems = _distinct_stems([found.name(index) for index in range(min(limit, len(found)))])
+    for index, stem in enumerate(tqdm(stems, desc="Drawing", disable=None)):
+        batch, truth = found.batch([index])
+        save(object_picture(model, batch, truth if truth.ndim > 1 else None), folder / f"{stem}-objects.png")
+    print(f"Pictures of {len(stems)} images are in {folder}")
 
 
 def _distinct_stems(names: Sequence[str]) -> list[str]:

@@ -209,10 +209,11 @@ class RunProgress(Callback):
 
     Args:
         label: what is trained, at the left of the bar.
+        metric: the logged share that is shown.
     """
 
-    def __init__(self, label: str) -> None:
-        self.label = label
+    def __init__(self, label: str, metric: str = "val/accuracy") -> None:
+        self.label, self.metric = label, metric
         self.accuracy: float | None = None
         self._before, self._start = 0.0, time.perf_counter()
 
@@ -252,8 +253,8 @@ class RunProgress(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show the new held-out accuracy."""
-        if not trainer.sanity_checking and "val/accuracy" in trainer.callback_metrics:
-            self.accuracy = trainer.callback_metrics["val/accuracy"].item()
+        if not trainer.sanity_checking and self.metric in trainer.callback_metrics:
+            self.accuracy = trainer.callback_metrics[self.metric].item()
             self._tell("")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

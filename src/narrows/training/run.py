@@ -81,8 +81,8 @@ def train(
     return Run(name, images.seed, accuracy, images_seen, seconds, folder / "models" / run_name)
 
 
-def progress_trainer(logs: Path, *, label: str, **options: Any) -> Trainer:
-    """A trainer on one device that shows one bar with `label`, and logs to CSV in `logs`.
+def progress_trainer(logs: Path, *, label: str, metric: str = "val/accuracy", **options: Any) -> Trainer:
+    """A trainer on one device that shows one bar with `label` and a held-out `metric`, and logs to CSV in `logs`.
 
     There is also `last.ckpt`, for the caller to remove when its result is kept: with it `fit` goes on where it was
     stopped.
@@ -92,7 +92,7 @@ def progress_trainer(logs: Path, *, label: str, **options: Any) -> Trainer:
         devices=1,
         gradient_clip_val=1.0,
         num_sanity_val_steps=0,
-        callbacks=[RunProgress(label), StopOnSignal(), last],
+        callbacks=[RunProgress(label, metric), StopOnSignal(), last],
         plugins=[WholeFiles()],
         logger=CSVLogger(logs.parent, name=logs.name, version=""),
         enable_progress_bar=False,

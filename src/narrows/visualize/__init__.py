@@ -1,6 +1,7 @@
 """Pictures of a `Routing`, plots, tables and the report. Draws without a display and leaves pyplot alone."""
 
 from narrows.visualize.canvas import save
+from narrows.visualize.objects import found_objects
 from narrows.visualize.overlays import gallery, overlay
 from narrows.visualize.plots import ParetoPoint, curves, pareto, pareto_front
 from narrows.visualize.report import Report
@@ -13,6 +14,7 @@ __all__ = [
     "ParetoPoint",
     "Report",
     "curves",
+    "found_objects",
     "gallery",
     "overlay",
     "pareto",

@@ -1,0 +1,321 @@
+"""`narrows discover`: objects out of scenes without labels, and how well they were found."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from scipy.special import stdtrit
+from torch import Tensor
+from tqdm import tqdm
+
+from narrows.data import IGNORED, ImageData, ImageSet
+from narrows.data.module import ObjectDataModule
+from narrows.errors import InvalidArgument
+from narrows.files import new_folder, write_text
+from narrows.hub.models import accelerator_of
+from narrows.jobs.object_models import object_model, object_picture, open_object_model
+from narrows.jobs.report import Result, add_picture, machine, percent
+from narrows.metrics import adjusted_rand_index, best_overlap, count_overlaps
+from narrows.models import ObjectDiscovery
+from narrows.training.callbacks import RunProgress
+from narrows.training.objects import ObjectTask, pixel_masks, signs_of_collapse, state_of
+from narrows.training.run import fit, progress_trainer, quiet_lightning
+from narrows.validation import check_positive
+from narrows.visualize import Cell, Report
+
+STEPS = 8000
+"""Training steps by default."""
+NUM_PICTURES = 6
+SCORES = ("fg_ari", "mbo", "attention_fg_ari", "attention_mbo")
+COLUMNS = {
+    "seed": None,
+    "FG-ARI (attention)": None,
+    "FG-ARI (decoder)": None,
+    "mBO (decoder)": None,
+    "mBO (attention)": None,
+    "slots used": None,
+    "time": None,
+}
+RUNS_FILE = "runs.json"
+
+
+@dataclass(frozen=True)
+class ObjectRun:
+    """One model, and what it found in the held-out images.
+
+    Args:
+        seed: of weights, order and scenes.
+        fg_ari, mbo: of the decoder's masks, mean over images; NaN where there are no masks to compare with.
+        attention_fg_ari, attention_mbo: of the attention's.
+        deviation: standard deviation of `attention_fg_ari` over images.
+        slots_used: slots that have the greatest share of at least 1 % of an image, on average.
+        seconds: of training; 0 for a model that was trained before.
+        folder: where it is saved; `narrows.load_model` takes it.
+        signs: what is wrong with its slots, in words.
+    """
+
+    seed: int
+    fg_ari: float
+    mbo: float
+    attention_fg_ari: float
+    attention_mbo: float
+    deviation: float
+    slots_used: float
+    seconds: float
+    folder: str
+    signs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Discovery(Result):
+    """Models that found objects, and how well.
+
+    Args:
+        runs: one for each seed.
+        held_out: number of images that were scored.
+        folder: where models, pictures and the report are.
+    """
+
+    runs: Sequence[ObjectRun]
+    held_out: int
+    folder: Path
+
+    @property
+    def columns(self) -> Mapping[str, str | None]:
+        """Heads of the table."""
+        return COLUMNS
+
+    def margin(self, score: str) -> float:
+        """Half of the 95 % interval of a mean score: over seeds (Student's), or over images where there is one seed."""
+        values = [getattr(run, score) for run in self.runs]
+        if len(values) > 1:
+            return float(stdtrit(len(values) - 1, 0.975)) * stdev(values) / math.sqrt(len(values))
+        return 1.96 * self.runs[0].deviation / math.sqrt(self.held_out) if score == "attention_fg_ari" else math.nan
+
+    def rows(self) -> list[list[object]]:
+        """A row for each seed, and one for their mean."""
+        rows = [[str(run.seed), *self._scores(run), round(run.slots_used, 1), _time(run.seconds)] for run in self.runs]
+        if len(self.runs) > 1:
+            means = [fmean(getattr(run, name) for run in self.runs) for name in _ORDER]
+            cells = [_percent(mean, self.margin(name)) for mean, name in zip(means, _ORDER, strict=True)]
+            used, seconds = (fmean(getattr(run, name) for run in self.runs) for name in ("slots_used", "seconds"))
+            rows.append(["mean", *cells, round(used, 1), _time(seconds)])
+        return rows
+
+    def _scores(self, run: ObjectRun) -> list[object]:
+        one = len(self.runs) == 1
+        return [_percent(getattr(run, name), self.margin(name) if one else math.nan) for name in _ORDER]
+
+
+_ORDER = ("attention_fg_ari", "fg_ari", "mbo", "attention_mbo")
+
+
+def discover(
+    data: str = "sprites",
+    *,
+    model: str = "slot_autoencoder",
+    checkpoint: str | None = None,
+    backbone: str | None = None,
+    video: bool = False,
+    seeds: int = 1,
+    epochs: int | None = None,
+    batch_size: int = 16,
+    image_size: int | None = None,
+    num_slots: int | None = None,
+    precision: str = "bf16-mixed",
+    output: str | Path = "runs",
+    device: str = "auto",
+    resume: str | Path | None = None,
+) -> Discovery:
+    """Train a model to find objects in images without labels, and say how well it does where masks are known.
+
+    Without arguments: scenes of coloured shapes, which need no download. Models, pictures, logs and `report.html` are
+    written to `<output>/<time>/`. `narrows show` takes a model from there.
+
+    Args:
+        data: "sprites", "textured_sprites", "crowded_sprites", "sprite_grid", "digit_objects", "moving_sprites", or a
+            folder of images, or of images and masks (docs/objects.md).
+        model: "slot_autoencoder", "dinosaur", "spot", "savi" or "slotcontrast".
+        checkpoint: folder of a model that was trained before: it is scored and drawn, and nothing is trained.
+        backbone: of models that rebuild features: "timm:<name>", "hf:<name>" or a folder.
+        video: clips of eight frames; by default of moving sprites, by "savi".
+        seeds: how many seeds are trained; two or more give a spread.
+        epochs: passes over the training images; by default as many as make 8000 steps.
+        batch_size: images in a training step.
+        image_size: side of the images in pixels; by default that of the scenes, 128 for a folder.
+        num_slots: K; by default the model's.
+        precision: of training, as Lightning's trainer takes it: "32-true" where a CPU has no bfloat16.
+        output: folder of all runs.
+        device: "auto", "cpu" or "cuda".
+        resume: folder of a call that was stopped: seeds that are finished are kept, the one at hand goes on.
+
+    Raises:
+        InvalidArgument: an unknown model, data or device, a number that is not positive, a checkpoint that is no object
+            model.
+        DataError: images that cannot be used.
+        CannotWrite: the output folder or the disk refuses.
+    """
+    check_positive(
+        seeds=seeds, batch_size=batch_size, **{n: v for n, v in (("epochs", epochs), ("num_slots", num_slots)) if v}
+    )
+    accelerator = accelerator_of(device)
+    if video:
+        data = "moving_sprites" if data == "sprites" else data
+        model = "savi" if model == "slot_autoencoder" else model
+    frames = 8 if video else None
+
+    def images(seed: int) -> ObjectDataModule:
+        return ObjectDataModule(data, image_size=image_size, frames=frames, batch_size=batch_size, seed=seed)
+
+    found = images(0).loaded
+    given = None if checkpoint is None else _given(checkpoint)
+    own = {} if num_slots is None else {"num_slots": num_slots}
+
+    def build() -> ObjectDiscovery:
+        return object_model(model, image_size=found.image_size, backbone=backbone, **own)
+
+    if given is None:
+        build()  # before a folder is made, so that a wrong name shows at once
+    folder = new_folder(output) if resume is None else Path(resume)
+    runs = _finished(folder)
+    if given is not None:
+        runs = [_judged(given, found, seed=0, seconds=0.0, folder=checkpoint or "")]
+    else:
+        length = len(found.train) // batch_size
+        total = max(1, math.ceil(STEPS / max(1, length))) if epochs is None else epochs
+        tqdm.write(f"{model} on {data}: {total} epochs of {length} steps, {seeds} seed(s). Everything goes to {folder}")
+        for seed in range(len(runs), seeds):
+            runs.append(
+                _train(build, images(seed), folder, model, seed, total, accelerator=accelerator, precision=precision)
+            )
+            write_text(folder / RUNS_FILE, json.dumps([asdict(run) for run in runs], indent=2) + "\n")
+    result = Discovery(runs, len(found.held_out), folder)
+    network = given if given is not None else open_object_model(runs[0].folder)
+    assert network is not None or backbone is not None
+    _report(result, network, found, data, model if given is None else str(checkpoint))
+    result.write_csv(folder / "scores.csv")
+    return result
+
+
+def _given(checkpoint: str) -> ObjectDiscovery:
+    found = open_object_model(checkpoint)
+    if found is None:
+        expected = "a folder with a model of `narrows discover` or `narrows fit --task objects`"
+        raise InvalidArgument("checkpoint", expected=expected, got=repr(checkpoint))
+    return found
+
+
+def _finished(folder: Path) -> list[ObjectRun]:
+    file = folder / RUNS_FILE
+    runs = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    return [ObjectRun(**{**run, "signs": tuple(run["signs"])}) for run in runs]
+
+
+def _train(
+    build: Any,
+    images: ObjectDataModule,
+    folder: Path,
+    name: str,
+    seed: int,
+    epochs: int,
+    *,
+    accelerator: str,
+    **options: Any,
+) -> ObjectRun:
+    torch.manual_seed(seed)
+    task = ObjectTask(build(), contrast=0.5 if name == "slotcontrast" else 0.0)
+    run = f"{name}-seed{seed}"
+    trainer = progress_trainer(
+        folder / "logs" / run,
+        label=run,
+        metric="val/attention_fg_ari",
+        max_epochs=epochs,
+        accelerator=accelerator,
+        check_val_every_n_epoch=max(1, epochs // 5),
+        **options,
+    )
+    with quiet_lightning():
+        fit(trainer, task, images)
+    (progress,) = (callback for callback in trainer.callbacks if isinstance(callback, RunProgress))  # pyright: ignore[reportAttributeAccessIssue]
+    place = folder / "models" / run
+    task.model.save_pretrained(place)  # pyright: ignore[reportCallIssue]
+    model = task.model.to(accelerator).eval()
+    assert isinstance(model, ObjectDiscovery)
+    return _judged(model, images.loaded, seed=seed, seconds=progress.seconds, folder=str(place))
+
+
+def _judged(model: ObjectDiscovery, found: ImageData, *, seed: int, seconds: float, folder: str) -> ObjectRun:
+    scores, states = scores_of(model, found.held_out)
+    means = {name: float(values.nanmean()) for name, values in scores.items()}
+    known = scores["attention_fg_ari"]
+    known = known[known.isfinite()]
+    return ObjectRun(
+        seed=seed,
+        **means,
+        deviation=float(known.std()) if len(known) > 1 else math.nan,
+        slots_used=float(states.slots_used),
+        seconds=seconds,
+        folder=folder,
+        signs=tuple(signs_of_collapse(states)),
+    )
+
+
+@torch.no_grad()
+def scores_of(
+    model: ObjectDiscovery, images: ImageSet, *, batch_size: int = 16, seed: int = 0
+) -> tuple[dict[str, Float[Tensor, "N"]], Any]:
+    """FG-ARI and mBO of every image or clip, by the masks of decoder and attention, and the state of the slots.
+
+    Initial slots are drawn from `seed`. NaN where no mask is known or no object is there.
+    """
+    place = next(model.parameters()).device
+    generator = torch.Generator(place).manual_seed(seed)
+    scores: dict[str, list[Tensor]] = {name: [] for name in SCORES}
+    states = []
+    model.eval()
+    for start in range(0, len(images), batch_size):
+        batch, truth = images.batch(range(start, min(start + batch_size, len(images))))
+        found = model(batch.to(place), generator=generator)
+        states.append(state_of(found))
+        for prefix, maps in zip(("", "attention_"), pixel_masks(found, truth.shape[-2:]), strict=True):
+            overlaps = count_overlaps(maps.movedim(-3, 1).cpu(), truth)
+            known = (truth != IGNORED).flatten(1).any(1)
+            scores[f"{prefix}fg_ari"].append(adjusted_rand_index(overlaps, foreground=True).where(known, torch.nan))
+            scores[f"{prefix}mbo"].append(best_overlap(overlaps).where(known, torch.nan))
+    state = type(states[0])(*(torch.stack(values).mean() for values in zip(*states, strict=True)))
+    return {name: torch.cat(values) for name, values in scores.items()}, state
+
+
+def _report(result: Discovery, model: ObjectDiscovery | None, found: ImageData, data: str, name: str) -> None:
+    report = Report("Objects without labels", f"{name} on {data}, {result.held_out} held-out images; {machine()}")
+    report.section("Scores")
+    result.add_table(
+        report,
+        "Adjusted Rand index of the pixels of true objects (FG-ARI) and mean best overlap (mBO), by the masks of the "
+        "slots' attention and of the decoder, with 95 % intervals: over seeds, or over images where there is one seed.",
+    )
+    for run in result.runs:
+        for sign in run.signs:
+            report.paragraph(f"Seed {run.seed}: {sign}")
+    if model is not None:
+        report.section("What was found")
+        images, truth = found.held_out.batch(range(min(NUM_PICTURES, len(found.held_out))))
+        figure = object_picture(model, images, truth)
+        add_picture(report, figure, result.folder / "objects.png", "Held-out images and what each slot holds.")
+    report.write(result.report)
+
+
+def _percent(share: float, margin: float = math.nan) -> Cell:
+    if not math.isfinite(share):
+        return Cell(share, "-")
+    return percent(share, f" ± {100 * margin:.1f}" if math.isfinite(margin) else "")
+
+
+def _time(seconds: float) -> Cell:
+    return Cell(seconds, f"{seconds // 60:.0f} min {seconds % 60:02.0f} s")

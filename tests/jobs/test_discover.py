@@ -1,0 +1,116 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from narrows.cli import main
+from narrows.data import SpriteScenes
+from narrows.data.module import ObjectDataModule
+from narrows.errors import InvalidArgument
+from narrows.hub.models import save_model
+from narrows.jobs import discover as job
+from narrows.jobs.object_models import object_model
+from narrows.models import ObjectDiscovery, create_model, load_model
+from tests.data.object_folders import write
+
+SMALL = {"epochs": 1, "precision": "32-true", "device": "cpu", "batch_size": 8}
+
+
+def few(*args: object, **kwargs: object) -> ObjectDataModule:
+    """A data module of few scenes."""
+    module = ObjectDataModule(*args, length=16, **kwargs)
+    if isinstance(module.loaded.held_out, SpriteScenes):
+        module.loaded.held_out._length = 24
+    return module
+
+
+@pytest.fixture(autouse=True)
+def few_scenes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job, "ObjectDataModule", few)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> job.Discovery:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job, "ObjectDataModule", few)
+        return job.discover(output=tmp_path_factory.mktemp("runs"), seeds=2, **SMALL)
+
+
+def test_every_seed_is_trained_scored_saved_and_shown(trained: job.Discovery) -> None:
+    assert [run.seed for run in trained.runs] == [0, 1]
+    assert trained.runs[0].fg_ari != trained.runs[1].fg_ari
+    for run in trained.runs:
+        assert -1 <= run.attention_fg_ari <= 1
+        assert 0 < run.attention_mbo < 1
+        assert isinstance(load_model(run.folder), ObjectDiscovery)
+    assert "±" in str(trained)
+    assert [row[0] for row in trained.rows()] == ["0", "1", "mean"]
+    assert trained.margin("mbo") > 0
+    html = trained.report.read_text(encoding="utf-8")
+    assert "FG-ARI" in html
+    assert (trained.folder / "objects.png").stat().st_size > 10_000
+    assert (trained.folder / "scores.csv").read_text().startswith("seed,")
+
+
+def test_a_model_that_was_trained_is_scored_as_before_and_shown(trained: job.Discovery, tmp_path: Path) -> None:
+    before = trained.runs[1]
+    again = job.discover(checkpoint=before.folder, output=tmp_path, device="cpu").runs[0]
+    assert (again.fg_ari, again.attention_mbo) == pytest.approx((before.fg_ari, before.attention_mbo), abs=1e-6)
+    assert again.seconds == 0
+    assert main(["show", before.folder, "sprites", "--limit", "2", "--output", str(tmp_path)]) == 0
+    assert len(list(tmp_path.glob("scene*objects.png"))) == 2
+
+
+def test_seeds_that_are_finished_are_kept(trained: job.Discovery, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job, "_train", lambda *_, **__: pytest.fail("trained again"))
+    assert job.discover(resume=trained.folder, seeds=2, **SMALL).runs == trained.runs
+
+
+def test_clips_are_followed_by_savi(tmp_path: Path) -> None:
+    found = job.discover(video=True, output=tmp_path, **{**SMALL, "batch_size": 4})
+    assert load_model(found.runs[0].folder).predictor is not None
+    assert 0 < found.runs[0].attention_mbo < 1
+
+
+def test_images_without_masks_are_divided_and_not_scored(tmp_path: Path) -> None:
+    folder = write(tmp_path / "photos", [f"{n}.jpg" for n in range(40)], [])
+    found = job.discover(str(folder), image_size=16, output=tmp_path, **SMALL)
+    assert found.runs[0].fg_ari != found.runs[0].fg_ari  # NaN
+    assert " - " in str(found)
+    assert found.report.is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"data": "sprite"}, "data: expected one of sprites"),
+        ({"model": "slots"}, "model: expected"),
+        ({"model": "dinosaur"}, "backbone: expected a vision model"),
+        ({"backbone": "timm:vit_tiny_patch16_224"}, "backbone: expected None: slot_autoencoder rebuilds pixels"),
+        ({"seeds": 0}, "seeds: expected"),
+        ({"image_size": 40}, "image_size: expected 8 times a power of two"),
+        ({"checkpoint": "nowhere"}, "checkpoint: expected a folder with a model"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_a_folder_is_made(options, message, tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgument, match=message):
+        job.discover(output=tmp_path / "runs", **options)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_features_of_a_backbone_are_rebuilt(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    backbone = timm.create_model("test_vit", num_classes=0).eval()
+    save_model(backbone, tmp_path / "vit")
+    small = {"num_slots": 3, "slot_dim": 16, "mlp_dim": 16, "decoder": {"hidden_dims": [16]}}
+    name = f"timm:local-dir:{tmp_path / 'vit'}"
+    model = object_model("dinosaur", image_size=160, backbone=name, **small)
+    images = torch.randn(1, 3, 160, 160)
+    found = model(images)
+    tokens = backbone.forward_features(images)[:, 1:]
+    assert found.masks.shape == (1, 3, 10, 10)
+    assert torch.allclose(found.target.flatten(2).mT, tokens, atol=1e-5)
+    pooled = create_model("vit_mini", channels=3, image_size=32)
+    pooled.save_pretrained(tmp_path / "pooled")
+    with pytest.raises(InvalidArgument, match="backbone: expected a model with tokens on a grid"):
+        object_model("dinosaur", image_size=32, backbone=str(tmp_path / "pooled"))

@@ -1,0 +1,137 @@
+import logging
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from narrows.data import IGNORED
+from narrows.data.module import ObjectDataModule
+from narrows.errors import InvalidArgument
+from narrows.metrics import FGARI, MBO
+from narrows.models import ObjectDiscovery, ObjectDiscoveryOutput
+from narrows.training.objects import ObjectTask, State, pixel_masks, signs_of_collapse, state_of
+from tests.training.small import small_trainer
+
+
+def task(**kwargs: object) -> ObjectTask:
+    torch.manual_seed(0)
+    model = ObjectDiscovery(
+        {"kind": "convolutions", "width": 8},
+        {"kind": "broadcast", "image_size": 16, "width": 8},
+        num_slots=3,
+        slot_dim=8,
+        initial_slots="learned",
+    )
+    return ObjectTask(model, **kwargs)
+
+
+def data(**kwargs: object) -> ObjectDataModule:
+    return ObjectDataModule("sprites", **{"image_size": 16, "batch_size": 8, "length": 64, **kwargs})
+
+
+def one(*batch: torch.Tensor) -> DataLoader:
+    return DataLoader([batch], batch_size=None)
+
+
+def test_training_lowers_the_loss(tmp_path):
+    found, images = task(learning_rate=1e-2), data().loaded.train.batch(range(8))
+    before = found.model(images[0]).loss
+    batches = DataLoader([images] * 30, batch_size=None)
+    small_trainer(tmp_path, max_epochs=1, limit_train_batches=30, enable_checkpointing=False).fit(found, batches)
+    assert found.model(images[0]).loss < 0.9 * before
+
+
+def test_logged_scores_are_those_of_all_held_out_images(tmp_path):
+    found, scenes = task(), data()
+    scenes.loaded.held_out._length = 20
+    (logged,) = small_trainer(tmp_path, limit_val_batches=1.0).validate(found, scenes, verbose=False)
+    images, truth = scenes.loaded.held_out.batch(range(20))
+    output = found.model(images)
+    assert logged["val/loss"] == pytest.approx(output.loss.item(), rel=1e-5)
+    attention = F.interpolate(output.attention, (16, 16), mode="bilinear")
+    for name, metric in (("fg_ari", FGARI()), ("mbo", MBO())):
+        for prefix, masks in (("", output.masks), ("attention_", attention)):
+            metric.reset()
+            metric.update(masks, truth)
+            assert logged[f"val/{prefix}{name}"] == pytest.approx(metric.compute().item(), rel=1e-5)
+
+
+def test_a_clip_is_one_sample_in_the_scores(tmp_path):
+    found, clips = task(), data(frames=3)
+    clips.loaded.held_out._length = 8
+    (logged,) = small_trainer(tmp_path, limit_val_batches=1.0).validate(found, clips, verbose=False)
+    images, truth = clips.loaded.held_out.batch(range(8))
+    metric = FGARI()
+    metric.update(found.model(images).masks.transpose(1, 2), truth)
+    assert logged["val/fg_ari"] == pytest.approx(metric.compute().item(), rel=1e-5)
+
+
+def test_padding_does_not_count_and_images_without_masks_have_a_loss_and_no_scores(tmp_path):
+    found = task()
+    images, truth = data().loaded.held_out.batch(range(8))
+    trainer = small_trainer(tmp_path, limit_val_batches=1.0)
+    padded = torch.cat((truth[:5], torch.full_like(truth[5:], IGNORED)))
+    (counted,) = trainer.validate(found, one(images[:5], truth[:5]), verbose=False)
+    (with_padding,) = trainer.validate(found, one(images, padded), verbose=False)
+    assert with_padding == pytest.approx(counted, rel=1e-5)
+    (unknown,) = trainer.validate(found, one(images, torch.full_like(truth, IGNORED)), verbose=False)
+    assert unknown.keys() == {"val/loss"}
+    assert unknown["val/loss"] == pytest.approx(found.model(images).loss.item(), rel=1e-5)
+
+
+def _output(owner: torch.Tensor, number: int, slots: torch.Tensor) -> ObjectDiscoveryOutput:
+    masks = F.one_hot(owner, number).movedim(-1, 1).float()
+    image = torch.zeros(len(owner), 3, *owner.shape[1:])
+    return ObjectDiscoveryOutput(slots, masks, masks, image, image, None)
+
+
+def test_the_state_of_slots_says_how_many_are_used_and_how_alike_they_are():
+    owner = torch.zeros(2, 20, 20, dtype=torch.long)
+    owner[0, :10], owner[1, 0, :3] = 1, 2  # half of the pixels; three of 400: less than 1 %
+    different = torch.eye(3).expand(2, 3, 3)
+    state = state_of(_output(owner, 3, different))
+    assert state.slots_used == 1.5
+    assert state.entropy == 0
+    assert state.similarity == pytest.approx(-0.5)
+    even = _output(owner, 3, different)._replace(attention=torch.full((2, 3, 4, 4), 1 / 3))
+    assert state_of(even).entropy == pytest.approx(1)
+    alike = torch.randn(2, 1, 3).expand(2, 3, 3)
+    assert state_of(_output(owner, 3, alike)).similarity == pytest.approx(1)
+    clip = _output(owner, 3, different)
+    clip = ObjectDiscoveryOutput(*(None if each is None else each[:, None] for each in clip))
+    assert state_of(clip).slots_used == 1.5
+
+
+def test_collapse_is_named_with_what_to_try(tmp_path, caplog):
+    def signs(used: float, entropy: float, similarity: float) -> list[str]:
+        return signs_of_collapse(State(*map(torch.tensor, (used, entropy, similarity))))
+
+    assert signs(4.0, 0.5, 0.1) == []
+    assert "one slot takes everything. Try" in signs(1.0, 0.5, 0.1)[0]
+    assert "divided evenly" in signs(4.0, 0.99, 0.1)[0]
+    assert "all slots are alike. Try" in signs(4.0, 0.5, 0.99)[0]
+    collapsed = task(learning_rate=0.0)
+    with torch.no_grad():
+        collapsed.model.slot_attention.initial_slots.slots[:] = 1.0
+    with caplog.at_level(logging.WARNING, "narrows"):
+        small_trainer(tmp_path, max_epochs=1, enable_checkpointing=False).fit(collapsed, data())
+    assert "After 3 steps: all slots are alike" in caplog.text
+
+
+def test_contrast_needs_clips(tmp_path):
+    trainer = small_trainer(tmp_path, max_epochs=1, enable_checkpointing=False, limit_val_batches=0)
+    with pytest.raises(InvalidArgument, match="contrast: expected 0 for images"):
+        trainer.fit(task(contrast=0.5), data())
+    trainer = small_trainer(tmp_path, max_epochs=1, enable_checkpointing=False, limit_val_batches=0)
+    found = task(contrast=0.5)
+    trainer.fit(found, data(frames=2))
+    assert math.isfinite(trainer.callback_metrics["train/gradient_norm"])
+    assert trainer.callback_metrics["train/slots_used"] >= 1
+
+
+def test_masks_are_resized_to_the_truth():
+    masks, attention = pixel_masks(task().model(torch.randn(2, 3, 16, 16)), (20, 24))
+    assert masks.shape == attention.shape == (2, 3, 20, 24)
+    assert torch.allclose(attention.sum(1), torch.ones(2, 20, 24), atol=1e-5)

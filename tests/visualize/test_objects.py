@@ -1,0 +1,44 @@
+import pytest
+import torch
+
+from narrows.errors import InvalidArgument
+from narrows.visualize import found_objects
+from narrows.visualize.canvas import carrier_colour, to_rgb
+from narrows.visualize.objects import _of_truth
+
+
+def test_columns_are_image_truth_masks_reconstruction_and_slots() -> None:
+    images, masks = torch.rand(2, 3, 16, 16), torch.rand(2, 3, 16, 16).softmax(1)
+    truth = torch.zeros(2, 16, 16, dtype=torch.long)
+    truth[:, 4:8] = 1
+    figure = found_objects(images, masks, truth=truth, reconstruction=images, parts=torch.rand(2, 3, 3, 16, 16))
+    names = [axis.get_title() for axis in figure.axes[:7]]
+    assert names == ["image", "truth", "masks", "rebuilt", "slot 1", "slot 2", "slot 3"]
+    assert len(figure.axes) == 14
+    assert [axis.get_title() for axis in found_objects(images, masks).axes[:2]] == ["image", "masks"]
+
+
+def test_what_a_slot_puts_there_fades_to_white_outside_its_mask() -> None:
+    masks = torch.zeros(1, 2, 8, 8)
+    masks[:, 0, :4], masks[:, 1, 4:] = 1, 1
+    figure = found_objects(torch.zeros(1, 3, 8, 8), masks, parts=torch.zeros(1, 2, 3, 8, 8))
+    shown = torch.from_numpy(figure.axes[2].images[0].get_array())
+    half = len(shown) // 2
+    assert (shown[:half] == 0).all()
+    assert (shown[half:] == 1).all()
+
+
+def test_a_true_object_has_the_colour_of_the_slot_that_holds_most_of_it() -> None:
+    truth, owner = torch.zeros(4, 4, dtype=torch.long), torch.zeros(4, 4, dtype=torch.long)
+    truth[0], truth[3, :2] = 1, 2
+    owner[0], owner[3, :2] = 2, 2
+    colours = {1: carrier_colour(0), 2: carrier_colour(1)}
+    found = _of_truth(truth, owner, colours)
+    assert found[1] == carrier_colour(1)
+    assert found[2] != found[1]
+    assert to_rgb(found[2]).shape == (3,)
+
+
+def test_masks_of_other_images_are_refused() -> None:
+    with pytest.raises(InvalidArgument, match="masks: expected"):
+        found_objects(torch.rand(2, 3, 8, 8), torch.rand(1, 3, 8, 8))
