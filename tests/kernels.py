@@ -41,6 +41,7 @@ def compile_for(
     multiples_of_16: Collection[str] = (),
     num_warps: int,
     num_stages: int,
+    maxnreg: int | None = None,
 ) -> Usage:
     """Compile `kernel` for `chip`, as Triton would when it is launched.
 
@@ -52,6 +53,7 @@ def compile_for(
         multiples_of_16: the integers that are. Pointers always are.
         num_warps: of a program.
         num_stages: of its loops.
+        maxnreg: registers that a thread may take; by default ptxas makes room for another program beside this one.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -66,7 +68,7 @@ def compile_for(
         constexprs={(order[name],): value for name, value in constants.items()},
         attrs={(order[name],): [["tt.divisibility", 16]] for name in aligned},
     )
-    options = {"num_warps": num_warps, "num_stages": num_stages}
+    options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg}
     compiled = triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options)
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -166,6 +166,22 @@ def test_a_usual_call_launches_as_much_as_the_table_says(row: Row, monkeypatch: 
     assert (count(ours), count(rival)) == (row.launches, row.rival_launches)
 
 
+@pytest.mark.parametrize(("dtype", "ours"), [(torch.bfloat16, 25), (torch.float32, 21)], ids=str)
+def test_a_training_step_of_slot_attention_launches_a_tenth_of_upstreams(dtype: torch.dtype, ours: int) -> None:
+    """Two of them stand for 16 kernels and a copy: tests/layers/interpreted_slot_attention.py."""
+
+    def call(module: nn.Module, device: torch.device) -> Any:
+        return module(torch.empty(64, 1369, 256, device=device, dtype=dtype, requires_grad=True))
+
+    def rival() -> nn.Module:
+        return slot_attention.SlotAttention(7, 256)
+
+    makes = lambda: from_upstream(rival()), rival
+    found = [launches(make, call, dtype=dtype, backward=True, nested=False) for make in makes]
+    assert [(count.copies, count.waits) for count in found] == [([], [])] * 2
+    assert [count.total for count in found] == [ours, 220]
+
+
 def text_and_media(*masks: tuple[int, ...], dtype: torch.dtype = torch.bfloat16, locations: bool = True) -> Call:
     """Calls masked attention on 2048 tokens and 32 media, with masks of these shapes."""
 

@@ -1,6 +1,7 @@
 """All iterations of slot attention in kernels against Algorithm 1, by Triton's interpreter: see `tests/kernels.py`."""
 
 import os
+import warnings
 from copy import deepcopy
 from typing import Any
 
@@ -10,11 +11,14 @@ from torch import Tensor, nn
 
 from narrows.errors import ImplementationUnavailable
 from narrows.layers.slot_attention import SlotAttention
-from narrows.ops.slot_attention import iterations
+from narrows.measure import count_macs
+from narrows.ops.slot_attention import Settings, iterations, triton, update
+from tests.launches import Launches
 from tests.support import RoundedTo, assert_close, assert_within_budget_on_average, gradients
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run me as tests/kernels.py says"
 
+READS = "_read", "_read_backward_rows", "_read_backward_tokens"
 FORMS: dict[str, dict[str, Any]] = {
     "one head": {"dim": 16, "slot_dim": 24, "mlp_dim": 40},
     "biases, wide": {"dim": 20, "slot_dim": 70, "qkv_bias": True, "mlp_dim": 130},
@@ -36,6 +40,17 @@ def make(form: str, **options: Any) -> SlotAttention:
         if parameter.ndim == 1:
             parameter.data += 0.3 * torch.randn_like(parameter)
     return layer
+
+
+class Counted:
+    """A kernel that writes its name down when it is launched."""
+
+    def __init__(self, kernel: Any, name: str, launched: list[str]) -> None:
+        self.kernel, self.name, self.launched = kernel, name, launched
+
+    def __getitem__(self, grid: Any) -> Any:
+        self.launched.append(self.name)
+        return self.kernel[grid]
 
 
 def results(layer: nn.Module, impl: str, inputs: list[Tensor], **options: Any) -> list[Tensor]:
@@ -105,30 +120,56 @@ def test_masked_tokens_and_empty_samples() -> None:
     assert layer(tokens[:0], slots=slots[:0]).slots.shape == (0, 3, 10)
 
 
-def test_launches_two_kernels_an_iteration(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels of ours, two an iteration and one each way, and one for the tokens; then a product for each matrix."""
     launched: list[str] = []
-    for module, name in ((iterations, "_update"), (iterations.Read, "forward")):
-        original = getattr(module, name)
+    for module, names in ((update, ("_forward", "_backward")), (triton, READS)):
+        for name in names:
+            monkeypatch.setattr(module, name, Counted(getattr(module, name), name, launched))
+    layer, (tokens, slots) = make("one head", impl="triton"), (torch.randn(1, 9, 16), torch.randn(1, 3, 24))
+    output = layer(tokens.requires_grad_(), slots=slots.requires_grad_(), num_iterations=3)
+    assert launched == ["_forward", "_read"] * 3 + ["_forward"]
+    launched.clear()
+    with Launches() as found:
+        output.slots.sum().backward()
+    assert launched == ["_backward", "_read_backward_rows"] * 3 + ["_backward", "_read_backward_tokens"]
+    assert found.operations["narrows::slot_iterations_backward"] == 1
+    assert found.operations["mm"] + found.operations["bmm"] == 7
 
-        class Counted:
-            def __init__(self, original: Any = original, name: str = name) -> None:
-                self.original, self.name = original, name
 
-            def __getitem__(self, grid: Any) -> Any:
-                launched.append(self.name)
-                return self.original[grid]
+def test_measure_counts_what_the_plain_form_multiplies_and_what_backward_makes_anew() -> None:
+    layer, (tokens, slots) = make("heads", impl="triton"), (torch.randn(2, 9, 33), torch.randn(2, 3, 12))
+    settings = Settings(2, 2, False, 6**-0.5, 1e-8, 1e-5, 1e-5)
+    made: list[Tensor] = []
+    forms = {
+        "triton": lambda: made.extend(layer(tokens.requires_grad_(), slots=slots.requires_grad_())),
+        "plain": lambda: made.extend(iterations._plain(tokens, slots, layer._weights(), None, None, settings)),
+    }
+    counts = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name, form in forms.items():
+            made.clear()
+            counts[name] = count_macs(form), count_macs(lambda: sum(part.sum() for part in made).backward())
+    assert counts["triton"][0] == counts["plain"][0]
+    anew = 3 * 2 * 2 * 3 * 9 * 33 + 2 * 3 * 12 * 33  # three products with all tokens, and one with the map of the keys
+    assert counts["triton"][1] == counts["plain"][1] + 2 * anew
 
-        if name == "_update":
-            monkeypatch.setattr(module, name, Counted())
-        else:
 
-            def counted(*arguments: Any, original: Any = original) -> Any:
-                launched.append("read")
-                return original(*arguments)
-
-            monkeypatch.setattr(module, name, counted)
-    make("one head", impl="triton")(torch.randn(1, 9, 16), num_iterations=3)
-    assert launched == ["_update", "read"] * 3 + ["_update"]
+def test_twice_differentiable() -> None:
+    layer, inputs = make("joint heads and output"), [torch.randn(2, 7, 16), torch.randn(2, 3, 10)]
+    mask = torch.rand(2, 7) > 0.3
+    second = []
+    for impl in ("triton", "reference"):
+        layer.impl = impl
+        tokens, slots = (value.detach().requires_grad_() for value in inputs)
+        output = layer(tokens, mask, slots)
+        together = torch.cat([part.flatten() for part in output])
+        wanted = [tokens, slots, *(value for name, value in layer.named_parameters() if "initial_slots" not in name)]
+        first = torch.autograd.grad(together, wanted, torch.linspace(-1, 1, together.numel()), create_graph=True)
+        second.append([g.detach() for g in torch.autograd.grad(sum((g * g).sum() for g in first), wanted)])
+    for value, expected in zip(*second, strict=True):
+        assert_close(value, expected, 1e-3)
 
 
 def test_what_runs_can_be_asked_and_says_why_not() -> None:
@@ -142,7 +183,7 @@ def test_what_runs_can_be_asked_and_says_why_not() -> None:
     handle.remove()
     with pytest.raises(ImplementationUnavailable, match="it takes 64 slots of all heads"):
         layer(tokens, num_slots=65)
-    with pytest.raises(ImplementationUnavailable, match="it has one derivative"):
+    with pytest.raises(ImplementationUnavailable, match="it has no rule for"):
         torch.func.vmap(lambda x: layer(x, slots=torch.zeros(1, 3, 24)).slots)(tokens[None])
 
 

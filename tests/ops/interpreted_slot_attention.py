@@ -1,6 +1,7 @@
 """The kernels of slot attention against its formula, by Triton's interpreter: see `tests/kernels.py`."""
 
 import os
+import warnings
 from collections.abc import Callable
 from functools import partial
 
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from narrows.errors import ImplementationUnavailable
+from narrows.measure import count_macs
 from narrows.ops.slot_attention import slot_attention, triton
 from tests.support import RoundedTo, assert_close, assert_within_budget_on_average, gradients
 
@@ -155,8 +157,30 @@ def test_what_the_kernels_cannot_take_is_said() -> None:
             function(*inputs)
     with pytest.raises(ImplementationUnavailable, match="values that are the keys"):
         slot_attention(readers, tokens[:, None], tokens[:, None].clone(), impl="triton")
-    with pytest.raises(ImplementationUnavailable, match="it has one derivative"):
+    with pytest.raises(ImplementationUnavailable, match="it has no rule for"):
         torch.func.vmap(lambda x: function(x, readers, bias)[0])(tokens[None])
+
+
+def test_twice_differentiable() -> None:
+    inputs = draw(2, 9, 20, 2, 3)
+    mask, second = torch.rand(2, 9) > 0.3, []
+    for impl in ("triton", "reference"):
+        leaves = [value.detach().requires_grad_() for value in inputs]
+        together = torch.cat([output.flatten() for output in read(impl, mask, None)(*leaves)])
+        first = torch.autograd.grad(together, leaves, torch.linspace(-1, 1, together.numel()), create_graph=True)
+        second.append(torch.autograd.grad(sum((grad * grad).sum() for grad in first), leaves))
+    for value, expected in zip(*second, strict=True):
+        assert_close(value, expected, 1e-4)
+
+
+def test_measure_counts_products_and_what_backward_makes_anew() -> None:
+    leaves = [value.requires_grad_() for value in draw(2, 9, 16, 2, 3)]
+    product = 2 * 2 * 3 * 9 * 16
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        outputs: list[Tensor] = []
+        assert count_macs(lambda: outputs.extend(read("triton", None, None)(*leaves))) == 2 * product
+        assert count_macs(lambda: outputs[0].sum().backward()) == (4 + 3) * product
 
 
 def test_operators_are_what_pytorch_expects_of_them() -> None:

@@ -81,7 +81,7 @@ class SlotAttention(nn.Module):
         impl: "reference" (attention in float32 or better), "mixed" (products in the layer's dtype, sums in float32 or
             better), "absorbed" (tokens are not projected: what `norm_tokens`, `to_k` and `to_v` learned moves to the
             side of the slots; only where these are plain modules), "triton" (the same in two kernels an iteration, on
-            CUDA; only where all modules are plain; one derivative), or "auto".
+            CUDA; only where all modules are plain), or "auto".
         device: where parameters are made.
         dtype: of the parameters.
 

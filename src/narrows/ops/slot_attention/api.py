@@ -15,7 +15,7 @@ from narrows.ops.slot_attention.common import Settings, Weights, token_weights
 from narrows.precision import accumulation_dtype, autocast_off, is_transformed
 from narrows.validation import check_choice, check_mask, check_tokens
 
-TRANSFORMED = "it has one derivative, and no rule for torch.func or forward-mode differentiation"
+TRANSFORMED = "it has no rule for torch.func or forward-mode differentiation"
 
 
 def _run_kernels(
@@ -92,8 +92,9 @@ def slot_attention(
         dtype: of the means; float32, or float64 where an argument is, if None.
         impl: "reference" computes in float32 or better; "mixed" multiplies in the dtype of the keys, computes the
             softmax and all sums in float32 or better, and keeps for backward one `[B, H, K, N]`; "triton" does so in
-            kernels that keep nothing of that size, for values that are the keys and for one derivative. "auto" takes
-            "triton" for what it can read on a CUDA device, and "mixed" otherwise and under `torch.export`.
+            kernels that keep nothing of that size, for values that are the keys; a second derivative takes plain
+            operations. "auto" takes "triton" for what it can read on a CUDA device, and "mixed" otherwise and under
+            `torch.export`.
 
     Returns:
         The attention in float32, or in float64 where an argument is, and the means in `dtype`. A sample without any

@@ -1,5 +1,6 @@
 """What implementations of slot attention share: its softmaxes, the mean over the tokens, and what a layer learned."""
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -133,3 +134,62 @@ def mean_weights(
     if mask is not None:
         total = total.clamp_min(eps)
     return weights / total, total
+
+
+def read(
+    queries: Tensor,
+    bias: Tensor | None,
+    keys: Tensor,
+    values: Tensor | None,
+    mask: Tensor | None,
+    slot_mask: Tensor | None,
+    joint_heads: bool,
+    eps: float,
+    dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
+    logits = products(queries, keys)
+    if bias is not None:
+        logits = logits + bias[..., None]  # in float32, as the bias
+    attention = softmax_over_slots(logits, mask, slot_mask, joint_heads=joint_heads)
+    weights, _ = mean_weights(attention, mask, eps)
+    return from_tokens(weights, keys if values is None else values, dtype), attention
+
+
+def products(rows: Float[Tensor, "B H K E"], tokens: Float[Tensor, "B G N E"]) -> Float[Tensor, "B H K N"]:
+    """The product of every row with every token, in the dtype of the tokens."""
+    return (grouped(rows, tokens) @ tokens.mT).reshape(*rows.shape[:3], tokens.shape[2])
+
+
+def from_tokens(
+    weights: Float[Tensor, "B H K N"], tokens: Float[Tensor, "B G N E"], dtype: torch.dtype | None = None
+) -> Float[Tensor, "B H K E"]:
+    """The sum of the tokens under each row of weights, in `dtype`, or that of the weights if None.
+
+    A weight among 2**16 tokens is about 2**-16, where float16 has no more than a few bits; 2**6 times that is an
+    ordinary number, and a mean of up to 2**10 still is one.
+    """
+    if tokens.dtype != torch.float16:
+        sums = grouped(weights, tokens) @ tokens
+    else:
+        sums = (grouped(weights * 64, tokens) @ tokens).to(weights.dtype) / 64
+    return sums.to(weights.dtype if dtype is None else dtype).reshape(*weights.shape[:3], tokens.shape[3])
+
+
+def grouped(rows: Float[Tensor, "B H K X"], tokens: Float[Tensor, "B G N E"]) -> Float[Tensor, "B G R X"]:
+    """The rows that meet the same tokens beside one another, in the dtype of the tokens."""
+    batch, heads, num_rows, width = rows.shape
+    groups = tokens.shape[1]
+    return rows.reshape(batch, groups, heads // groups * num_rows, width).to(tokens.dtype)
+
+
+def gradients_of(
+    formula: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor | None], gradients: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Gradients of the inputs that need one, from those of what `formula` gives, which can be differentiated again."""
+    inputs = [None if x is None else x.view_as(x) for x in inputs]  # one may depend on another
+    outputs = formula(*inputs)
+    graded = [(x, grad) for x, grad in zip(outputs, gradients, strict=True) if x.requires_grad and grad is not None]
+    asked = [x for x in inputs if x is not None and x.requires_grad]
+    ends, starts = zip(*graded, strict=True)
+    found = iter(torch.autograd.grad(ends, asked, starts, create_graph=True, allow_unused=True))
+    return [next(found) if x is not None and x.requires_grad else None for x in inputs]

@@ -1,344 +1,124 @@
-"""All iterations of slot attention on a GPU: two launches each, one that reads and one that updates the slots.
-
-A program of the update takes 16 rows (a row is a slot of a sample) through Algorithm 1's lines 8 to 10 and then line 6
-of the next iteration: means, values, recurrent cell, MLP, queries, readers. Each step is a product with a weight that
-reads what the step before has written, by the same program, behind a barrier. No weight is multiplied with another, so
-nothing is prepared. Backward runs the update again, in plain operations.
-"""
+"""All iterations of slot attention on a GPU: two launches each, one that reads and one that updates the slots."""
 
 # What Triton compiles has types of its own.
-# pyright: reportArgumentType=false, reportCallIssue=false, reportPossiblyUnboundVariable=false
-# pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false, reportOptionalMemberAccess=false, reportIndexIssue=false
+# pyright: reportIndexIssue=false
 from typing import Any, NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.flop_counter import register_flop_formula
 
-from narrows.ops.slot_attention.common import Settings, Weights
-from narrows.ops.slot_attention.triton import INTERPRETED, Read, _cast, aligned, on_device_of
-
-
-@triton.jit
-def _statistics(x, at, real, width, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Mean and inverse deviation of each row, as LayerNorm takes them."""
-    total = tl.zeros([ROWS], tl.float32)
-    for start in range(0, width, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        some = real[:, None] & (column < width)[None, :]
-        total += tl.sum(tl.load(x + at[:, None] + column[None, :], mask=some, other=0.0).to(tl.float32), 1)
-    mean = total / width
-    total = tl.zeros([ROWS], tl.float32)
-    for start in range(0, width, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        some = real[:, None] & (column < width)[None, :]
-        value = tl.load(x + at[:, None] + column[None, :], mask=some, other=0.0).to(tl.float32)
-        total += tl.sum(tl.where(some, (value - mean[:, None]) * (value - mean[:, None]), 0.0), 1)
-    return mean, 1 / tl.sqrt(total / width + eps)
+from narrows.ops.slot_attention import update
+from narrows.ops.slot_attention.common import Settings, Weights, gradients_of, read
+from narrows.ops.slot_attention.triton import Read, aligned, on_device_of
 
 
-@triton.jit
-def _vector(bias, column, width, present):
-    """A bias, 0 where there is none."""
-    value = tl.zeros(column.shape, tl.float32)
-    if bias is not None:
-        value += tl.load(bias + column, mask=(column < width) & present, other=0.0).to(tl.float32)
-    return value
+class Sizes(NamedTuple):
+    """Of a call, as the kernels name them: B samples, K slots, H heads of width E, tokens of width D, or W aligned.
+
+    Slots are S wide, the MLP's hidden layer M, and what the recurrent cell takes in U.
+    """
+
+    B: int
+    K: int
+    H: int
+    D: int
+    W: int
+    S: int
+    E: int
+    M: int
+    U: int
+
+    @classmethod
+    def of(cls, slots: Tensor, weights: Weights, heads: int) -> "Sizes":
+        (inner, dim), (batch, number, width) = weights.key.shape, slots.shape
+        hidden, update = weights.expand.shape[0], weights.input.shape[1]
+        return cls(batch, number, heads, dim, dim + -dim % 16, width, inner // heads, hidden, update)
+
+    @property
+    def rows(self) -> int:
+        return self.B * self.K
+
+    @property
+    def programs(self) -> int:
+        return -(-self.rows // update.ROWS)
+
+    def kept(self) -> list[int]:
+        """Values, mapped heads, hidden layer, what it takes in, what queries are made of, shifted means, queries."""
+        return [self.H * self.E, self.S, self.M, self.S, self.S, self.H * self.W, self.H * self.E]
+
+    def made(self) -> list[int]:
+        """Gradients of queries, readers, values, mapped heads, new slots, hidden layer, gates; and the old slots."""
+        heads = self.H * self.E
+        return [heads, self.H * self.W, heads, self.S, self.S, self.M, 6 * self.S, self.S]
+
+    def summed(self) -> dict[str, int]:
+        """Gradients of vectors but the gain and shift of tokens."""
+        heads, width = self.H * self.E, self.S
+        return {
+            "key_bias": heads,
+            "value_bias": heads,
+            "out_bias": width,
+            "input_bias": 3 * width,
+            "state_bias": 3 * width,
+            "mlp_gain": width,
+            "mlp_shift": width,
+            "expand_bias": self.M,
+            "contract_bias": width,
+            "slot_gain": width,
+            "slot_shift": width,
+            "query_bias": heads,
+        }
 
 
-@triton.jit
-def _affine(value, gain, shift, shifted, column, width):
-    """`value * gain + shift`, the shift only in rows that are `shifted`."""
-    if gain is not None:
-        value = value * tl.load(gain + column, mask=column < width, other=0.0).to(tl.float32)[None, :]
-    if shift is not None:
-        value += _vector(shift, column, width, True)[None, :] * shifted[:, None]
-    return value
+def _row_of(widths: list[int]) -> int:
+    """How long a row of parts is that each begin at a multiple of 16."""
+    return sum(width + -width % 16 for width in widths)
 
 
-@triton.jit
-def _multiply(left, right, accumulator):
-    """`accumulator + left @ right` of tiles of one dtype."""
-    if INTERPRETED:
-        left, right = left.to(tl.float32), right.to(tl.float32)
-    return tl.dot(left, right, accumulator, input_precision="ieee")
+def _parts_of(rows: Tensor, widths: list[int]) -> list[Tensor]:
+    """The parts of rows `[..., _row_of(widths)]`."""
+    padded = [width + -width % 16 for width in widths]
+    return [part[..., :width] for part, width in zip(rows.split(padded, -1), widths, strict=True)]
 
 
-@triton.jit
-def _product(
-    x, at, real, weight, column, columns, inner, stride_column, stride_inner, accumulator,
-    mean, inverse, gain, shift, shifted, dtype: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Rows of x, `(x - mean) * inverse * gain + shift`, times some columns of a weight."""
-    for start in range(0, inner, BLOCK):
-        place = start + tl.arange(0, BLOCK)
-        some = real[:, None] & (place < inner)[None, :]
-        value = tl.load(x + at[:, None] + place[None, :], mask=some, other=0.0)
-        if mean is not None:
-            value = (value.to(tl.float32) - mean[:, None]) * inverse[:, None]
-        if mean is not None or gain is not None or shift is not None:
-            value = tl.where(some, _affine(value.to(tl.float32), gain, shift, shifted, place, inner), 0.0)
-        offsets = column[None, :] * stride_column + place[:, None] * stride_inner
-        tile = tl.load(weight + offsets, mask=(column < columns)[None, :] & (place < inner)[:, None], other=0.0)
-        accumulator = _multiply(_cast(value, dtype), _cast(tile, dtype), accumulator)
-    return accumulator
+def _gradients_of_weights(
+    weights: Weights, sizes: Sizes, kept: Tensor, made: Tensor, summed: Tensor, of_norm: Tensor
+) -> list[Tensor]:
+    """Of those there are, in their order, dtype and layout: one product for each matrix, one sum for all vectors."""
+    values, outs, hidden, normed, asked, shifted, queries = _parts_of(kept.flatten(0, 1), sizes.kept())
+    of_queries, of_readers, of_values, of_outs, of_new, of_hidden, gates, old = _parts_of(
+        made.flatten(0, 1), sizes.made()
+    )
 
+    def by_head(grad: Tensor, rows: Tensor) -> Tensor:
+        grad, rows = (x.unflatten(1, (sizes.H, -1)).transpose(0, 1) for x in (grad, rows))
+        return (grad.mT @ rows[..., : sizes.D]).flatten(0, 1)
 
-@triton.jit
-def _update(
-    sums, totals, means, total, slots, new, states, values, outs, hidden, queries, readers, bias,
-    gain, shift, key, key_bias, value, value_bias, out, out_bias, input, state, input_bias, state_bias,
-    mlp_gain, mlp_shift, expand, expand_bias, contract, contract_bias, slot_gain, slot_shift, query, query_bias,
-    rows, K, H, chunks, D, W, S, E, M, U, scale, eps, mlp_eps, slot_eps,
-    HAS_READ: tl.constexpr, READS_ON: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """`new` slots from what `slots` have read, if they have; readers and bias of the next read, if there is one."""
-    dtype: tl.constexpr = readers.dtype.element_ty
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    real = row < rows
-    sample, slot, row = (row // K).to(tl.int64), row % K, row.to(tl.int64)
-    always = real.to(tl.float32)
-    if HAS_READ:
-        whole = always * 0
-        for h in range(H):  # what was read, over all chunks
-            place = sample * chunks * H * K + h * K + slot
-            whole = always * 0
-            for c in range(chunks):
-                whole += tl.load(totals + place + c * H * K, mask=real, other=0.0)
-            whole = tl.where(real, whole, 1.0)
-            at = (sample * H + h) * K + slot
-            tl.store(total + at, tl.maximum(whole, eps), mask=real)
-            for start in range(0, W, BLOCK_K):
-                d = start + tl.arange(0, BLOCK_K)
-                some = real[:, None] & (d < W)[None, :]
-                mean = tl.zeros([ROWS, BLOCK_K], tl.float32)
-                for c in range(chunks):
-                    mean += tl.load(sums + (place + c * H * K)[:, None] * W + d[None, :], mask=some, other=0.0)
-                tl.store(means + at[:, None] * W + d[None, :], mean / tl.maximum(whole, eps)[:, None], mask=some)
-        any_token = (whole > 0).to(tl.float32) * always
-        tl.debug_barrier()
-        for h in range(H):  # line 8
-            for start in range(0, E, BLOCK_C):
-                e = start + tl.arange(0, BLOCK_C)
-                accumulator = tl.zeros([ROWS, BLOCK_C], tl.float32)
-                accumulator = _product(
-                    means, ((sample * H + h) * K + slot) * W, real, value + h * E * D, e, E, D, D, 1, accumulator,
-                    None, None, gain, shift, any_token, dtype, BLOCK_K,
-                )  # fmt: skip
-                inside = e < E
-                if value_bias is not None:
-                    accumulator += _vector(value_bias + h * E, e, E, inside)[None, :] * any_token[:, None]
-                tl.store(
-                    values + row[:, None] * H * E + (h * E + e)[None, :],
-                    _cast(accumulator, dtype),
-                    mask=real[:, None] & inside[None, :],
-                )
-        tl.debug_barrier()
-        update = values
-        if out is not None:
-            for start in range(0, S, BLOCK_C):
-                column = start + tl.arange(0, BLOCK_C)
-                accumulator = tl.zeros([ROWS, BLOCK_C], tl.float32)
-                accumulator = _product(
-                    values, row * H * E, real, out, column, S, H * E, H * E, 1, accumulator,
-                    None, None, None, None, None, dtype, BLOCK_K,
-                )  # fmt: skip
-                accumulator += _vector(out_bias, column, S, True)[None, :]
-                tl.store(
-                    outs + row[:, None] * S + column[None, :],
-                    _cast(accumulator, dtype),
-                    mask=real[:, None] & (column < S)[None, :],
-                )
-            tl.debug_barrier()
-            update = outs
-        for start in range(0, S, BLOCK_C):  # line 9
-            column = start + tl.arange(0, BLOCK_C)
-            inside = real[:, None] & (column < S)[None, :]
-            gates = tl.zeros([ROWS, BLOCK_C], tl.float32)
-            gates = _product(
-                update, row * U, real, input, column, S, U, U, 1, gates, None, None, None, None, None, dtype, BLOCK_K
-            )
-            gates = _product(
-                slots, row * S, real, state, column, S, S, S, 1, gates, None, None, None, None, None, dtype, BLOCK_K
-            )
-            gates += (_vector(input_bias, column, S, True) + _vector(state_bias, column, S, True))[None, :]
-            reset = tl.sigmoid(gates)
-            gates = tl.zeros([ROWS, BLOCK_C], tl.float32)
-            gates = _product(
-                slots,
-                row * S,
-                real,
-                state + 2 * S * S,
-                column,
-                S,
-                S,
-                S,
-                1,
-                gates,
-                None,
-                None,
-                None,
-                None,
-                None,
-                dtype,
-                BLOCK_K,
-            )
-            if state_bias is not None:
-                gates += _vector(state_bias + 2 * S, column, S, True)[None, :]
-            gates = _product(
-                update, row * U, real, input + 2 * S * U, column, S, U, U, 1, reset * gates,
-                None, None, None, None, None, dtype, BLOCK_K,
-            )  # fmt: skip
-            if input_bias is not None:
-                gates += _vector(input_bias + 2 * S, column, S, True)[None, :]
-            candidate = 2 * tl.sigmoid(2 * gates) - 1  # tanh
-            gates = tl.zeros([ROWS, BLOCK_C], tl.float32)
-            gates = _product(
-                update,
-                row * U,
-                real,
-                input + S * U,
-                column,
-                S,
-                U,
-                U,
-                1,
-                gates,
-                None,
-                None,
-                None,
-                None,
-                None,
-                dtype,
-                BLOCK_K,
-            )
-            gates = _product(
-                slots,
-                row * S,
-                real,
-                state + S * S,
-                column,
-                S,
-                S,
-                S,
-                1,
-                gates,
-                None,
-                None,
-                None,
-                None,
-                None,
-                dtype,
-                BLOCK_K,
-            )
-            if input_bias is not None:
-                gates += _vector(input_bias + S, column, S, True)[None, :]
-            if state_bias is not None:
-                gates += _vector(state_bias + S, column, S, True)[None, :]
-            keep = tl.sigmoid(gates)
-            before = tl.load(slots + row[:, None] * S + column[None, :], mask=inside, other=0.0).to(tl.float32)
-            after = candidate + keep * (before - candidate)
-            tl.store(states + row[:, None] * S + column[None, :], _cast(after, states.dtype.element_ty), mask=inside)
-        tl.debug_barrier()
-        average, inverse = _statistics(states, row * S, real, S, mlp_eps, ROWS, BLOCK_K)
-        for start in range(0, M, BLOCK_C):  # line 10
-            column = start + tl.arange(0, BLOCK_C)
-            accumulator = tl.zeros([ROWS, BLOCK_C], tl.float32)
-            accumulator = _product(
-                states, row * S, real, expand, column, M, S, S, 1, accumulator,
-                average, inverse, mlp_gain, mlp_shift, always, dtype, BLOCK_K,
-            )  # fmt: skip
-            accumulator = tl.maximum(accumulator + _vector(expand_bias, column, M, True)[None, :], 0.0)
-            tl.store(
-                hidden + row[:, None] * M + column[None, :],
-                _cast(accumulator, dtype),
-                mask=real[:, None] & (column < M)[None, :],
-            )
-        tl.debug_barrier()
-        for start in range(0, S, BLOCK_C):
-            column = start + tl.arange(0, BLOCK_C)
-            inside = real[:, None] & (column < S)[None, :]
-            accumulator = tl.load(states + row[:, None] * S + column[None, :], mask=inside, other=0.0).to(tl.float32)
-            accumulator += _vector(contract_bias, column, S, True)[None, :]
-            accumulator = _product(
-                hidden,
-                row * M,
-                real,
-                contract,
-                column,
-                S,
-                M,
-                M,
-                1,
-                accumulator,
-                None,
-                None,
-                None,
-                None,
-                None,
-                dtype,
-                BLOCK_K,
-            )
-            tl.store(new + row[:, None] * S + column[None, :], _cast(accumulator, new.dtype.element_ty), mask=inside)
-        tl.debug_barrier()
-    if READS_ON:
-        current = slots
-        if HAS_READ:
-            current = new
-        average, inverse = _statistics(current, row * S, real, S, slot_eps, ROWS, BLOCK_K)
-        for start in range(0, H * E, BLOCK_C):  # line 6
-            column = start + tl.arange(0, BLOCK_C)
-            accumulator = tl.zeros([ROWS, BLOCK_C], tl.float32)
-            accumulator = _product(
-                current, row * S, real, query, column, H * E, S, S, 1, accumulator,
-                average, inverse, slot_gain, slot_shift, always, dtype, BLOCK_K,
-            )  # fmt: skip
-            accumulator += _vector(query_bias, column, H * E, True)[None, :]
-            tl.store(
-                queries + row[:, None] * H * E + column[None, :],
-                _cast(accumulator, dtype),
-                mask=real[:, None] & (column < H * E)[None, :],
-            )
-        tl.debug_barrier()
-        for h in range(H):  # keys are not made: their map is applied to the queries
-            at = (sample * H + h) * K + slot
-            constant = always * 0
-            for start in range(0, W, BLOCK_C):
-                d = start + tl.arange(0, BLOCK_C)
-                accumulator = tl.zeros([ROWS, BLOCK_C], tl.float32)
-                accumulator = _product(
-                    queries, row * H * E + h * E, real, key + h * E * D, d, D, E, 1, D, accumulator,
-                    None, None, None, None, None, dtype, BLOCK_K,
-                )  # fmt: skip
-                accumulator *= scale
-                constant += tl.sum(accumulator * _vector(shift, d, D, True)[None, :], 1)
-                if gain is not None:
-                    accumulator *= _vector(gain, d, D, True)[None, :]
-                tl.store(
-                    readers + at[:, None] * W + d[None, :],
-                    _cast(accumulator, dtype),
-                    mask=real[:, None] & (d < W)[None, :],
-                )
-            if key_bias is not None:
-                for start in range(0, E, BLOCK_K):
-                    e = start + tl.arange(0, BLOCK_K)
-                    asked = tl.load(
-                        queries + (row * H * E + h * E)[:, None] + e[None, :],
-                        mask=real[:, None] & (e < E)[None, :],
-                        other=0.0,
-                    )
-                    constant += scale * tl.sum(asked.to(tl.float32) * _vector(key_bias + h * E, e, E, True)[None, :], 1)
-            tl.store(bias + at, constant, mask=real)
-
-
-def tiling(dtype: torch.dtype) -> dict[str, int]:
-    """How rows, columns and what is summed over are cut, for products in `dtype`; warps and stages."""
-    inner = 16 if dtype == torch.float32 else 64
-    return {"ROWS": 16, "BLOCK_C": 64, "BLOCK_K": inner, "num_warps": 8, "num_stages": 2}
+    gated = 3 * sizes.S
+    matrices = {
+        "key": by_head(queries, of_readers),
+        "value": by_head(of_values, shifted),
+        "input": gates[:, :gated].mT @ (values if weights.out is None else outs),
+        "state": gates[:, gated:].mT @ old,
+        "expand": of_hidden.mT @ normed,
+        "contract": of_new.mT @ hidden,
+        "query": of_queries.mT @ asked,
+    }
+    if weights.out is not None:
+        matrices["out"] = of_outs.mT @ values
+    of_norm, summed = of_norm.sum((0, 1, 2, 3)), summed.sum((0, 1))
+    in_dtype: dict[torch.dtype, dict[str, Tensor]] = {}
+    for dtype in {weight.dtype for weight in weights if weight is not None}:
+        of_tokens, of_slots = of_norm.to(dtype), summed.to(dtype).split(list(sizes.summed().values()))
+        named = zip(("gain", "shift", *sizes.summed()), (*of_tokens, *of_slots), strict=True)
+        in_dtype[dtype] = dict(named)
+    named = ((name, weight.dtype) for name, weight in weights._asdict().items() if weight is not None)
+    return [
+        matrices[name].to(dtype).contiguous() if name in matrices else in_dtype[dtype][name] for name, dtype in named
+    ]
 
 
 @torch.library.custom_op("narrows::slot_iterations", mutates_args=())
@@ -357,53 +137,125 @@ def _slot_iterations(
     eps: float,
     mlp_eps: float,
     slot_eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Slots after each iteration `[T, B, K, S]` and the last attention; readers, bias, means and totals of each."""
-    batch, number, width = slots.shape
-    given = _unpacked(weights, present)
-    (inner, dim), hidden = given.key.shape, given.expand.shape[0]
-    task = Read(aligned(tokens), mask, slot_mask, heads, number, joint_heads, eps)
-    wide, low = task.tokens.shape[-1], tokens.dtype
-    rows, constants = batch * number, tiling(low)
-    new = slots.new_empty(iterations, batch, number, width)
-    attention = slots.new_empty(batch, heads, number, tokens.shape[1])
-    readers = tokens.new_empty(iterations, batch, heads, number, wide)
-    bias = tokens.new_empty(iterations, batch, heads, number, dtype=torch.float32)
-    means, totals = torch.empty_like(readers, dtype=torch.float32), torch.empty_like(bias)
-    states, between = (
-        slots.new_empty(rows, width),
-        [slots.new_empty(rows, n, dtype=low) for n in (inner, width, hidden)],
-    )
-    queries = slots.new_empty(rows, inner, dtype=low)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The last slots and attention; and for backward, of each iteration, what `_empty` says."""
+    given, last = _unpacked(weights, present), iterations - 1
+    sizes = Sizes.of(slots, given, heads)
+    new, attention, between, readers, bias, means, totals, kept, cells = made = _empty(tokens, slots, sizes, iterations)
+    task = Read(aligned(tokens), mask, slot_mask, heads, sizes.K, joint_heads, eps)
     sums, parts, chunks = means, totals, 1
     for t in range(iterations + 1):
-        if rows:
-            at = max(t - 1, 0)  # of what has been read
-            _update[(triton.cdiv(rows, constants["ROWS"]),)](
-                sums, parts, means[at], totals[at], slots if t < 2 else new[t - 2], new[at], states, *between, queries,
-                readers[min(t, iterations - 1)], bias[min(t, iterations - 1)], *given,
-                rows, number, heads, chunks, dim, wide, width, inner // heads, hidden, given.input.shape[1],
-                scale, eps, mlp_eps, slot_eps, HAS_READ=t > 0, READS_ON=t < iterations,
-                **constants,
+        was, now = max(t - 1, 0), min(t, last)  # of what has been read, and of what reads next
+        if sizes.rows:
+            update._forward[(sizes.programs,)](
+                sums, parts, means[was], totals[was], slots if t < 2 else between[t - 2],
+                new if t == iterations else between[was], cells[was], kept[was], kept[now], readers[now], bias[now],
+                *given, sizes.rows, *sizes[1:3], chunks, *sizes[3:], kept.shape[2], scale, eps, mlp_eps, slot_eps,
+                HAS_READ=t > 0, READS_ON=t < iterations, **update.tiling(tokens.dtype),
             )  # fmt: skip
         if t < iterations:
-            last = t == iterations - 1
-            sums, parts = task.forward(readers[t], bias[t], attention if last else None)
+            sums, parts = task.forward(readers[t], bias[t], attention if t == last else None)
             chunks = sums.shape[1]
-    return new, attention, readers[..., :dim].contiguous() if dim != wide else readers, bias, means, totals
+    return made
 
 
 @_slot_iterations.register_fake
-def _(tokens: Tensor, slots: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    iterations, heads = options[4], options[5]
-    batch, number, width = slots.shape
-    dim = tokens.shape[2]
-    new = slots.new_empty(iterations, batch, number, width)
-    attention = slots.new_empty(batch, heads, number, tokens.shape[1])
-    readers = tokens.new_empty(iterations, batch, heads, number, dim)
-    bias = tokens.new_empty(iterations, batch, heads, number, dtype=torch.float32)
-    means = tokens.new_empty(iterations, batch, heads, number, dim + -dim % 16, dtype=torch.float32)
-    return new, attention, readers, bias, means, torch.empty_like(bias)
+def _(tokens: Tensor, slots: Tensor, weights: list[Tensor], present: list[bool], *options: Any) -> tuple[Tensor, ...]:
+    return _empty(tokens, slots, Sizes.of(slots, _unpacked(weights, present), options[3]), options[2])
+
+
+def _empty(
+    tokens: Tensor, slots: Tensor, sizes: Sizes, iterations: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Slots, attention, slots between iterations; readers, their bias, means, totals, rows kept, cells of each."""
+    shape = iterations, sizes.B, sizes.H, sizes.K
+    return (
+        torch.empty_like(slots, memory_format=torch.contiguous_format),
+        slots.new_empty(sizes.B, sizes.H, sizes.K, tokens.shape[1]),
+        slots.new_empty(iterations - 1, *slots.shape),
+        tokens.new_empty(*shape, sizes.W),
+        tokens.new_empty(shape, dtype=torch.float32),
+        tokens.new_empty(*shape, sizes.W, dtype=torch.float32),
+        tokens.new_empty(shape, dtype=torch.float32),
+        tokens.new_empty(iterations, sizes.rows, _row_of(sizes.kept())),
+        tokens.new_empty(iterations, sizes.rows, 5 * sizes.S, dtype=torch.float32),
+    )
+
+
+@torch.library.custom_op("narrows::slot_iterations_backward", mutates_args=())
+@on_device_of
+def _slot_iterations_backward(
+    tokens: Tensor,
+    slots: Tensor,
+    weights: list[Tensor],
+    present: list[bool],
+    mask: Tensor | None,
+    slot_mask: Tensor | None,
+    between: Tensor,
+    read: list[Tensor],
+    grad: Tensor | None,
+    grad_attention: Tensor | None,
+    with_tokens: bool,
+    joint_heads: bool,
+    scale: float,
+    eps: float,
+    mlp_eps: float,
+    slot_eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of tokens and first slots; rows and sums that give those of weights, see `Sizes`."""
+    readers, bias, means, totals, kept, cells = read
+    iterations, _, heads = readers.shape[:3]
+    given = _unpacked(weights, present)
+    sizes = Sizes.of(slots, given, heads)
+    of_tokens, carry, made, summed, of_norm = empty = _empty_backward(tokens, sizes, iterations, with_tokens)
+    if grad is None:
+        carry.zero_()
+    else:
+        carry.copy_(grad)
+    task = Read(aligned(tokens), mask, slot_mask, heads, sizes.K, joint_heads, eps)
+    of_means, centres, scratch = torch.empty_like(readers), torch.empty_like(bias), torch.empty_like(carry)
+    parts, part_bias, chunks = means, totals, 1
+    for t in reversed(range(iterations + 1)):
+        was, now = max(t - 1, 0), min(t, iterations - 1)
+        if sizes.rows:
+            update._backward[(sizes.programs,)](
+                parts, part_bias, carry, scratch, between[was] if 0 < t < iterations else slots,
+                slots if t < 2 else between[t - 2], means[was], totals[was], cells[was], kept[was], kept[now],
+                made[was], made[now], summed[was], summed[now], of_norm[was], of_norm[now], of_means[was], centres[was],
+                *(getattr(given, name) for name in update.OF_BACKWARD), sizes.rows, *sizes[1:3], chunks, *sizes[3:],
+                kept.shape[2], made.shape[2], summed.shape[2], scale, mlp_eps, slot_eps,
+                HAS_READ=t > 0, READS_ON=t < iterations, **update.tiling(tokens.dtype),
+            )  # fmt: skip
+        if t > 0:
+            of_last = grad_attention if t == iterations else None
+            rows = readers[was], bias[was], of_means[was], centres[was], totals[was]
+            parts, part_bias = task.backward_rows(*rows, of_last)
+            chunks = parts.shape[1]
+    if with_tokens:
+        found = task.backward_tokens(readers, bias, of_means, centres, totals, grad_attention)
+        of_tokens = found if found.shape == tokens.shape else found[..., : sizes.D].contiguous()
+    return of_tokens, *empty[1:]
+
+
+@_slot_iterations_backward.register_fake
+def _(tokens: Tensor, slots: Tensor, weights: list[Tensor], present: list[bool], *options: Any) -> tuple[Tensor, ...]:
+    iterations, _, heads = options[3][0].shape[:3]
+    sizes = Sizes.of(slots, _unpacked(weights, present), heads)
+    return _empty_backward(tokens, sizes, iterations, options[6])
+
+
+def _empty_backward(
+    tokens: Tensor, sizes: Sizes, iterations: int, with_tokens: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradient of tokens, empty if not wanted; of slots; rows, sums of rows, and those for gain and shift of tokens."""
+    programs = iterations, sizes.programs
+    return (
+        tokens.new_empty(tokens.shape if with_tokens else (0,)),
+        tokens.new_empty(sizes.B, sizes.K, sizes.S, dtype=torch.float32),
+        tokens.new_empty(iterations, sizes.rows, _row_of(sizes.made())),
+        tokens.new_empty(*programs, sum(sizes.summed().values()), dtype=torch.float32),
+        tokens.new_empty(*programs, 2, sizes.H, 2, sizes.D, dtype=torch.float32),
+    )
 
 
 def _unpacked(weights: list[Tensor], present: list[bool]) -> Weights:
@@ -411,202 +263,66 @@ def _unpacked(weights: list[Tensor], present: list[bool]) -> Weights:
     return Weights(*(next(rest) if there else None for there in present))  # pyright: ignore[reportArgumentType]
 
 
-def _updated(
-    means: Tensor, slots: Tensor, some: Tensor | None, weights: Weights, settings: Settings, low: torch.dtype
-) -> Tensor:
-    """Lines 8 to 10 of Algorithm 1 in plain operations; `some`, `[B, 1, 1, 1]`, is 1 for samples with a token."""
-    cast = _cast_weights(weights, low)
-    update = _values(means, some, weights, settings, low)
-    cell = (cast.input, cast.state, cast.input_bias, cast.state_bias)
-    state = torch.gru_cell(update.flatten(0, 1), slots.to(low).flatten(0, 1), *cell).view_as(slots)
-    normed = F.layer_norm(state, state.shape[-1:], cast.mlp_gain, cast.mlp_shift, settings.mlp_eps)
-    hidden = F.linear(normed, cast.expand, cast.expand_bias).relu()
-    return (state + F.linear(hidden, cast.contract, cast.contract_bias)).to(slots.dtype)
-
-
-def _cast_weights(weights: Weights, low: torch.dtype) -> Weights:
-    return Weights(*(None if weight is None else weight.to(low) for weight in weights))
-
-
-def _values(means: Tensor, some: Tensor | None, weights: Weights, settings: Settings, low: torch.dtype) -> Tensor:
-    """Line 8: what the recurrent cell takes in, `[..., K, H E]`, or `[..., K, S]` after the map after the heads."""
-    heads = settings.heads
-    rows = means if weights.gain is None else means * weights.gain
-    rows = rows if weights.shift is None else rows + (weights.shift if some is None else weights.shift * some)
-    values = rows.to(low) @ weights.value.to(low).unflatten(0, (heads, -1)).mT
-    if weights.value_bias is not None:
-        constant = weights.value_bias.unflatten(0, (heads, 1, -1))
-        values = values + (constant if some is None else constant * some).to(low)
-    update = values.transpose(-2, -3).flatten(-2)
-    if weights.out is None:
-        return update
-    return F.linear(update, weights.out.to(low), None if weights.out_bias is None else weights.out_bias.to(low))
-
-
-class _Chain(NamedTuple):
-    """What the gradients of slots and means need of all iterations T, computed for all of them at once.
-
-    Args:
-        weights: in the dtype of the products.
-        settings: numbers of the call.
-        keys: `[H, E, D]`, with gain and scale.
-        constants: what the readers' bias is of the queries, `[H, 1, E]`.
-        values: `[H, E, D]`, with gain.
-        gates: how the new state moves with reset, update, candidate, and the state's part of the candidate,
-            `[T, B, K, 4, S]`.
-        back: from these four to the state before, `[4 S, S]`.
-        keep: how it moves with the state before itself, `[T, B, K, S]`.
-        positive: where the MLP's hidden layer is, `[T, B, K, M]`.
-        after: the new state, and its mean and inverse deviation.
-        before: the same of the state before.
-    """
-
-    weights: Weights
-    settings: Settings
-    keys: Tensor
-    constants: Tensor
-    values: Tensor
-    gates: Tensor
-    back: Tensor
-    keep: Tensor
-    positive: Tensor
-    after: tuple[Tensor, Tensor, Tensor]
-    before: tuple[Tensor, Tensor, Tensor]
-
-    @classmethod
-    def of(
-        cls,
-        means: Tensor,
-        slots: Tensor,
-        some: Tensor | None,
-        weights: Weights,
-        settings: Settings,
-        low: torch.dtype,
-    ) -> "_Chain":
-        """From the means and the slots before each iteration, `[T, B, ...]`."""
-        cast, size = _cast_weights(weights, low), slots.shape[-1]
-        update, slots = _values(means, some, weights, settings, low), slots.to(low)
-        of_input = F.linear(update, cast.input, cast.input_bias).float().chunk(3, -1)
-        of_state = F.linear(slots, cast.state, cast.state_bias).float().chunk(3, -1)
-        reset, keep = (of_input[0] + of_state[0]).sigmoid(), (of_input[1] + of_state[1]).sigmoid()
-        new = torch.tanh(of_input[2] + reset * of_state[2])
-        moved = (1 - keep) * (1 - new * new)
-        of_reset, of_keep = moved * of_state[2] * reset * (1 - reset), (slots - new) * keep * (1 - keep)
-        gates = torch.stack([of_reset, of_keep, moved, moved * reset], -2)
-        state = torch.lerp(new, slots.float(), keep).to(low)
-        normed, *after = torch.native_layer_norm(state, [size], cast.mlp_gain, cast.mlp_shift, settings.mlp_eps)
-        _, *before = torch.native_layer_norm(slots, [size], None, None, settings.slot_eps)
-        zeros = cast.state.new_zeros(size, size)
-        keys = cast.key.float() * settings.scale
-        constants = keys.new_zeros(keys.shape[0]) if cast.shift is None else keys @ cast.shift.float()
-        if cast.key_bias is not None:
-            constants = constants + cast.key_bias * settings.scale
-        heads = (settings.heads, -1)
-        return cls(
-            weights=cast,
-            settings=settings,
-            keys=(keys if cast.gain is None else keys * cast.gain).to(low).unflatten(0, heads),
-            constants=constants.unflatten(0, heads)[:, None],
-            values=(cast.value if cast.gain is None else cast.value * cast.gain).unflatten(0, heads),
-            gates=gates,
-            back=torch.cat([cast.state[: 2 * size], zeros, cast.state[2 * size :]]),
-            keep=keep,
-            positive=F.linear(normed, cast.expand, cast.expand_bias) > 0,
-            after=(state, *after),
-            before=(slots, *before),
-        )
-
-    def through_update(self, t: int, grad: Tensor) -> tuple[Tensor, Tensor]:
-        """From the gradient of the slots after iteration t to that of the slots before and of the means."""
-        weights, low = self.weights, self.values.dtype
-        hidden = (grad.to(low) @ weights.contract) * self.positive[t]
-        grad = grad + _through_norm(hidden @ weights.expand, self.after, t, weights.mlp_gain)
-        gates = (self.gates[t] * grad[..., None, :]).to(low).flatten(-2)
-        update = gates[..., : weights.input.shape[0]] @ weights.input
-        update = update if weights.out is None else update @ weights.out
-        means = update.unflatten(-1, (self.settings.heads, -1)).transpose(1, 2) @ self.values
-        return self.keep[t] * grad + gates @ self.back, means
-
-    def through_readers(self, t: int, readers: Tensor, bias: Tensor) -> Tensor:
-        """From the gradients of the readers and their bias to that of the slots they are made of."""
-        queries = readers @ self.keys.mT + (bias[..., None] * self.constants).to(readers.dtype)
-        normed = queries.transpose(1, 2).flatten(2) @ self.weights.query
-        return _through_norm(normed, self.before, t, self.weights.slot_gain)
-
-
-def _through_norm(grad: Tensor, normed: tuple[Tensor, Tensor, Tensor], t: int, gain: Tensor | None) -> Tensor:
-    """The gradient of what a LayerNorm took in iteration t."""
-    x, mean, inverse = (part[t] for part in normed)
-    wanted = [True, False, False]
-    return torch.ops.aten.native_layer_norm_backward(grad, x, [x.shape[-1]], mean, inverse, gain, None, wanted)[0]
-
-
-def _readers(slots: Tensor, weights: Weights, settings: Settings, low: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Line 6, and the map of the keys applied to its queries: readers `[B, H, K, D]` and their bias, in float32."""
-    cast = _cast_weights(weights, low)
-    normed = F.layer_norm(slots.to(low), slots.shape[-1:], cast.slot_gain, cast.slot_shift, settings.slot_eps)
-    queries = F.linear(normed, cast.query, cast.query_bias) * settings.scale
-    queries = queries.unflatten(-1, (settings.heads, -1)).transpose(1, 2)
-    readers = (queries @ cast.key.unflatten(0, (settings.heads, -1))).float()
-    bias = readers.new_zeros(readers.shape[:3]) if weights.shift is None else readers @ weights.shift.to(readers.dtype)
-    if cast.key_bias is not None:
-        bias = bias + (queries * cast.key_bias.unflatten(0, (settings.heads, 1, -1))).sum(-1)
-    return readers if weights.gain is None else readers * weights.gain, bias
+def _plain(
+    tokens: Tensor, slots: Tensor, weights: Weights, mask: Tensor | None, slot_mask: Tensor | None, settings: Settings
+) -> tuple[Tensor, Tensor]:
+    """The same in plain operations, which can be differentiated twice."""
+    low, heads, w = tokens.dtype, (settings.heads, -1), weights
+    w = Weights(*(None if weight is None else weight.to(low) for weight in weights))  # pyright: ignore[reportArgumentType]
+    key, value = w.key.unflatten(0, heads), w.value.unflatten(0, heads)
+    empty = tokens.new_ones(1) if tokens.shape[1] else tokens.new_zeros(1)
+    some = (empty if mask is None else mask.any(1).to(low))[:, None, None, None]
+    for _ in range(settings.iterations):
+        normed = F.layer_norm(slots.to(low), slots.shape[-1:], w.slot_gain, w.slot_shift, settings.slot_eps)
+        queries = F.linear(normed, w.query, w.query_bias).unflatten(-1, heads).transpose(1, 2)
+        readers = queries @ key
+        bias = torch.zeros_like(readers[..., 0]) if w.shift is None else (readers * w.shift).sum(-1)
+        if w.key_bias is not None:
+            bias = bias + (queries * w.key_bias.unflatten(0, heads)[:, None]).sum(-1)
+        readers = (readers if w.gain is None else readers * w.gain) * settings.scale
+        options = settings.joint_heads, settings.eps
+        keys = tokens[:, None]
+        means, attention = read(readers, bias.float() * settings.scale, keys, None, mask, slot_mask, *options, low)
+        means = means if w.gain is None else means * w.gain
+        means = means if w.shift is None else means + w.shift * some
+        values = means @ value.mT
+        values = values if w.value_bias is None else values + w.value_bias.unflatten(0, heads)[:, None] * some
+        values = values.transpose(1, 2).flatten(2)
+        values = values if w.out is None else F.linear(values, w.out, w.out_bias)
+        cell = w.input, w.state, w.input_bias, w.state_bias
+        state = torch.gru_cell(values.flatten(0, 1), slots.to(low).flatten(0, 1), *cell).view_as(slots)
+        normed = F.layer_norm(state, state.shape[-1:], w.mlp_gain, w.mlp_shift, settings.mlp_eps)
+        hidden = F.linear(normed, w.expand, w.expand_bias).relu()
+        slots = (state + F.linear(hidden, w.contract, w.contract_bias)).to(slots.dtype)
+    return slots, attention.to(slots.dtype)  # pyright: ignore[reportPossiblyUnboundVariable]
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     tokens, slots, weights, ctx.present, mask, slot_mask, *numbers = inputs
-    new, _, *read = output
+    _, _, *kept = output
     ctx.set_materialize_grads(False)
     ctx.settings = Settings(*numbers)
-    ctx.save_for_backward(tokens, slots, mask, slot_mask, new, *read, *weights)
+    ctx.save_for_backward(tokens, slots, mask, slot_mask, *kept, *weights)
 
 
 def _backward(ctx: Any, grad: Tensor | None, grad_attention: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    tokens, slots, mask, slot_mask, new, readers, bias, means, totals, *given = ctx.saved_tensors
-    settings, low = ctx.settings, tokens.dtype
-    iterations, dim = readers.shape[0], readers.shape[-1]
-    means = means[..., :dim]
-    before = torch.cat([slots[None], new[:-1]])
-    grad_slots = torch.zeros_like(slots, dtype=torch.float32) if grad is None else grad[-1].float()
+    tokens, slots, mask, slot_mask, between, *rest = ctx.saved_tensors
+    saved, given, settings = rest[:6], rest[6:], ctx.settings
+    if torch.is_grad_enabled():  # to be differentiated once more
+
+        def plain(tokens: Tensor, slots: Tensor, *given: Tensor) -> tuple[Tensor, Tensor]:
+            return _plain(tokens, slots, _unpacked([*given], ctx.present), mask, slot_mask, settings)
+
+        grads = gradients_of(plain, (tokens, slots, *given), (grad, grad_attention))
+        return *grads[:2], grads[2:], *[None] * 10
+    weights, sizes = _unpacked(given, ctx.present), Sizes.of(slots, _unpacked(given, ctx.present), settings.heads)
     grad_attention = None if grad_attention is None else grad_attention.contiguous()
-    some = None  # whether a sample has a token, where one may have none
-    if mask is not None or tokens.shape[1] == 0:
-        some = (totals[0, :, :1, :1] > settings.eps).to(low)[..., None]
-        some = some if mask is None else mask.any(1)[:, None, None, None].to(low)
-    weights = _unpacked([weight.detach() for weight in given], ctx.present)
-    options = (mask, slot_mask, settings.joint_heads, settings.eps)
-    of_new, of_means, centres, of_readers, of_bias = [], [], [], [], []
-    chain = _Chain.of(means, before, some, weights, settings, low)
-    for t in reversed(range(iterations)):  # of inputs, one iteration after the other
-        of_new.insert(0, grad_slots)
-        grad_state, grad_means = chain.through_update(t, grad_slots)
-        of_means.insert(0, grad_means)
-        centres.insert(0, (grad_means * means[t]).sum(-1))
-        last = grad_attention if t == iterations - 1 else None
-        rows = torch.ops.narrows.slot_read_backward_rows(
-            tokens, readers[t], bias[t], *options, of_means[0], centres[0], totals[t], last
-        )
-        of_readers.insert(0, rows[0])
-        of_bias.insert(0, rows[1])
-        grad_slots = grad_state + chain.through_readers(t, *rows)
-    with torch.enable_grad():  # of weights, all iterations together
-        leaves = [weight.detach().requires_grad_() for weight in given]
-        weights, rows = _unpacked(leaves, ctx.present), before.flatten(0, 1)
-        some = None if some is None else some.repeat(iterations, 1, 1, 1)
-        updated = _updated(means.flatten(0, 1), rows, some, weights, settings, low)
-        asked = _readers(rows, weights, settings, low)
-    outputs = (updated, *asked)
-    collected = zip((of_new, of_readers, of_bias), outputs, strict=True)
-    grad_outputs = [torch.cat(grads).to(output.dtype) for grads, output in collected]
-    grads = torch.autograd.grad(outputs, leaves, grad_outputs, allow_unused=True)
-    grads = [None if one is None else one.contiguous() for one in grads]  # as the parameters lie
-    grad_tokens = None
-    if ctx.needs_input_grad[0]:
-        grad_tokens = torch.ops.narrows.slot_read_backward_tokens(
-            tokens, readers, bias, *options, torch.stack(of_means), torch.stack(centres), totals, grad_attention
-        )
-    return grad_tokens, grad_slots.to(slots.dtype), grads, *[None] * 10
+    of_tokens, of_slots, made, summed, of_norm = torch.ops.narrows.slot_iterations_backward(
+        tokens, slots, given, ctx.present, mask, slot_mask, between, saved, grad, grad_attention,
+        ctx.needs_input_grad[0], *settings[2:],
+    )  # fmt: skip
+    grads = _gradients_of_weights(weights, sizes, saved[4], made, summed, of_norm)
+    return of_tokens if ctx.needs_input_grad[0] else None, of_slots.to(slots.dtype), grads, *[None] * 10
 
 
 _slot_iterations.register_autograd(_backward, setup_context=_keep)
@@ -620,20 +336,32 @@ def iterate(
     mask: Bool[Tensor, "B N"] | None = None,
     slot_mask: Bool[Tensor, "B K"] | None = None,
 ) -> tuple[Float[Tensor, "B K S"], Float[Tensor, "B H K N"]]:
-    """The slots after all iterations, and the last attention, both in the dtype of the slots.
-
-    Args:
-        tokens: standardised, in the dtype in which products are computed.
-        slots: the first ones.
-        weights: in any dtype.
-        settings: numbers of the call.
-        mask: `[B, N]`, True at real tokens.
-        slot_mask: `[B, K]`, True at real slots. What the others become has no meaning.
-    """
+    """What `narrows.ops.slot_attention.iterate` says."""
     masks = (None if one is None else one.contiguous() for one in (mask, slot_mask))
     given = [weight.contiguous() for weight in weights if weight is not None]
     present = [weight is not None for weight in weights]
     new, attention, *_ = torch.ops.narrows.slot_iterations(
         tokens, slots.contiguous(), given, present, *masks, *settings
     )
-    return new[-1], attention
+    return new, attention
+
+
+@register_flop_formula(torch.ops.narrows.slot_iterations)
+def _flops(tokens: torch.Size, slots: torch.Size, weights: list[torch.Size], *others: Any, **__: Any) -> int:
+    """In each iteration two products with all tokens, and each matrix times each slot once."""
+    iterations, heads = others[3:5]
+    matrices = sum(size.numel() for size in weights if len(size) == 2)
+    return 2 * iterations * slots[:2].numel() * (2 * heads * tokens[1:].numel() + matrices)
+
+
+@register_flop_formula(torch.ops.narrows.slot_iterations_backward)
+def _backward_flops(tokens: torch.Size, slots: torch.Size, weights: list[torch.Size], *others: Any, **__: Any) -> int:
+    """In each iteration three products with all tokens for readers, four for tokens, and each matrix times each slot.
+
+    What is made anew counts, as in attention's backward: two products with all tokens either way, and readers without
+    the gain of the tokens. Gradients of matrices are products of PyTorch's.
+    """
+    iterations, _, heads = others[4][0][:3]
+    reads = 3 + 4 * others[7]
+    key, *matrices = (size.numel() for size in weights if len(size) == 2)
+    return 2 * iterations * slots[:2].numel() * (reads * heads * tokens[1:].numel() + 2 * key + sum(matrices))

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from narrows.ops.slot_attention.common import mean_weights, softmax_over_slots
+from narrows.ops.slot_attention.common import from_tokens, grouped, mean_weights, products, read
 from narrows.precision import accumulation_dtype, autocast_off, is_transformed
 
 
@@ -24,7 +24,7 @@ def slot_attention(
     """Products with tokens in the dtype of the keys, everything else in float32 or better. Twice differentiable."""
     with autocast_off(keys):
         arguments = (queries, bias, keys, None if values is keys else values, mask, slot_mask, joint_heads, eps, dtype)
-        run = _read if is_transformed(*(x for x in arguments[:4] if x is not None)) else _Read.apply
+        run = read if is_transformed(*(x for x in arguments[:4] if x is not None)) else _Read.apply
         return run(*arguments)  # pyright: ignore[reportReturnType]
 
 
@@ -40,7 +40,7 @@ class _Read(torch.autograd.Function):
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-        return _read(*arguments)
+        return read(*arguments)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -67,62 +67,16 @@ class _Read(torch.autograd.Function):
             grad_keys = _to_tokens(grad_logits, queries, keys) if ctx.needs_input_grad[2] else None
             grad_values = _to_tokens(weights, grad_updates, values) if ctx.needs_input_grad[3] else None
         grad_bias = grad_logits.sum(-1) if ctx.has_bias else None
-        return _from_tokens(grad_logits, keys), grad_bias, grad_keys, grad_values, None, None, None, None, None
-
-
-def _read(
-    queries: Tensor,
-    bias: Tensor | None,
-    keys: Tensor,
-    values: Tensor | None,
-    mask: Tensor | None,
-    slot_mask: Tensor | None,
-    joint_heads: bool,
-    eps: float,
-    dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor]:
-    logits = _products(queries, keys)
-    if bias is not None:
-        logits = logits + bias[..., None]  # in float32, as the bias
-    attention = softmax_over_slots(logits, mask, slot_mask, joint_heads=joint_heads)
-    weights, _ = mean_weights(attention, mask, eps)
-    return _from_tokens(weights, keys if values is None else values, dtype), attention
+        return from_tokens(grad_logits, keys), grad_bias, grad_keys, grad_values, None, None, None, None, None
 
 
 def _over_tokens(rows: Float[Tensor, "B H K E"], tokens: Float[Tensor, "B G N E"]) -> Float[Tensor, "B H K N"]:
     """The product of every row with every token, in float32 or better."""
-    return _products(rows, tokens).to(accumulation_dtype(rows, tokens))
-
-
-def _products(rows: Float[Tensor, "B H K E"], tokens: Float[Tensor, "B G N E"]) -> Float[Tensor, "B H K N"]:
-    """The product of every row with every token, in the dtype of the tokens."""
-    return (_grouped(rows, tokens) @ tokens.mT).reshape(*rows.shape[:3], tokens.shape[2])
-
-
-def _from_tokens(
-    weights: Float[Tensor, "B H K N"], tokens: Float[Tensor, "B G N E"], dtype: torch.dtype | None = None
-) -> Float[Tensor, "B H K E"]:
-    """The sum of the tokens under each row of weights, in `dtype`, or that of the weights if None.
-
-    A weight among 2**16 tokens is about 2**-16, where float16 has no more than a few bits; 2**6 times that is an
-    ordinary number, and a mean of up to 2**10 still is one.
-    """
-    if tokens.dtype != torch.float16:
-        sums = _grouped(weights, tokens) @ tokens
-    else:
-        sums = (_grouped(weights * 64, tokens) @ tokens).to(weights.dtype) / 64
-    return sums.to(weights.dtype if dtype is None else dtype).reshape(*weights.shape[:3], tokens.shape[3])
+    return products(rows, tokens).to(accumulation_dtype(rows, tokens))
 
 
 def _to_tokens(
     weights: Float[Tensor, "B H K N"], rows: Float[Tensor, "B H K E"], tokens: Float[Tensor, "B G N E"]
 ) -> Float[Tensor, "B G N E"]:
     """For each token the sum of the rows under its column of weights, in the shape and dtype of `tokens`."""
-    return _grouped(weights, tokens).mT @ _grouped(rows, tokens)
-
-
-def _grouped(rows: Float[Tensor, "B H K X"], tokens: Float[Tensor, "B G N E"]) -> Float[Tensor, "B G R X"]:
-    """The rows that meet the same tokens beside one another, in the dtype of the tokens."""
-    batch, heads, num_rows, width = rows.shape
-    groups = tokens.shape[1]
-    return rows.reshape(batch, groups, heads // groups * num_rows, width).to(tokens.dtype)
+    return grouped(weights, tokens).mT @ grouped(rows, tokens)

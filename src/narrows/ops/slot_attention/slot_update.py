@@ -113,8 +113,8 @@ def _update(scales: tuple[float, float], eps: tuple[float, float, float], *input
     ) -> tuple[Tensor, Tensor]:
         """Readers of normalised tokens from rows that meet their image under a linear map."""
         readers, (gain, shift) = rows @ weight, norm
-        added = rows.new_zeros(rows.shape[:-1]) if bias is None else rows @ bias
-        added = added if shift is None else added + readers @ shift
+        added = rows.new_zeros(rows.shape[:-1]) if bias is None else (rows * bias).sum(-1)
+        added = added if shift is None else added + (readers * shift).sum(-1)
         return scale * (readers if gain is None else readers * gain), scale * added.float()
 
     nothing = slots.new_zeros(*slots.shape[:2], w.to_v.shape[1])

@@ -25,6 +25,10 @@ import triton
 import triton.language as tl
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from narrows.ops.slot_attention.common import gradients_of
+from narrows.ops.slot_attention.common import read as read_plainly
 
 MOST_ROWS, MOST_DIM = 64, 1024
 CHUNK, MOST_CHUNKS = 256, 128
@@ -536,9 +540,9 @@ def _(tokens: Tensor, readers: Tensor, *options: Any) -> tuple[Tensor, Tensor, T
     return tuple(readers.new_empty(size, dtype=torch.float32) for size in sizes)  # pyright: ignore[reportReturnType]
 
 
-@torch.library.custom_op("narrows::slot_read_backward_rows", mutates_args=())
+@torch.library.custom_op("narrows::slot_read_backward", mutates_args=())
 @on_device_of
-def backward_rows(
+def _slot_read_backward(
     tokens: Tensor,
     readers: Tensor,
     bias: Tensor | None,
@@ -546,52 +550,37 @@ def backward_rows(
     slot_mask: Tensor | None,
     joint_heads: bool,
     eps: float,
-    grads: Tensor,
-    centres: Tensor,
+    grad: Tensor,
+    means: Tensor,
     totals: Tensor,
     grad_attention: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """The gradients of readers `[B, H, K, D]`, in the tokens' dtype, and of bias, from those of the means, `grads`."""
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of tokens, and of readers and bias; empty where not `wanted`."""
     batch, heads, slots, dim = readers.shape
     task = Read(aligned(tokens), mask, slot_mask, heads, slots, joint_heads, eps)
-    readers, grads = (_as_wide(rows, task.tokens) for rows in (readers, grads))
-    parts = task.backward_rows(readers, bias, grads, centres, totals, grad_attention)
-    grad_readers, grad_bias = add_chunks(*parts, None)
-    grad_readers = grad_readers[..., :dim].to(tokens.dtype, memory_format=torch.contiguous_format)
-    return grad_readers.view(batch, heads, slots, dim), grad_bias.view(batch, heads, slots)
+    centres, readers, grads = (grad * means).sum(-1), *(_as_wide(x, task.tokens) for x in (readers, grad.to(tokens)))
+    grad_tokens, grad_readers, grad_bias = readers.new_empty(0), readers.new_empty(0), totals.new_empty(0)
+    if wanted[0]:
+        read = (None if x is None else x[None] for x in (readers, bias, grads, centres, totals))
+        grad_tokens = task.backward_tokens(*read, grad_attention)  # pyright: ignore[reportArgumentType]
+        grad_tokens = grad_tokens if tokens.shape == grad_tokens.shape else grad_tokens[..., :dim].contiguous()
+    if wanted[1]:
+        parts = task.backward_rows(readers, bias, grads, centres, totals, grad_attention)
+        grad_readers, grad_bias = add_chunks(*parts, None)
+        grad_readers = grad_readers[..., :dim].to(tokens.dtype, memory_format=torch.contiguous_format)
+        grad_readers, grad_bias = grad_readers.view(batch, heads, slots, dim), grad_bias.view(batch, heads, slots)
+    return grad_tokens, grad_readers, grad_bias
 
 
-@backward_rows.register_fake
-def _(tokens: Tensor, readers: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return tokens.new_empty(readers.shape), readers.new_empty(readers.shape[:3], dtype=torch.float32)
-
-
-@torch.library.custom_op("narrows::slot_read_backward_tokens", mutates_args=())
-@on_device_of
-def backward_tokens(
-    tokens: Tensor,
-    readers: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    slot_mask: Tensor | None,
-    joint_heads: bool,
-    eps: float,
-    grads: Tensor,
-    centres: Tensor,
-    totals: Tensor,
-    grad_attention: Tensor | None,
-) -> Tensor:
-    """The gradient of tokens that were read T times by readers `[T, B, H, K, D]`; `grad_attention` is of the last."""
-    _, _, heads, slots, dim = readers.shape
-    task = Read(aligned(tokens), mask, slot_mask, heads, slots, joint_heads, eps)
-    readers, grads = (_as_wide(rows, task.tokens) for rows in (readers, grads))
-    read = task.backward_tokens(readers, bias, grads, centres, totals, grad_attention)
-    return read if read.shape[-1] == dim else read[..., :dim].contiguous()
-
-
-@backward_tokens.register_fake
-def _(tokens: Tensor, *_: Any) -> Tensor:
-    return tokens.new_empty(tokens.shape)
+@_slot_read_backward.register_fake
+def _(tokens: Tensor, readers: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    of_tokens, of_readers = options[-1]
+    return (
+        tokens.new_empty(tokens.shape if of_tokens else (0,)),
+        tokens.new_empty(readers.shape if of_readers else (0,)),
+        tokens.new_empty(readers.shape[:3] if of_readers else (0,), dtype=torch.float32),
+    )
 
 
 def _as_wide(rows: Tensor, tokens: Tensor) -> Tensor:
@@ -611,18 +600,21 @@ def _backward(
     ctx: Any, grad: Tensor | None, _: Tensor | None, grad_attention: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     tokens, readers, bias, mask, slot_mask, means, totals = ctx.saved_tensors
+    options = mask, slot_mask, ctx.joint_heads, ctx.eps
+    if torch.is_grad_enabled():  # to be differentiated once more
+
+        def plain(tokens: Tensor, readers: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+            return read_plainly(readers, bias, tokens[:, None], None, *options, torch.float32)
+
+        return *gradients_of(plain, (tokens, readers, bias), (grad, grad_attention)), *[None] * 5
     grad = torch.zeros_like(means) if grad is None else grad
     grad_attention = None if grad_attention is None else grad_attention.contiguous()
-    centres, low = (grad * means).sum(-1), grad.to(tokens.dtype)
-    arguments = (mask, slot_mask, ctx.joint_heads, ctx.eps)
-    grad_tokens, grad_readers, grad_bias = None, None, None
-    if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-        rows = torch.ops.narrows.slot_read_backward_rows
-        grad_readers, grad_bias = rows(tokens, readers, bias, *arguments, low, centres, totals, grad_attention)
-    if ctx.needs_input_grad[0]:
-        stacked = readers[None], None if bias is None else bias[None], *arguments, low[None], centres[None]
-        grad_tokens = torch.ops.narrows.slot_read_backward_tokens(tokens, *stacked, totals[None], grad_attention)
-    return grad_tokens, grad_readers, None if bias is None else grad_bias, None, None, None, None, None
+    wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[1] or ctx.needs_input_grad[2]]
+    found = torch.ops.narrows.slot_read_backward(
+        tokens, readers, bias, *options, grad, means, totals, grad_attention, wanted
+    )
+    needed = zip(ctx.needs_input_grad, found, strict=False)
+    return *(one if need else None for need, one in needed), *[None] * 5
 
 
 _slot_read.register_autograd(_backward, setup_context=_keep)
@@ -641,8 +633,8 @@ def read(
 ) -> tuple[Float[Tensor, "B H K D"], Float[Tensor, "B H K N"] | None]:
     """The means of tokens that slots read, in float32, and the attention, or None where it is not wanted.
 
-    As `slot_attention(readers, tokens[:, None], tokens[:, None], ..., bias=bias, scale=1)`, in four launches and once
-    differentiable. Tokens may have any strides; `why_not` says what the kernels cannot take.
+    As `slot_attention(readers, tokens[:, None], tokens[:, None], ..., bias=bias, scale=1)`, in four launches. A second
+    derivative takes plain operations. Tokens may have any strides; `why_not` says what the kernels cannot take.
     """
     bias = None if bias is None else bias.float().contiguous()
     masks = (None if one is None else one.contiguous() for one in (mask, slot_mask))
@@ -650,3 +642,16 @@ def read(
         tokens, readers.to(tokens.dtype), bias, *masks, joint_heads, float(eps), with_attention
     )
     return means, attention if with_attention else None
+
+
+@register_flop_formula(torch.ops.narrows.slot_read)
+def _flops(tokens: torch.Size, readers: torch.Size, *_: Any, **__: Any) -> int:
+    """Two products: of every token with every row, and of every weight with every token."""
+    return 4 * readers[:3].numel() * tokens[1] * tokens[2]
+
+
+@register_flop_formula(torch.ops.narrows.slot_read_backward)
+def _backward_flops(tokens: torch.Size, readers: torch.Size, *others: Any, **__: Any) -> int:
+    """Both passes make logits and their gradients anew, two products, which count, as in attention's backward."""
+    of_tokens, of_readers = others[-1]
+    return (8 * of_tokens + 6 * of_readers) * readers[:3].numel() * tokens[1] * tokens[2]

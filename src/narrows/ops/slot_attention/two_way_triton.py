@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from narrows.ops.slot_attention.triton import (
     INTERPRETED,
@@ -484,3 +485,26 @@ def _sizes(slots: Tensor, weights: Sequence[Tensor | None]) -> list[tuple[tuple[
     dim = weights[2].shape[1]  # pyright: ignore[reportOptionalMemberAccess]
     readers = [((batch, num_slots, dim), slots.dtype), ((batch, num_slots), torch.float32)]
     return [(tuple(slots.shape), slots.dtype), *readers, *readers, ((batch, num_slots, 3 * dim), slots.dtype)]
+
+
+@register_flop_formula(torch.ops.narrows.update_tokens)
+def _flops_of_tokens(tokens: torch.Size, _: torch.Size, readers: torch.Size, *others: Any, **__: Any) -> int:
+    """Each token times readers, gates and matrices; with weights over the tokens, one read by the slots before."""
+    matrices = sum(size.numel() for size in others[4] if size is not None and len(size) == 2)
+    reads = 4 + 2 * others[6]
+    return 2 * tokens[:2].numel() * (reads * readers[1:].numel() + matrices)
+
+
+@register_flop_formula(torch.ops.narrows.gate_backward)
+def _flops_of_gates(*_: Any, **__: Any) -> int:
+    """Nothing is multiplied but numbers."""
+    return 0
+
+
+@register_flop_formula(torch.ops.narrows.update_slots)
+def _flops_of_slots(
+    means: torch.Size | None, _: Any, slots: torch.Size, weights: list[Any], *__: Any, **___: Any
+) -> int:
+    """Each slot times each matrix, before the first read only times those that readers are made of."""
+    used = weights if means is not None else weights[-4:]
+    return 2 * slots[:2].numel() * sum(size.numel() for size in used if size is not None and len(size) == 2)
