@@ -185,7 +185,7 @@ def check_share(**values: int | float) -> None:
 def check_not_negative(**values: int | float) -> None:
     """Raise on the first of the named numbers that is below 0."""
     for name, value in values.items():
-        if value < 0:
+        if not value >= 0:  # no number is neither
             raise InvalidArgument(name, expected="a number of 0 or more", got=value)
 
 

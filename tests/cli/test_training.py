@@ -1,11 +1,13 @@
 import csv
 import json
+import shutil
 import signal
 
 import pytest
 import torch
 
 from narrows.cli import main
+from narrows.data import ImageDataModule
 from narrows.models import load_model
 from narrows.training.classification import Classification
 from tests.data.folders import write_classes, write_image
@@ -160,6 +162,8 @@ def test_a_checkpoint_brings_its_settings_and_refuses_others(narrows, tmp_path, 
     assert main(["fit", *QUIET, "--ckpt_path", last, "--model", "sepvit_mini"]) == 1
     assert "model.model: expected 'vit_mini', with which the checkpoint was trained" in capsys.readouterr().err
     assert main(["test", *QUIET, "--ckpt_path", last, "--data", "digits"]) == 1
+    assert "data: expected the 2 classes that the model was trained on, 'cat', 'dog' among" in capsys.readouterr().err
+    assert main(["test", *QUIET, "--ckpt_path", last, "--data.image_size", "32"]) == 1
     assert "ckpt_path: expected a checkpoint of this model, got one with other model." in capsys.readouterr().err
     assert main(["test", *QUIET, "--ckpt_path", last]) == 0, "model and data are those of the checkpoint"
     torch.save({"state_dict": {}}, tmp_path / "half.ckpt")
@@ -232,3 +236,58 @@ def test_a_damaged_configuration_or_checkpoint_is_told_in_a_line(narrows, tmp_pa
     assert (
         "ckpt_path: expected a checkpoint that narrows fit wrote, got 'last.ckpt': Bad CRC" in capsys.readouterr().err
     )
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, folder):
+    """A run on the small folder: its folder."""
+    runs = tmp_path_factory.mktemp("trained")
+    options = ["--data", str(folder), "--data.image_size=16", "--data.batch_size=8", "--trainer.max_epochs=1", *QUIET]
+    options += ["--model.model_args", json.dumps(MODEL), "--trainer.default_root_dir", str(runs)]
+    assert main(["fit", *options]) == 0
+    return _only(runs.iterdir())
+
+
+def test_predict_opens_no_training_data_and_names_the_classes(trained, folder, tmp_path, monkeypatch):
+    image = write_image(tmp_path / "x.jpg", size=(50, 30))
+    shutil.copytree(trained, tmp_path / "run")
+    assert load_model(tmp_path / "run" / "model").classes == ("cat", "dog")
+    monkeypatch.setattr(ImageDataModule, "loaded", property(lambda self: pytest.fail("training data were opened")))
+    given = ["--ckpt_path", str(tmp_path / "run" / "checkpoints" / "last.ckpt"), "--data.images", f"[{image}]", *QUIET]
+    for extra in ([], ["--data", "no/such/folder"], ["--data", str(folder)]):
+        assert main(["predict", *given, *extra, "--trainer.default_root_dir", str(tmp_path / "new")]) == 0
+    tables = list((tmp_path / "new").glob("*/predictions.csv"))
+    assert len(tables) == 3
+    with tables[0].open() as file:
+        (row,) = csv.DictReader(file)
+    assert row["class"] in ("cat", "dog")
+
+
+@pytest.mark.parametrize(
+    ("classes", "expected", "got"),
+    [
+        (
+            ["cat", "puma"],
+            "expected the 2 classes that the model was trained on, 'dog' among them",
+            "2 classes, 'puma'",
+        ),
+        (["cat", "ape", "dog"], "expected the 2 classes that the model was trained on, got", "3 classes, 'ape' among"),
+        (["puma", "quoll"], "trained on, 'cat', 'dog' among them", "2 classes, 'puma', 'quoll' among them"),
+    ],
+)
+@pytest.mark.parametrize("command", ["test", "validate", "fit"])
+def test_renamed_and_added_classes_are_errors_and_no_other_labels(
+    trained, tmp_path, capsys, command, classes, expected, got
+):
+    images = write_classes(tmp_path / "images", dict.fromkeys(classes, 9))
+    given = [
+        "--ckpt_path",
+        str(trained / "checkpoints" / "last.ckpt"),
+        "--trainer.default_root_dir",
+        str(tmp_path / "r"),
+    ]
+    assert main([command, *given, *QUIET, "--data", str(images)]) == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("narrows: data: ")
+    assert expected in printed
+    assert got in printed

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from narrows.data import ImageDataModule
+from narrows.data.module import ImagesOf
 from narrows.errors import DataError, InvalidArgument
 from tests.data.folders import write_classes, write_image
 
@@ -46,6 +47,14 @@ def test_predict_takes_any_images_in_the_form_the_model_was_trained_on(tmp_path)
     assert labels.tolist() == [-100, -100]
     assert data.to_predict.name(1).endswith("deep/a.png")
     assert ImageDataModule("digits").to_predict.name(3) == "scene 3"
+
+
+def test_what_a_checkpoint_knows_of_the_images_spares_opening_them(tmp_path):
+    image = write_image(tmp_path / "a.png", size=(50, 40))
+    data = ImageDataModule("no/such/folder", images=[str(image)])
+    data.trained_on = ImagesOf(num_classes=2, image_size=24, channels=3)
+    ((images, _),) = data.predict_dataloader()
+    assert images.shape == (1, 3, 24, 24)
 
 
 def test_errors_say_what_to_do(tmp_path):

@@ -40,6 +40,17 @@ def test_classes_of_another_model_give_no_accuracy(tmp_path: Path) -> None:
     assert images.names([0]) == ["000.png"]
 
 
+def test_a_renamed_class_is_no_other_label(tmp_path: Path) -> None:
+    write_classes(tmp_path, {"cat": 10, "puma": 10})
+    theirs = replace(THEIRS, num_classes=2, classes=("cat", "dog"))
+    assert not load_images(tmp_path, theirs, limit=100).labelled
+    unnamed = replace(theirs, classes=("LABEL_0", "LABEL_1"))
+    assert load_images(tmp_path, unnamed, limit=100).labelled
+    with pytest.raises(InvalidArgument, match=r"trained on, 2: 'cat', 'dog', got 2: 'cat', 'puma' in .*Rename"):
+        load_images(tmp_path, replace(OURS, classes=("cat", "dog")), limit=100)
+    assert load_images(tmp_path, replace(OURS, classes=("cat", "puma")), limit=100).labelled
+
+
 def test_a_validation_folder_is_what_is_looked_at(tmp_path: Path) -> None:
     write_classes(tmp_path / "train", {"cat": 3, "dog": 2})
     write_classes(tmp_path / "val", {"cat": 1, "dog": 1})

@@ -1,5 +1,6 @@
 """What is saved is what opens again, or it is not saved."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch import nn
 from narrows.errors import InvalidArgument, NarrowsError
 from narrows.models import create_model, load_model
 from narrows.models.segmenter import Segmenter
+from narrows.weights import read_config
 
 SMALL = {
     "image_size": 16,
@@ -101,3 +103,16 @@ def test_arguments_over_those_that_were_saved_have_to_fit_the_weights(tmp_path: 
     assert type(model).from_pretrained(tmp_path, dtype=torch.float64).head.weight.dtype == torch.float64
     with pytest.raises(InvalidArgument, match=r"weights: .*head.weight of shape \(2, 8\) in place of \(3, 8\)"):
         type(model).from_pretrained(tmp_path, num_classes=3)
+
+
+def test_names_of_classes_are_saved_with_the_model(tmp_path: Path) -> None:
+    model = create_model("vit_mini", num_classes=2)
+    model.save_pretrained(tmp_path / "unnamed")
+    assert "classes" not in json.loads((tmp_path / "unnamed" / "config.json").read_text())
+    model.classes = ("cat", "d\u00f6g")
+    model.save_pretrained(tmp_path / "named")
+    assert load_model(tmp_path / "named").classes == ("cat", "d\u00f6g")
+    config = read_config(tmp_path / "named" / "config.json")
+    (tmp_path / "named" / "config.json").write_text(json.dumps({**config, "classes": 7}))
+    with pytest.raises(InvalidArgument, match="classes: expected a list of the names of the classes, got 7"):
+        load_model(tmp_path / "named")

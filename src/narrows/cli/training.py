@@ -7,6 +7,7 @@ import re
 import signal
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -20,6 +21,7 @@ from narrows.errors import InvalidArgument, MissingExtra, NarrowsError, Terminat
 from narrows.files import new_folder, replacing
 
 try:
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.fabric.utilities.rank_zero import rank_zero_only
     from lightning.pytorch import LightningModule, Trainer
     from lightning.pytorch.callbacks import BasePredictionWriter, Callback
@@ -29,7 +31,13 @@ try:
 except ImportError as error:
     raise MissingExtra(error.name or "lightning", extra="train", purpose="train") from error
 
-from narrows.data.module import ImageDataModule, ObjectDataModule, PositionedDataModule, SegmentationDataModule
+from narrows.data.module import (
+    ImageDataModule,
+    ImagesOf,
+    ObjectDataModule,
+    PositionedDataModule,
+    SegmentationDataModule,
+)
 from narrows.jobs.fit import classification, objects, segmentation
 from narrows.training.callbacks import ClassMaps, PredictionTable, SavePretrained
 from narrows.training.checkpoints import Checkpoints, StopOnSignal, WholeFiles
@@ -48,6 +56,8 @@ _DO_NOT_APPLY = (
 )
 OPTIONS = "narrows_options"
 """Where a checkpoint has the options of its model and its data."""
+IMAGES = "narrows_images"
+"""Where a checkpoint has what its model has to fit of the images."""
 
 IMPORTS = ("narrows", "lightning", "torch.nn", "torch.optim", "torchmetrics", "torchvision", "timm", "transformers")
 """Where the classes are that a configuration may name as its `class_path`."""
@@ -78,8 +88,15 @@ class Choice(NamedTuple):
 
 
 def _of_images(name: str) -> Link:
-    """The model has to fit the images."""
-    return Link("data", f"model.{name}", lambda data: getattr(data.loaded, name))
+    """The model has to fit the images, or those of its checkpoint where no image is needed."""
+
+    def value(data: Any) -> int:
+        known = data.trained_on
+        if known is None:
+            return getattr(data.loaded, name)
+        return data.image_size or known.image_size if name == "image_size" else getattr(known, name)
+
+    return Link("data", f"model.{name}", value)
 
 
 def _flamingo() -> Choice:
@@ -98,7 +115,7 @@ def _flamingo() -> Choice:
     return Choice(flamingo, InterleavedDataModule, "val/loss", None, links, "min", SaveReader)
 
 
-_SHAPE = [_of_images(name) for name in ("num_classes", "image_size", "channels")]
+_SHAPE = [_of_images(name) for name in ImagesOf._fields]
 TASKS: dict[str, Callable[[], Choice]] = {
     "classification": lambda: Choice(classification, ImageDataModule, "val/accuracy", PredictionTable, _SHAPE),
     "segmentation": lambda: Choice(segmentation, SegmentationDataModule, "val/mean_iou", ClassMaps, _SHAPE),
@@ -127,6 +144,9 @@ class SaveConfig(SaveConfigCallback):
         if trainer.state.fn == "fit":
             options = yaml.safe_load(self.parser.dump(self.config, skip_none=False, skip_link_targets=True))
             checkpoint[OPTIONS] = {part: options[part] for part in ("model", "data")}
+            data = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+            if isinstance(data, ImageDataModule):
+                checkpoint[IMAGES] = {name: getattr(data.loaded, name) for name in ImagesOf._fields}
 
 
 class TrainingCLI(LightningCLI):
@@ -139,6 +159,7 @@ class TrainingCLI(LightningCLI):
     def __init__(self, task: str, **kwargs: Any) -> None:
         self.parent = os.getppid()
         self.task, self.choice, self.args = task, TASKS[task](), kwargs["args"]
+        self.trained_on: ImagesOf | None = None
         left = [StopOnSignal(), self.choice.saving()]
         if self.choice.predictions is not None:
             left.append(self.choice.predictions())
@@ -149,7 +170,7 @@ class TrainingCLI(LightningCLI):
         """Link model and data, and keep the best and the last checkpoint."""
         parser.add_argument("--task", type=Literal[*TASKS], default=self.task, help="What is trained.")
         for link in self.choice.links:
-            parser.link_arguments(link.source, link.target, link.value, apply_on="instantiate")
+            parser.link_arguments(link.source, link.target, partial(self._read, link.value), apply_on="instantiate")
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
         parser.set_defaults(
             {
@@ -159,6 +180,12 @@ class TrainingCLI(LightningCLI):
                 "checkpoint.save_on_exception": True,
             }
         )
+
+    def _read(self, value: Callable[[Any], Any], source: Any) -> Any:
+        """What a link reads; from data it is read after they are told what the checkpoint knows of them."""
+        if isinstance(source, ImageDataModule):
+            source.trained_on = self.trained_on
+        return value(source)
 
     def _parse_ckpt_path(self) -> None:
         """Take what was not given from the checkpoint; Lightning takes what was given from it too.
@@ -172,10 +199,13 @@ class TrainingCLI(LightningCLI):
         if path is None or not Path(path).is_file():
             return
         try:
-            trained = read_file(path).get(OPTIONS, {})
+            content = read_file(path)
         except InvalidArgument as error:
             got = str(error).partition("got ")[2].rstrip(".")
             raise InvalidArgument("ckpt_path", expected="a checkpoint that narrows fit wrote", got=got) from error
+        trained, images = content.get(OPTIONS, {}), content.get(IMAGES)
+        if command == "predict" and isinstance(images, dict):
+            self.trained_on = ImagesOf(**images)
         asked = self.parser.parse_args(self.args, defaults=False)[command]
         for name, value in vars(asked.get("model") or Namespace()).items():
             if name in trained.get("model", {}) and (before := trained["model"][name]) != _plain(value):
@@ -213,6 +243,9 @@ class TrainingCLI(LightningCLI):
             if isinstance(error.__cause__, NarrowsError):
                 raise error.__cause__ from None
             raise
+        except MisconfigurationException as error:
+            expected, reason = "options that Lightning takes together", str(error).partition("\n")[0]
+            raise InvalidArgument("checkpoint", expected=expected, got=f"others ({reason})") from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Log to CSV and TensorBoard, and write checkpoints whole, unless told otherwise."""
@@ -226,7 +259,14 @@ class TrainingCLI(LightningCLI):
             # Processes but the first write nothing, and take the folder from it.
             run = new_folder(root).name if getattr(rank_zero_only, "rank", 0) == 0 and not asked["fast_dev_run"] else ""
             kwargs["logger"] = [CSVLogger(root, name="", version=run), TensorBoardLogger(root, name="", version=run)]
-        return super().instantiate_trainer(**kwargs)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
+            if isinstance(error, NarrowsError):
+                raise
+            reason = str(error).partition("\n")[0]
+            expected = "options that Lightning's Trainer takes together on this machine"
+            raise InvalidArgument("trainer", expected=expected, got=f"others ({reason})") from error
 
     def after_fit(self) -> None:
         """Say where everything is."""

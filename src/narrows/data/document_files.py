@@ -19,7 +19,7 @@ from torch import Tensor
 from narrows.data.decoding import EXTENSIONS, decode_image
 from narrows.data.documents import IMAGE, Document, InterleavedSet
 from narrows.data.folder import UNREADABLE_SHARE, image_transform
-from narrows.data.listing import say_once
+from narrows.data.listing import say_left_out
 from narrows.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -225,7 +225,7 @@ def _samples(shard: tarfile.TarFile, path: Path) -> Iterable[Record]:
         yield Record(row, text, tuple(images))
     if left_out:
         examples = f"{', '.join(left_out[:3])}{', ...' * (len(left_out) > 3)}"
-        say_once(f"{path}: left out {len(left_out)} members that belong to no sample ({examples})")
+        say_left_out(path, f"{len(left_out)} members that belong to no sample ({examples})")
 
 
 def _check_ends(path: Path, end: int) -> None:

@@ -22,7 +22,7 @@ from narrows.data.listing import (
     find_images,
     list_folder,
     printable,
-    say_once,
+    say_left_out,
     split,
 )
 from narrows.data.positions import keys
@@ -151,8 +151,7 @@ def load_folder(
     for name, samples in (("training", train), ("validation", held_out), ("test", test)):
         if not samples:
             raise DataError(f"{root}: no readable image among the {name} images. Add some, or remove the empty folder.")
-    if listed.left_out:
-        say_once(f"{printable(str(root))}: left out {listed.left_out}")
+    say_left_out(root, listed.left_out)
 
     def images(samples: Sequence[Sample], augmentation: Augmentation | None = None) -> FolderImages:
         return FolderImages(samples, image_size=image_size, augmentation=augmentation, seed=seed, root=root)

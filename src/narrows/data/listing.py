@@ -255,14 +255,12 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
         InvalidArgument: a path that does not exist or is neither a file nor a folder, or no image file at all.
     """
     found: list[Path] = []
-    left_out: list[str] = []
+    left_out: list[tuple[Path, str]] = []
     for path in map(Path, paths):
         if path.is_dir():
             tree = walk(path)
             found += [path.joinpath(*names) for names in tree.files]
-            left_out += (
-                [f"{printable(str(path))}: left out {described}"] if (described := tree.describe_left_out()) else []
-            )
+            left_out.append((path, tree.describe_left_out()))
         elif path.is_file():
             found.append(path)
         else:
@@ -270,9 +268,15 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
             raise InvalidArgument("images", expected="image files or folders", got=f"{path}, which {state}")
     if not found:
         raise InvalidArgument("images", expected=f"files ending in {', '.join(EXTENSIONS)}", got="none")
-    for described in left_out:
-        say_once(described)
+    for root, described in left_out:
+        say_left_out(root, described)
     return found
+
+
+def say_left_out(root: Path, described: str) -> None:
+    """Say, once, what of a folder was left out, in the words of `Tree.describe_left_out`; nothing of nothing."""
+    if described:
+        say_once(f"{printable(str(root))}: left out {described}")
 
 
 @cache

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
@@ -16,7 +16,21 @@ from narrows.data.object_scenes import OBJECT_SCENES, load_object_scenes
 from narrows.data.positions import PositionSampler
 from narrows.data.scenes import load_segmented
 from narrows.errors import DataError, InvalidArgument
-from narrows.validation import check_positive
+from narrows.validation import check_not_negative, check_positive
+
+
+class ImagesOf(NamedTuple):
+    """What a model has to fit of the images it is trained on.
+
+    Args:
+        num_classes: how many classes there are.
+        image_size: side of the square images.
+        channels: channels of the images.
+    """
+
+    num_classes: int
+    image_size: int
+    channels: int
 
 
 class PositionedDataModule(LightningDataModule):
@@ -46,6 +60,7 @@ class PositionedDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         check_positive(batch_size=batch_size)
+        check_not_negative(num_workers=num_workers)
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.collate, self.kind = collate or _unchanged, kind
         self._resumed: dict[str, int] = {}
@@ -144,6 +159,8 @@ class ImageDataModule(PositionedDataModule):
     ) -> None:
         super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed)
         self.data, self.image_size, self.images, self.augmentation = data, image_size, images, augmentation
+        self.trained_on: ImagesOf | None = None
+        """The images that the model was trained on, where a checkpoint says it: `predict` then opens none of them."""
 
     @cached_property
     def loaded(self) -> ImageData:
@@ -153,10 +170,10 @@ class ImageDataModule(PositionedDataModule):
     @cached_property
     def to_predict(self) -> ImageSet:
         """The images that `predict` looks at."""
-        loaded = self.loaded
         if self.images is None:
-            return loaded.held_out
-        return load_unlabelled(self.images, image_size=loaded.image_size, channels=loaded.channels)
+            return self.loaded.held_out
+        known = self.trained_on or self.loaded
+        return load_unlabelled(self.images, image_size=self.image_size or known.image_size, channels=known.channels)
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """The images to predict."""

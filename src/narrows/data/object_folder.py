@@ -30,7 +30,7 @@ from torch import Tensor
 
 from narrows.data.folder import UNREADABLE_SHARE, find_unreadable
 from narrows.data.images import IGNORED, MEAN_AND_STD, ImageData, ImageSet
-from narrows.data.listing import HELD_OUT_SHARE, part_called, path_hash, printable, say_once, walk
+from narrows.data.listing import HELD_OUT_SHARE, part_called, path_hash, printable, say_left_out, walk
 from narrows.data.object_files import Clip, CocoClip, FileClip, list_movi
 from narrows.data.positions import keys, uniforms
 from narrows.errors import DataError, InvalidArgument
@@ -223,8 +223,7 @@ def load_object_folder(
         return part_images
 
     held_out = [images(part) for part in ("validation", "test") if part in found.parts]
-    if found.left_out:
-        say_once(f"{printable(str(root))}: left out {found.left_out}")
+    say_left_out(root, found.left_out)
     return ImageData(
         name=str(root),
         train=images("training"),

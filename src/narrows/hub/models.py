@@ -18,6 +18,7 @@ from narrows.data.images import MEAN_AND_STD
 from narrows.errors import InvalidArgument, MissingExtra, NarrowsError
 from narrows.files import replacing_folder
 from narrows.models import ImageClassifier, create_model, list_models, load_model
+from narrows.models.base import SavedModel
 from narrows.validation import check_positive
 from narrows.weights import load_strictly, misfits, read_file
 
@@ -194,19 +195,26 @@ class Checkpoint(NamedTuple):
         return model, tuple(notes)
 
 
-def save_model(model: nn.Module, folder: Path) -> None:
+def save_model(model: nn.Module, folder: Path, *, classes: Sequence[str] = ()) -> None:
     """Write a model as safetensors and config; `open_model` takes the folder, as "timm:local-dir:<folder>" if of timm.
+
+    Args:
+        model: of narrows or of timm.
+        folder: where to.
+        classes: what its logits are called, in their order; saved beside the weights.
 
     Raises:
         InvalidArgument: a model of neither narrows nor timm.
     """
     if isinstance(model, PyTorchModelHubMixin):
+        if classes and isinstance(model, SavedModel):
+            model.classes = tuple(classes)
         model.save_pretrained(folder)
     elif hasattr(model, "pretrained_cfg"):
         from timm.models import save_for_hf
 
         with replacing_folder(folder) as unfinished:
-            save_for_hf(model, str(unfinished))
+            save_for_hf(model, str(unfinished), model_config={"label_names": list(classes)} if classes else None)
     else:
         raise InvalidArgument("model", expected="a model of narrows or of timm", got=type(model).__name__)
 
@@ -227,6 +235,7 @@ def _open_ours(name: str, checkpoint: Checkpoint | None, arguments: Mapping[str,
     else:
         _refuse(name)
     notes: tuple[str, ...] = ()
+    classes = model.classes if checkpoint is None else ()  # other weights are of other classes
     if checkpoint is not None:
         wanted, shape = arguments.get("num_classes"), _config(model)
         filled, notes = checkpoint.fill(
@@ -238,7 +247,8 @@ def _open_ours(name: str, checkpoint: Checkpoint | None, arguments: Mapping[str,
         model = cast(ImageClassifier, filled.eval())
     config = _config(model)
     side, (mean, std) = config["image_size"], MEAN_AND_STD[config["channels"]]
-    return LoadedModel(name, model, (side, side), mean, std, num_classes=config["num_classes"], notes=notes)
+    num_classes = config["num_classes"]
+    return LoadedModel(name, model, (side, side), mean, std, num_classes=num_classes, classes=classes, notes=notes)
 
 
 def _config(model: ImageClassifier) -> dict[str, Any]:

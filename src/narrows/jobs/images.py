@@ -1,5 +1,6 @@
 """The images that a token reduction is judged by, as the model takes them."""
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from narrows.data import IGNORED, ImageSet, load
 from narrows.data.folder import FolderImages, find_unreadable
-from narrows.data.listing import PARTS, find_images, list_folder, printable, say_once, walk
+from narrows.data.listing import PARTS, find_images, list_folder, say_left_out, walk
 from narrows.data.scenes import SCENES
 from narrows.errors import DataError, InvalidArgument
 from narrows.hub.models import LoadedModel
@@ -60,7 +61,8 @@ def load_images(data: str | Path, model: LoadedModel, *, limit: int) -> Images:
     Of a model of narrows, which may have been trained on them, only held-out images are looked at (see
     `narrows.data.load`); of other models every image in the folder. A folder has one folder of images for each class
     and then gives accuracy too, where its classes can be told to be the model's: by their names (ImageNet's WordNet ids
-    among them), or by being as many. A folder without classes is searched in depth.
+    among them), or, where the model has no names for them, by being as many. A folder without classes is searched in
+    depth.
 
     Args:
         data: "digits", "small_digits", or a folder of images.
@@ -68,7 +70,8 @@ def load_images(data: str | Path, model: LoadedModel, *, limit: int) -> Images:
         limit: at most so many images.
 
     Raises:
-        InvalidArgument: `data` does not exist, holds no image, or names digit scenes for a model that takes colour.
+        InvalidArgument: `data` does not exist, holds no image, names digit scenes for a model that takes colour, or has
+            other classes than a model of narrows was trained on.
         DataError: images that cannot be read.
     """
     check_data(data)
@@ -114,10 +117,21 @@ def _held_out(data: str | Path, model: LoadedModel) -> Images:
     loaded = load(data, image_size=model.size[0])
     if loaded.channels != model.channels:
         raise InvalidArgument("data", expected=f"images of {model.channels} channels", got=f"{loaded.channels}")
+    if model.classes and model.classes != loaded.classes:
+        raise InvalidArgument(
+            "data",
+            expected=f"the classes that {model.name} was trained on, {_shown(model.classes)}",
+            got=f"{_shown(loaded.classes)} in {loaded.name}",
+            hint="Rename the folders of classes as they were, or name a folder without classes.",
+        )
     fits = loaded.num_classes == model.num_classes
     return Images(
         loaded.held_out, (), f"held out: {loaded.held_out_rule}", labelled=fits, classes=loaded.classes if fits else ()
     )
+
+
+def _shown(classes: Sequence[str]) -> str:
+    return f"{len(classes)}: {', '.join(map(repr, classes[:6]))}{' and more' if len(classes) > 6 else ''}"
 
 
 def _has_classes(root: Path) -> bool:
@@ -136,8 +150,7 @@ def _labelled(root: Path, model: LoadedModel) -> Images:
     rule = f"every image in {listed.names[part] or root.name}/"
     if labels is None:
         rule += f", whose {len(classes)} classes cannot be told to be among the model's {model.num_classes}"
-    if listed.left_out:
-        say_once(f"{printable(str(root))}: left out {listed.left_out}")
+    say_left_out(root, listed.left_out)
     return Images(
         _files(kept, root, model),
         (),
@@ -152,7 +165,8 @@ def _labels(classes: Sequence[str], model: LoadedModel) -> list[int] | None:
     outputs = {name.lower(): index for index, name in enumerate(model.classes)}
     if all(name.lower() in outputs for name in classes):
         return [outputs[name.lower()] for name in classes]
-    return list(range(len(classes))) if len(classes) == model.num_classes else None
+    named = any(re.fullmatch(r"LABEL_\d+", name) is None for name in model.classes)  # transformers numbers unnamed ones
+    return list(range(len(classes))) if len(classes) == model.num_classes and not named else None
 
 
 def _unlabelled(root: Path, model: LoadedModel) -> Images:

@@ -1,5 +1,6 @@
 """Base classes: of everything that is saved to a folder, and of image classifiers."""
 
+import json
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -21,6 +22,8 @@ from narrows.weights import check_fits, config_text, load_strictly, misfits, rea
 MODEL_CARD = "README.md"
 UNSAVED = "not_saved"
 """Key of a configuration that names the constructor's arguments that are not in it."""
+CLASSES = "classes"
+"""Key of a configuration that names the classes, in the order of the logits."""
 _PLACE = ("device", "dtype")
 _NAMED = 3
 _LARGEST_SIZE = 2**14
@@ -73,6 +76,8 @@ class SavedModel(
     no JSON, such as a module: they have to be given to `from_pretrained` again.
     """
 
+    classes: tuple[str, ...] = ()
+    """What the logits are called, in their order; empty where nobody said. Saved with the model."""
     _unsaved: list[str]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
@@ -95,6 +100,8 @@ class SavedModel(
         config = cast(dict[str, Any], self._hub_mixin_config)
         if not self._unsaved:
             self._check_as_built({name: value for name, value in config.items() if name != "architecture"})
+        entries = {**config, **({CLASSES: list(self.classes)} if self.classes else {})}
+        (save_directory / constants.CONFIG_NAME).write_text(json.dumps(entries, sort_keys=True), encoding="utf-8")
         write_safetensors(self.state_dict(), save_directory / constants.SAFETENSORS_SINGLE_FILE)
 
     def _check_as_built(self, arguments: Mapping[str, Any]) -> None:
@@ -161,17 +168,22 @@ class SavedModel(
                     f"{place} is no folder, and could not be downloaded from the hub ({reason}). Check the path."
                 ) from error
         parameters = [name for name in cls._hub_mixin_init_parameters if name != "self"]
-        config = read_config(config_file, {*parameters, "architecture", UNSAVED})
+        config = read_config(config_file, {*parameters, "architecture", UNSAVED, CLASSES})
         if config.pop("architecture", cls.__name__) != cls.__name__:
             raise InvalidArgument("architecture", expected=repr(cls.__name__), got=f"another one in {config_file}")
         for name in config.pop(UNSAVED, ()):
             if name not in arguments:
                 expected = f"what the saved {cls.__name__} was built with, which cannot be saved"
                 raise InvalidArgument(name, expected=expected, got=None, hint=f"from_pretrained(..., {name}=...)")
+        classes = config.pop(CLASSES, [])
+        if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+            expected = "a list of the names of the classes"
+            raise InvalidArgument(f"config.json: {CLASSES}", expected=expected, got=f"{classes!r} in {config_file}")
         weights = cast(dict[str, Tensor], read_file(weights_file, argument="weights"))
         _check_sizes(config, weights)
         model = cls._built({**config, **arguments}, weights, str(config_file))
         load_strictly(model, weights, argument="weights", where=str(weights_file))
+        model.classes = tuple(classes)
         return model.to(map_location).eval()
 
     @classmethod

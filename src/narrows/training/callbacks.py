@@ -52,7 +52,7 @@ class SavePretrained(Callback):
                 weights = torch.load(best, map_location="cpu", weights_only=True)["state_dict"]
             model = _unsharded_copy(pl_module.model)
             model.load_state_dict({k.removeprefix("model."): v for k, v in weights.items() if k.startswith("model.")})
-            save_model(model, Path(folder) / "model")
+            save_model(model, Path(folder) / "model", classes=pl_module.classes)
 
 
 def _unsharded_copy(model: nn.Module) -> nn.Module:
@@ -93,12 +93,14 @@ class PredictionTable(BasePredictionWriter):
             return
         data = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         assert isinstance(data, ImageDataModule)
+        assert isinstance(pl_module, Task)
+        classes = pl_module.classes or data.loaded.classes
         self.path = folder / "predictions.csv"
         with replacing(self.path) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
             table = csv.writer(file)
             table.writerow(("image", "class", "probability"))
             for index, label_of, likely in sorted(row for rows in everyone for row in rows):
-                table.writerow((data.to_predict.name(index), data.loaded.classes[label_of], f"{likely:.6f}"))
+                table.writerow((data.to_predict.name(index), classes[label_of], f"{likely:.6f}"))
 
 
 class ClassMaps(BasePredictionWriter):
@@ -118,6 +120,10 @@ class ClassMaps(BasePredictionWriter):
         self.path = folder / "predictions"
         self.path.mkdir(parents=True, exist_ok=True)
         self._shown: list[tuple[Tensor, Tensor, Tensor]] = []
+        data = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        assert isinstance(data, ImageDataModule)
+        assert isinstance(pl_module, Task)
+        self._classes = pl_module.classes or data.loaded.classes
 
     def write_on_batch_end(
         self,
@@ -135,7 +141,7 @@ class ClassMaps(BasePredictionWriter):
         assert batch_indices is not None
         positions: Sequence[Position] = batch_indices
         images, truth = batch
-        colours = _palette(len(data.loaded.classes))
+        colours = _palette(len(self._classes))
         for position, image, classes, true in zip(positions, images, prediction, truth, strict=True):
             if not position.counts:
                 continue
@@ -151,12 +157,11 @@ class ClassMaps(BasePredictionWriter):
         """Draw the first images."""
         if not trainer.is_global_zero or not self._shown:
             return
-        data = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         images, classes, truth = (list(column) for column in zip(*self._shown, strict=True))
         rows = {"prediction": torch.stack(classes)}
         if all(true.shape == classes[0].shape and (true != IGNORED).any() for true in truth):
             rows = {"truth": torch.stack(truth), **rows}
-        save(segmentations(images, rows, data.loaded.classes), self.path.with_suffix(".png"))
+        save(segmentations(images, rows, self._classes), self.path.with_suffix(".png"))
 
 
 def _palette(classes: int) -> list[int]:

@@ -14,6 +14,7 @@ from torchvision.transforms import v2
 from narrows.data import IGNORED
 from narrows.errors import InvalidArgument
 from narrows.training.task import Task
+from narrows.validation import check_share
 
 Batch = Sequence[Tensor]
 
@@ -73,6 +74,7 @@ class Classification(Task):
         mixing: Mixing | None = None,
         **options: Any,
     ) -> None:
+        check_share(label_smoothing=label_smoothing)
         super().__init__(model, **options)
         self.save_hyperparameters(ignore=["model", "mixing"])
         self.num_classes, self.label_smoothing, self.mixing = num_classes, label_smoothing, mixing

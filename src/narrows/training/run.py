@@ -1,6 +1,7 @@
 """One training run, and the record of it."""
 
 import logging
+import re
 import signal
 import warnings
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from narrows.data import ImageDataModule
 from narrows.errors import Terminated
-from narrows.models import ImageClassifier
+from narrows.hub.models import save_model
 from narrows.training.callbacks import RunProgress
 from narrows.training.checkpoints import Checkpoints, StopOnSignal, WholeFiles
 from narrows.training.classification import Classification
@@ -27,12 +28,12 @@ class Run:
     """One model trained from one seed.
 
     Args:
-        model: its registry name.
+        model: its name.
         seed: of weights, order and augmentation.
         accuracy: share of the held-out images it gets right.
         images: training images it saw.
         seconds: wall time of the training.
-        folder: where it is saved; `narrows.load_model` takes it.
+        folder: where it is saved; `narrows.load_model` takes it, or "timm:local-dir:<folder>" names it if it is timm's.
     """
 
     model: str
@@ -62,7 +63,7 @@ def train(
     Raises:
         Diverged: the loss or the weights are no numbers any more; nothing is saved.
     """
-    run_name = f"{name}-seed{images.seed}"
+    run_name = name_of(name, images.seed)
     trainer = progress_trainer(
         folder / "logs" / run_name,
         label=label,
@@ -74,11 +75,19 @@ def train(
     (progress,) = (callback for callback in trainer.callbacks if isinstance(callback, RunProgress))  # pyright: ignore[reportAttributeAccessIssue]
     seconds = progress.seconds
     accuracy = trainer.validate(task, datamodule=images, verbose=False)[0]["val/accuracy"]
-    model = task.model
-    assert isinstance(model, ImageClassifier)
-    model.save_pretrained(folder / "models" / run_name)
+    save_model(task.model, folder / "models" / run_name, classes=task.classes)
     images_seen = trainer.global_step * images.batch_size
     return Run(name, images.seed, accuracy, images_seen, seconds, folder / "models" / run_name)
+
+
+def name_of(model: str, seed: int) -> str:
+    """What the folders of a run are called.
+
+    >>> name_of("timm:vit_small_patch16_224", 0)
+    'timm-vit_small_patch16_224-seed0'
+    """
+    plain = re.sub(r"[^\w.-]+", "-", model)
+    return f"{plain}-seed{seed}"
 
 
 def progress_trainer(logs: Path, *, label: str, metric: str = "val/accuracy", **options: Any) -> Trainer:

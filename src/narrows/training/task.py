@@ -18,6 +18,7 @@ from narrows.data.positions import keys
 from narrows.errors import Diverged, InvalidArgument
 from narrows.training import resume
 from narrows.training.by_sample import DrawnBySample
+from narrows.validation import check_not_negative, check_share
 
 LOOK_EVERY = 20
 """Steps after which a loss that is no number is noticed on a GPU, and where there are several processes."""
@@ -37,6 +38,9 @@ class Task(LightningModule):
         weight_decay: of AdamW; biases, norms and what the model names in `no_weight_decay()` do not decay.
         warmup: share of all steps in which the learning rate rises.
         betas: of AdamW. 0.999 averages squared gradients over as many steps as a short run has.
+
+    Raises:
+        InvalidArgument: a learning rate, weight decay, warmup or betas out of range.
     """
 
     def __init__(
@@ -49,8 +53,14 @@ class Task(LightningModule):
         betas: tuple[float, float] = (0.9, 0.98),
     ) -> None:
         super().__init__()
+        check_learning_rate(learning_rate)
+        check_not_negative(weight_decay=weight_decay)
+        check_share(warmup=warmup)
+        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+            raise InvalidArgument("betas", expected="two numbers of at least 0 and below 1", got=betas)
         self.model = model
         self.learning_rate, self.weight_decay, self.warmup, self.betas = learning_rate, weight_decay, warmup, betas
+        self.classes: tuple[str, ...] = ()
         self._drawn = DrawnBySample(nn.Module())
         self._seed: int | None = None
         self._validated: tuple[int, int] | None = None
@@ -80,8 +90,18 @@ class Task(LightningModule):
         self._begin_drawing(batch, (self._seed, 0, self.trainer.current_epoch, batch_idx))
 
     def setup(self, stage: str) -> None:
-        """Draw random numbers of the model sample by sample."""
+        """Draw random numbers of the model sample by sample, and learn what the classes are called.
+
+        Raises:
+            InvalidArgument: classes of the data that are not those the model was trained on.
+        """
         self._drawn = DrawnBySample(self.model)
+        data: Any = self.trainer.datamodule if self.trainer.datamodule and stage != "predict" else None  # pyright: ignore[reportAttributeAccessIssue]
+        found = tuple(getattr(getattr(data, "loaded", None), "classes", ()))
+        if stage == "fit" or not self.classes:
+            self.classes = found or self.classes
+        else:
+            check_classes(self.classes, found)
 
     def teardown(self, stage: str) -> None:
         """Leave the model as it was."""
@@ -163,7 +183,7 @@ class Task(LightningModule):
             return
         where = self.place
         resume.write(where, checkpoint["loops"]["fit_loop"])
-        checkpoint["narrows"] = {"seed": self._seed}
+        checkpoint["narrows"] = {"seed": self._seed, "classes": list(self.classes)}
         data: Any = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         if (state := checkpoint.get(type(data).__qualname__)) and {"epoch", "images"} <= state.keys():
             samples = 0 if where.is_end else where.batches * data.batch_size
@@ -173,9 +193,12 @@ class Task(LightningModule):
         """Go on with the seed that the run began with.
 
         Raises:
-            InvalidArgument: the weights of another model.
+            InvalidArgument: the weights of another model, or of other classes than those of the data.
         """
-        self._seed = checkpoint.get("narrows", {}).get("seed")
+        ours = checkpoint.get("narrows", {})
+        self._seed = ours.get("seed")
+        check_classes(ours.get("classes", ()), self.classes)
+        self.classes = tuple(ours.get("classes", ())) or self.classes
         found, expected = checkpoint.get("state_dict", {}), self.state_dict()
         wrong = [name for name in found if name not in expected or found[name].shape != expected[name].shape]
         if self.strict_loading and found:
@@ -218,6 +241,36 @@ class Task(LightningModule):
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = warmup_schedule(optimizer, warmup_steps=max(1, round(self.warmup * steps)), total_steps=steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def check_learning_rate(learning_rate: float) -> None:
+    """Raise unless it is a positive finite number."""
+    if not 0 < learning_rate < math.inf:
+        raise InvalidArgument("learning_rate", expected="a positive finite number", got=learning_rate)
+
+
+def check_classes(trained: Sequence[str], found: Sequence[str]) -> None:
+    """Raise if data have other classes than those a model was trained on: labels would mean something else.
+
+    Raises:
+        InvalidArgument: names the classes of both that the other one does not have.
+    """
+    if not trained or not found or tuple(trained) == tuple(found):
+        return
+    gone, new = ([name for name in one if name not in other] for one, other in ((trained, found), (found, trained)))
+    if not gone and not new:  # the same names in another order
+        gone, new = list(trained), list(found)
+    raise InvalidArgument(
+        "data",
+        expected=f"the {len(trained)} classes that the model was trained on{_named(gone)}",
+        got=f"{len(found)} classes{_named(new)}",
+        hint="Rename the folders of classes as they were, or train another model.",
+    )
+
+
+def _named(names: Sequence[str]) -> str:
+    shown = ", ".join(map(repr, names[:4])) + (" and more" if len(names) > 4 else "")
+    return f", {shown} among them" if names else ""
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
