@@ -124,7 +124,8 @@ def check_writable(path: str | Path, *, folder: bool = False) -> None:
     """Raise, before any work is done, unless a file could be written there, or a folder with files in it.
 
     Raises:
-        CannotWrite: a folder where a file should be or the other way round, no permission, a link that leads nowhere.
+        CannotWrite: a folder where a file should be or the other way round, no permission, no space, a link that leads
+            nowhere where a folder should be.
     """
     path = Path(path)
     try:
@@ -132,14 +133,14 @@ def check_writable(path: str | Path, *, folder: bool = False) -> None:
         if target.exists() and target.is_dir() != folder:
             number = errno.ENOTDIR if folder else errno.EISDIR
             raise OSError(number, os.strerror(number))
+        if folder and path.is_symlink() and not target.exists():
+            raise FileNotFoundError(errno.ENOENT, f"a link to {target}, which does not exist")
         there = next(place for place in (target, *target.parents) if place.exists())
         if there != target and not there.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         if not os.access(there, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        if there.is_dir():
-            probe, _ = _fresh_file(there / "probe")
-            probe.unlink()
+        _probe(there if there.is_dir() else there.parent)
     except (OSError, RuntimeError, ValueError) as error:
         raise CannotWrite(path, _reason(error)) from error
 
@@ -154,6 +155,7 @@ def new_folder(parent: str | Path) -> Path:
     parent = Path(parent)
     if parent.exists() and not parent.is_dir():
         raise InvalidArgument("output", expected="a folder", got=f"the file {str(parent)!r}")
+    check_writable(parent, folder=True)
     stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
     try:
         parent.mkdir(parents=True, exist_ok=True)
@@ -218,6 +220,16 @@ def _fresh_file(target: Path) -> tuple[Path, int]:
     finally:
         os.close(handle)
     return path, (target.stat().st_mode if target.exists() else mode) & 0o7777
+
+
+def _probe(folder: Path) -> None:
+    """Write a block of bytes into a folder, and remove it again: a disk that is full still takes empty files."""
+    probe, _ = _fresh_file(folder / "probe")
+    try:
+        probe.write_bytes(bytes(4096))
+        _sync(probe)
+    finally:
+        probe.unlink()
 
 
 def _sync(path: Path) -> None:

@@ -277,6 +277,7 @@ class TestOnAGpu:
 
     def test_bfloat16_in_all_modes_is_what_runs_by_default(self, room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         asked = []
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(runner, "race", lambda case, device, **options: asked.append(options) or [])
         run("fake/a", device="cuda")
         run("fake/a", device="cuda", dtype="float32", modes=["compiled", "eager"])
@@ -293,6 +294,7 @@ class TestQuick:
     @pytest.fixture(autouse=True)
     def _usual(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(runner, "USUAL", ("other/a", "fake/a"))
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
 
     def test_usual_cases_in_their_order_and_compiled_last(self, monkeypatch: pytest.MonkeyPatch) -> None:
         asked = []

@@ -5,6 +5,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from safetensors import SafetensorError
 
 import narrows
 from narrows import cli
@@ -66,6 +67,28 @@ def test_errors_of_narrows_are_one_line_and_exit_1(command, capsys, monkeypatch)
         main(["info"])
 
 
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError(28, "No space left on device", "runs/metrics.csv"), "runs/metrics.csv: No space left on device."),
+        (PermissionError(13, "Permission denied"), "A file or a connection: Permission denied."),
+        (
+            SafetensorError("Error while serializing: I/O error\nmore"),
+            "A file of weights cannot be read or written: Error while serializing: I/O error.",
+        ),
+    ],
+)
+def test_errors_of_the_system_are_one_line_too(command, capsys, error, told):
+    def fail(arguments):
+        raise error
+
+    command(fail)
+    assert main(["info"]) == 1
+    assert capsys.readouterr().err == f"narrows: {told}\n"
+    with pytest.raises(type(error)):
+        main(["info", "--debug"])
+
+
 def test_other_errors_are_not_hidden(command):
     def fail(arguments):
         raise ZeroDivisionError
@@ -93,9 +116,10 @@ def test_an_exit_keeps_its_code(command, code, expected):
     assert main(["info"]) == expected
 
 
-@pytest.mark.parametrize("argument", ["--help", "--version"])
-def test_help_and_version_load_nothing_heavy(argument):
-    script = f"import sys; from narrows.cli import main; main(['{argument}']); print(sorted(sys.modules))"
+def test_help_and_version_load_nothing_heavy():
+    script = (
+        "import sys; from narrows.cli import main; main(['--help']); main(['--version']); print(sorted(sys.modules))"
+    )
     loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     for package in ("lightning", "jsonargparse", "matplotlib", "torchvision", "sklearn"):
         assert f"'{package}'" not in loaded

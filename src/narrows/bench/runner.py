@@ -24,7 +24,10 @@ from narrows.bench.case import BenchCase, Contest
 from narrows.bench.rows import Row, describe, rival_version
 from narrows.bench.rows import record as record_rows
 from narrows.errors import InvalidArgument, NarrowsError
+from narrows.files import check_writable
+from narrows.hub.models import accelerator_of
 from narrows.measure import Spread, compare_speed, peak_memory, saved_for_backward
+from narrows.validation import check_positive
 
 MODES = ("eager", "graph", "compiled")
 DTYPES = ("bfloat16", "float16", "float32")
@@ -96,7 +99,7 @@ def run(
 
     Args:
         pattern: shell wildcard over the names of cases, for instance "slot_attention/*".
-        device: where both run.
+        device: "auto", "cpu" or "cuda": where both run.
         dtype: in what precision both run, checked against float32; bfloat16 on CUDA and float32 elsewhere if None.
         modes: "eager", "graph" (captured as a CUDA graph) and "compiled"; all three on CUDA and eager elsewhere if
             empty.
@@ -107,9 +110,13 @@ def run(
 
     Raises:
         InvalidArgument: no case matches, a case with no tolerance gives no reason, or no such mode or dtype here.
+        CannotWrite: `record` cannot be written.
         MissingRival: a package to race against is not installed.
     """
-    started, place = monotonic(), torch.device(device)
+    if record is not None:
+        check_writable(record, folder=True)
+    check_positive(repeats=repeats)
+    started, place = monotonic(), torch.device(accelerator_of(device))
     modes, kind = _modes(modes, place), _dtype(dtype, place)
     cases = find_cases(pattern, device=place.type)
     if quick:

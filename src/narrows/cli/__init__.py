@@ -65,16 +65,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with _signals_raise():
             return _run([argument for argument in given if argument != "--debug"])
-    except NarrowsError as error:
-        if debug:
+    except Exception as error:
+        told = _told(error)
+        if debug or told is None:
             raise
-        print(f"narrows: {_on_a_screen(str(error))}", file=sys.stderr)
+        print(f"narrows: {_on_a_screen(told)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as interrupt:
         print(f"\nnarrows: stopped. {interrupt}".rstrip(), file=sys.stderr)
         return 128 + getattr(interrupt, "signum", signal.SIGINT)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+
+
+def _told(error: Exception) -> str | None:
+    """What to say of an error that is no fault of narrows; None of one that is."""
+    if isinstance(error, NarrowsError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"{error.filename or 'A file or a connection'}: {os.strerror(error.errno)}."
+    # Not imported for this: it is loaded where it was raised.
+    if type(error).__name__ == "SafetensorError":
+        return f"A file of weights cannot be read or written: {str(error).partition(chr(10))[0]}."
+    return None
 
 
 @contextmanager

@@ -26,7 +26,7 @@ class ClearErrors(ArgumentParser):
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Complain in a line or two and exit with 2."""
+        """Complain in a line and exit with 2."""
         parser = getattr(ex, "subcommand_parser", None) or self
         prog = parser.prog.replace(" [options]", "")
         if denied := _DENIED.search(message):
@@ -34,6 +34,7 @@ class ClearErrors(ArgumentParser):
                 f"a configuration may not import {denied[1]}. If you trust it, name its package in the environment: "
                 f"NARROWS_IMPORTS={denied[1].partition('.')[0]}"
             )
+        message = " ".join(message.split())
         known = [name[2:] for name in parser._option_string_actions if name.startswith("--")]
         print(f"{prog}: {message}{_nearest(message, known)} See `{prog} --help`.", file=sys.stderr)
         sys.exit(2)
@@ -60,15 +61,21 @@ def call(function: Callable[..., Any], arguments: list[str], *, several: str = "
     """
     command, *options = arguments
     parameters = inspect.signature(function).parameters
+    listed = {f"--{name}" for name, one in parameters.items() if get_origin(one.annotation) is Sequence}
+    switches = {f"--{name}" for name, one in parameters.items() if one.annotation is bool}
+    parser = parser_of(function, command, several=several, first=first)
+    return function(**vars(parser.parse_args(_with_lists(_switched(underscored(options), switches), listed))))
+
+
+def parser_of(function: Callable[..., Any], command: str, *, several: str = "", first: str = "") -> ClearErrors:
+    """The parser of the options that `call` calls `function` with."""
     parser = ClearErrors(prog=f"narrows {command}", description=(function.__doc__ or "").partition("\n")[0])
     parser.add_function_arguments(function, as_group=False, as_positional=True, skip={several, first})
     if first:
-        parser.add_argument(first, nargs="?", default=parameters[first].default)
+        parser.add_argument(first, nargs="?", default=inspect.signature(function).parameters[first].default)
     if several:
         parser.add_argument(several, nargs="+")
-    listed = {f"--{name}" for name, one in parameters.items() if get_origin(one.annotation) is Sequence}
-    switches = {f"--{name}" for name, one in parameters.items() if one.annotation is bool}
-    return function(**vars(parser.parse_args(_with_lists(_switched(underscored(options), switches), listed))))
+    return parser
 
 
 def _switched(options: Sequence[str], switches: Collection[str]) -> list[str]:

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from narrows.errors import MissingExtra, NarrowsError
-from narrows.files import locked
+from narrows.files import check_writable, locked
 
 DAMAGE = (NarrowsError, SafetensorError, OSError, ValueError, TypeError, KeyError, RuntimeError)
 """What opening a damaged folder raises: JSON that is cut, weights that are missing or others."""
@@ -43,5 +43,6 @@ def kept(folder: Path, make: Callable[[], None], read: Callable[[], Found]) -> F
                 folder.rename(aside)
                 complaint = str(error).partition("\n")[0]
                 tqdm.write(f"{folder} is damaged ({complaint}). It is now {aside.name}, and is made anew.")
+        check_writable(folder, folder=True)
         make()
         return read()

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from narrows.errors import Diverged, NarrowsError, Terminated
-from narrows.files import replacing
+from narrows.files import check_writable, replacing
 from narrows.training.resume import Place
 from narrows.training.task import Task
 
@@ -46,8 +46,14 @@ class Checkpoints(ModelCheckpoint):
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find the folder."""
+        """Find the folder.
+
+        Raises:
+            CannotWrite: no checkpoint could be written there.
+        """
         super().setup(trainer, pl_module, stage)
+        if stage == "fit" and trainer.is_global_zero and self.dirpath is not None and "://" not in str(self.dirpath):
+            check_writable(self.dirpath, folder=True)
         self._written: Place | None = None
         self._steps = trainer.global_step
         self.save_last = bool(self.save_last)  # a link to the best one would not be the last
