@@ -11,7 +11,9 @@ import torch
 from narrows.data import DigitScenes
 from narrows.data.load import load
 from narrows.errors import DataError, InvalidArgument
-from narrows.jobs.compare import MODELS, Comparison, ModelCost, _few_steps, _settings, compare, narrowest
+from narrows.hub.models import save_model
+from narrows.jobs.compare import MODELS, _settings, compare
+from narrows.jobs.comparison import Comparison, ModelCost, few_steps, narrowest, open_runs
 from narrows.jobs.report import carriers_in_use
 from narrows.measure import Cost, Timing
 from narrows.models import load_model
@@ -67,6 +69,7 @@ def test_the_report_is_one_file_with_table_plot_and_pictures(comparison: Compari
 
 
 def test_ctrl_c_keeps_what_is_finished(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("narrows.jobs.comparison._where_tokens_went", lambda *_: None)  # drawn elsewhere
     step = Classification.training_step
 
     def interrupted(self: Classification, *args: object) -> torch.Tensor:
@@ -165,10 +168,10 @@ def test_a_small_folder_gets_small_batches_and_enough_steps(folder: Path) -> Non
     settings = _settings({**ASKED, "epochs": None, "batch_size": None}, found)
     assert (settings.batch_size, settings.num_train) == (4, 32)
     assert settings.steps >= 600
-    assert _few_steps(settings) == ""
+    assert few_steps(settings) == ""
     few = _settings({**ASKED, "epochs": 1, "batch_size": 8}, found)
     assert (few.epochs, few.batch_size, few.steps) == (1, 8, 4)
-    assert "Warning: 4 training steps are few" in _few_steps(few)
+    assert "Warning: 4 training steps are few" in few_steps(few)
     digits = _settings({**ASKED, "epochs": None, "batch_size": None}, load("digits"))
     assert (digits.epochs, digits.batch_size) == (10, 64)
 
@@ -187,6 +190,7 @@ def _stop_in(model: str, monkeypatch: pytest.MonkeyPatch, *, after: int, number:
 
 
 def test_a_comparison_goes_on_where_it_was_stopped(folder: Path, tmp_path: Path, monkeypatch, comparison) -> None:
+    monkeypatch.setattr("narrows.jobs.comparison._where_tokens_went", lambda *_: None)  # drawn elsewhere
     asked = {"models": ["vit_mini", "ats_vit_mini"], "seeds": 2, **SETTINGS}
     with monkeypatch.context() as patch:
         _stop_in("ATSViT", patch, after=2, number=signal.SIGTERM)
@@ -211,6 +215,7 @@ def test_a_comparison_goes_on_where_it_was_stopped(folder: Path, tmp_path: Path,
 
 
 def test_a_model_that_diverges_is_named_and_left_out(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("narrows.jobs.comparison._where_tokens_went", lambda *_: None)  # drawn elsewhere
     step = Classification.training_step
 
     def broken(self: Classification, *args: object) -> torch.Tensor:
@@ -232,3 +237,33 @@ def test_what_cannot_be_resumed_is_refused(tmp_path: Path) -> None:
         compare(resume=tmp_path)
     with pytest.raises(InvalidArgument, match="resume: expected the folder of a comparison to report on"):
         compare(report_only=True)
+
+
+def test_a_model_of_timm_begins_with_the_weights_it_has(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    theirs = timm.create_model("test_vit", num_classes=5, img_size=32)
+    save_model(theirs, tmp_path / "theirs")
+    begun, first = {}, "blocks.0.attn.qkv.weight"
+    start = Classification.on_fit_start
+
+    def note(self: Classification) -> None:
+        start(self)
+        begun[type(self.model).__name__] = (
+            self.learning_rate,
+            self.model.state_dict()[first].clone(),
+        )
+
+    monkeypatch.setattr(Classification, "on_fit_start", note)
+    name = f"timm:local-dir:{tmp_path / 'theirs'}"
+    found = compare(str(folder), models=[name], output=tmp_path / "runs", learning_rate=1e-3, **SETTINGS)
+    rate, weights = begun["VisionTransformer"]
+    assert rate == pytest.approx(1e-4)
+    assert torch.equal(weights, theirs.state_dict()[first]), "not drawn anew"
+    cost = found.costs[name]
+    assert (cost.tokens, cost.carried) == (5, 5), "a class token and four patches"
+    assert cost.cost.macs > 0
+    report = found.report.read_text(encoding="utf-8")
+    assert "began with weights from an earlier training and learned at 0.1 of the learning rate" in report
+    (saved,) = open_runs(found.runs).values()
+    assert (saved.num_classes, saved.classes) == (2, ("blue", "red"))

@@ -156,6 +156,7 @@ def test_models_of_timm_and_of_transformers(images: str, tmp_path: Path) -> None
 
 
 def test_without_a_model_one_is_trained_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("narrows.jobs.reduce._write_report", lambda _: None)  # written in other tests
     monkeypatch.setenv("NARROWS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(DigitScenes, "__len__", lambda _: 256)
     monkeypatch.setattr(vit, "DATA", "digits")
