@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import narrows
 from narrows.models.base import ImageClassifier
+from tests.adapters.flamingo.hosts import flamingo, language_model, media, text
 
 THREADS, CALLS = 8, 24
 
@@ -88,3 +89,29 @@ def test_loading_and_reducing(tmp_path: Path) -> None:
             return torch.equal(loaded(images), expected)
 
     _run(work)
+
+
+def test_a_shared_language_model_with_several_flamingos() -> None:
+    host = language_model("llama").requires_grad_(False)
+    ids, seen = text("a#bc#d", "#efg#h"), media(2, 2)
+    with torch.no_grad():
+        plain = host(ids).logits
+        shared = flamingo(host)
+        expected = shared(ids, media=seen).logits
+    assert not torch.equal(plain, expected)
+    hooks = _hooks(host)
+
+    @torch.no_grad()
+    def work(number: int) -> bool:
+        if number % 3:
+            return torch.equal(shared(ids, media=seen).logits, expected)
+        other = flamingo(host, opened=False)  # whose closed gates change nothing
+        same = torch.equal(other(ids, media=seen).logits, plain)
+        other.remove()
+        return same and torch.equal(host(ids).logits, plain)
+
+    _run(work)
+    assert _hooks(host) == hooks
+    shared.remove()
+    assert _hooks(host) == 0
+    assert torch.equal(host(ids).logits, plain)

@@ -2,9 +2,6 @@
 
 import csv
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +19,9 @@ from narrows.training.callbacks import ClassMaps, PredictionTable, ReduceTokens,
 from narrows.training.segmentation import Segmentation
 from tests.data.folders import write_image
 from tests.hub.small_models import SHAPE
+from tests.processes import run_processes
 from tests.support import assert_close
+from tests.training import sharded
 from tests.training.small import small_data, small_task, small_trainer
 
 SIZES = {"num_classes": 10, "image_size": 16, "channels": 1}
@@ -86,16 +85,7 @@ def test_sharded_parameters_give_what_whole_ones_give_and_are_saved_whole(tmp_pa
     torch.manual_seed(0)
     task = small_task()
     small_trainer(tmp_path, max_epochs=1, enable_checkpointing=False).fit(task, small_data(batch_size=8))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    result = subprocess.run(
-        [*launch, "-m", "tests.training.sharded", str(tmp_path / "sharded")],
-        cwd=Path(__file__).parents[2],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    assert run_processes(tmp_path, lambda _: sharded.main(tmp_path / "sharded")) == [0, 0]
     saved = load_model(tmp_path / "sharded" / "model").state_dict()
     for name, value in task.model.state_dict().items():
         if name.endswith("attention.qkv.bias"):

@@ -1,9 +1,5 @@
 import copy
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -28,6 +24,7 @@ from tests.hub.flamingo_parts import (
     small_language_model,
     small_task,
 )
+from tests.processes import run_processes
 from tests.support import assert_close
 from tests.training.small import small_trainer
 
@@ -195,16 +192,9 @@ def test_sharded_parameters_give_what_whole_ones_give_and_are_saved_whole(tmp_pa
     task = open_gates(small_task())
     few = {"max_epochs": 1, "enable_checkpointing": False}
     small_trainer(tmp_path, **few).fit(task, even(small_data(batch_size=8)))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    result = subprocess.run(
-        [*launch, "-m", "tests.training.sharded_flamingo", str(tmp_path / "sharded")],
-        cwd=Path(__file__).parents[2],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    from tests.training import sharded_flamingo  # which takes `even` from here
+
+    assert run_processes(tmp_path, lambda _: sharded_flamingo.main(tmp_path / "sharded")) == [0, 0]
     language_model = task.flamingo.remove()
     saved = Flamingo.from_pretrained(
         str(tmp_path / "sharded" / "model"), language_model=language_model, vision_encoder=small_encoder()

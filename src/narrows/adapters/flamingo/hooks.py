@@ -68,8 +68,12 @@ class MediaHooks:
         for handle in (*self._handles, *(handle for _, handle in self._on_layers.values())):
             handle.remove()
 
-    def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    # All four are called without their last argument where another thread removes them meanwhile; no call of theirs is.
+
+    def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
         """Before the language model: start a pass."""
+        if kwargs is None:
+            return
         compiling = torch.compiler.is_compiling()
         call = self.traced_call if compiling and self.traced_call is not None else current(self, CALL)
         if call is None:
@@ -84,8 +88,10 @@ class MediaHooks:
         else:
             PASS.set((self, one))
 
-    def _end(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def _end(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> None:
         """After the language model: store the memory in its cache."""
+        if output is None:
+            return
         one = self._pass()
         if one is not None and torch.compiler.is_compiling():
             self._traced_pass = None
@@ -142,9 +148,11 @@ def _text_shape(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, 
 
 
 def _before(
-    reads: Any, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    reads: Any, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """A block before a decoder layer, whose hidden states come by position or by name."""
+    if kwargs is None:
+        return None
     given = args[0] if args else kwargs["hidden_states"]
     text = reads(layer, given, given)
     if text is None:
@@ -152,8 +160,10 @@ def _before(
     return ((text, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": text})
 
 
-def _after(reads: Any, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+def _after(reads: Any, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> Any:
     """A block after a decoder layer, which returns hidden states alone or first in a tuple."""
+    if output is None:
+        return None
     given = args[0] if args else kwargs["hidden_states"]
     if not isinstance(output, tuple):
         return reads(layer, given, output)
