@@ -253,3 +253,27 @@ def test_tokens_of_a_model_of_transformers_are_its_last_hidden_state(tmp_path: P
 def test_a_model_of_neither_narrows_nor_timm_is_not_saved(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgument, match="model: expected a model of narrows or of timm, got Linear"):
         save_model(torch.nn.Linear(2, 2), tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["ChineseCLIP", "MetaClip2"])
+def test_of_a_model_of_two_towers_the_one_that_sees_is_opened(kind: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    text = {**sizes, "vocab_size": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    vision = {**sizes, "image_size": 32, "patch_size": 8}
+    whole = getattr(transformers, f"{kind}Config")(vision_config=vision, text_config=text, projection_dim=16)
+    model = getattr(transformers, f"{kind}Model")(whole).eval()
+    model.save_pretrained(tmp_path)
+    transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    opened, images = open_model(f"hf:{tmp_path}"), torch.rand(2, 3, 32, 32)
+    assert type(opened.module).__name__ == f"{kind}VisionModel"
+    assert torch.equal(opened.outputs(images), model.vision_model(images).pooler_output)
+
+
+def test_a_model_of_videos_is_refused(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    transformers.VideoMAEModel(transformers.VideoMAEConfig(**sizes, image_size=32)).save_pretrained(tmp_path)
+    transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    with pytest.raises(InvalidArgument, match=r"model: expected a model of images, got .*VideoMAEModel, which takes"):
+        open_model(f"hf:{tmp_path}")

@@ -28,7 +28,13 @@ if TYPE_CHECKING:
 SPELLINGS = "timm:<name>, hf:<name or folder>, a folder written by save_pretrained, or a registry name of narrows"
 
 # Models of transformers with an image and a text tower: the class of the image tower.
-_IMAGE_TOWERS = {"clip": "CLIPVisionModel", "siglip": "SiglipVisionModel", "siglip2": "Siglip2VisionModel"}
+_IMAGE_TOWERS = {
+    "chinese_clip": "ChineseCLIPVisionModel",
+    "clip": "CLIPVisionModel",
+    "metaclip_2": "MetaClip2VisionModel",
+    "siglip": "SiglipVisionModel",
+    "siglip2": "Siglip2VisionModel",
+}
 
 
 @dataclass(frozen=True)
@@ -399,6 +405,10 @@ def _open_transformers(name: str, checkpoint: Checkpoint | None, arguments: Mapp
         model, notes = checkpoint.fill(build, size, lambda _: ("classifier",) if classifies else (), None)
         classifies = classifies and hasattr(model, "classifier")
     side = getattr(model.config, "image_size", None)
+    if hasattr(model.config, "tubelet_size"):
+        raise InvalidArgument(
+            "model", expected="a model of images", got=f"a {type(model).__name__}, which takes videos"
+        )
     if side is None:
         raise InvalidArgument("model", expected="a vision transformer of transformers'", got=type(model).__name__)
     return LoadedModel(

@@ -244,7 +244,15 @@ def test_unknown_arguments_of_a_layer_are_refused() -> None:
 
 
 @pytest.mark.compiled
-@pytest.mark.parametrize(("name", "method"), [("transformers dinov3", "ats"), ("transformers siglip", "topk")])
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("transformers dinov3", "ats"),
+        ("transformers siglip", "topk"),
+        ("transformers beit", "topk"),  # relative positions of each block
+        ("hub dinov3", "topk"),  # tokens and positions in lists, made for each block
+    ],
+)
 def test_one_graph(name: str, method: str) -> None:
     model = HOSTS[name]()
     arguments = inputs(model, 2)

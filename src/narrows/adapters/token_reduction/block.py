@@ -123,7 +123,10 @@ class Visit:
         if source is None:
             return None
         for known, found in state.gathered:
-            if known is source:
+            # torch.compile does not know whether two tuples are one.
+            if type(known) is type(source) and (
+                known[0] is source[0] if isinstance(source, tuple) else known is source
+            ):
                 return found
         found = gather(source, state)
         if not found.requires_grad:
@@ -238,7 +241,7 @@ class ReducedBlock:
         call = block.arguments(*args, **kwargs)
         visit = Visit(self.plan, block, call, state, tokens)
         readable = isinstance(state.layout, Padded) and (state.bias is None or block.takes_bias)
-        readable = readable and (block.takes_positions or not state.steps)
+        readable = readable and (block.takes_positions or len(state.steps) == 0)
         if self.entry is None and readable and not self.in_steps:
             args, kwargs = self._narrowed(visit, args, kwargs)
             return self._returned(block, own(*args, **kwargs), tokens, state)

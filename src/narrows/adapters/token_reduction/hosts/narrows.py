@@ -6,7 +6,8 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from narrows.adapters.token_reduction.hosts.base import BlockCall, HostBlock, HostModel, QueryKeyValue, unsupported
+from narrows.adapters.token_reduction.hosts.base import BlockCall, HostModel, unsupported
+from narrows.adapters.token_reduction.hosts.parts import Parts, PartsBlock
 from narrows.adapters.token_reduction.tokens import kept_mask_of, pool_kept
 from narrows.models.base import ImageClassifier
 from narrows.models.blocks import Block, FeedForward, SelfAttention
@@ -84,37 +85,29 @@ class NarrowsModel(HostModel):
         return {"images": self.random_images(batch, self.module.embedding.channels)}
 
 
-class NarrowsBlock(HostBlock):
+_PARTS = Parts(
+    "attention_norm",
+    "attention",
+    ("qkv",),
+    ("attention.out",),
+    ("feed_forward_norm", "feed_forward"),
+    heads="heads",
+    dropout="dropout",
+)
+
+
+class NarrowsBlock(PartsBlock):
     """One block of the plain transformer."""
 
     takes_bias = False
 
-    @property
-    def scale(self) -> float:
-        return (self.module.attention.out.in_features // self.module.attention.heads) ** -0.5
-
-    @property
-    def dropout(self) -> float:
-        return self.module.attention.dropout if self.module.training else 0.0
-
-    @property
-    def bypassed(self) -> Sequence[nn.Module]:
-        return (self.module.attention,)
+    def __init__(self, module: Block) -> None:
+        super().__init__(module, _PARTS)
 
     def arguments(self, tokens: Float[Tensor, "B N D"]) -> BlockCall:
         return BlockCall()
 
-    def normed(self, tokens: Float[Tensor, "R n D"]) -> Float[Tensor, "R n D"]:
-        return self.module.attention_norm(tokens)
-
-    def query_key_value(self, normed: Float[Tensor, "R n D"]) -> QueryKeyValue:
-        attention = self.module.attention
-        return QueryKeyValue(*attention.qkv(normed).unflatten(-1, (3, attention.heads, -1)).unbind(-3))
-
     def attention_update(
         self, attended: Float[Tensor, "R m HD"], normed: Float[Tensor, "R m D"] | None
     ) -> Float[Tensor, "R m D"]:
-        return nn.functional.dropout(self.module.attention.out(attended), self.dropout)
-
-    def feed_forward_update(self, tokens: Float[Tensor, "R m D"]) -> Float[Tensor, "R m D"]:
-        return self.module.feed_forward(self.module.feed_forward_norm(tokens))
+        return nn.functional.dropout(super().attention_update(attended, normed), self.dropout)

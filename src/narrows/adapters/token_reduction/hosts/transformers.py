@@ -136,7 +136,6 @@ FAMILIES = {
     "blip.modeling_blip.BlipVisionEmbeddings": Family("BlipEncoderLayer", _BLIP, 1, takes_bias=False),
     "siglip.modeling_siglip.SiglipVisionEmbeddings": Family("SiglipEncoderLayer", _CLIP, 0),
     "siglip2.modeling_siglip2.Siglip2VisionEmbeddings": Family("Siglip2EncoderLayer", _CLIP, 0),
-    "idefics2.modeling_idefics2.Idefics2VisionEmbeddings": Family("Idefics2EncoderLayer", _CLIP, 0),
     "idefics3.modeling_idefics3.Idefics3VisionEmbeddings": Family("Idefics3EncoderLayer", _CLIP, 0),
     "smolvlm.modeling_smolvlm.SmolVLMVisionEmbeddings": Family("SmolVLMEncoderLayer", _CLIP, 0),
     "internvl.modeling_internvl.InternVLVisionEmbeddings": Family(
@@ -430,7 +429,7 @@ class VJEPA2Block(TransformersBlock):
         return self.attention.apply_rotary_embeddings(heads.transpose(1, 2), numbers).transpose(1, 2)
 
 
-_NUMBERS = ()
+_NUMBERS = "by number"
 # Heads that average over the grid in their own forward.
 _AVERAGING = {
     f"{family}ForImageClassification"
