@@ -21,10 +21,11 @@ before the grid (`HostModel`), and, for blocks that choose or merge, the steps o
 
     reduce_tokens(MyModel(model, blocks=model.blocks, prefix=1, embedding=model.patch_embed, image_size=(224, 224)))
 
-That is a whole host. Besides, a model may have rotary positions and masks (`BlockCall`, `rotary_rows`, `mask_of`,
-`narrowed`), heads that average over tokens (`pool`, `pools`, `pooling_logits`) and callers that read the tokens after
-each block (`entries`, `reader`). The self-test compares each step with the block's own `forward` and names the block
-whose steps forgot something.
+That is a whole host. Blocks that differ from others in names alone are a table of these names (`parts`). Besides, a
+model may have rotary or relative positions and masks (`BlockCall`, `rotary_rows`, `mask_of`, `narrowed`), heads that
+average over tokens (`pool`, `pools`, `pooling_logits`) and callers that read the tokens after each block (`entries`,
+`reader`). The self-test compares each step with the block's own `forward` and names the block whose steps forgot
+something.
 """
 
 from abc import ABC, abstractmethod

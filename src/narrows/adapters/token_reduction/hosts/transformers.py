@@ -236,12 +236,10 @@ class TransformersModel(HostModel):
 
     def stale_heads(self, model: nn.Module) -> Sequence[str]:
         """Heads that read all tokens, or the first of a grid."""
-        heads = [type(head).__name__ for head in model.modules() if type(head).__name__ == "VJEPA2AttentivePooler"]
-        if self._family.layer == "VideoMAELayer" and not self._config.use_mean_pooling:
-            heads += [name for name in (type(model).__name__,) if name == "VideoMAEForVideoClassification"]
-        if self._family.layer == "IJepaLayer" and self.module.pooler is not None:
-            heads.append(type(self.module.pooler).__name__)
-        return heads
+        stale = {"VJEPA2AttentivePooler", "IJepaPooler"}
+        if not getattr(self._config, "use_mean_pooling", True):
+            stale.add("VideoMAEForVideoClassification")
+        return [type(head).__name__ for head in model.modules() if type(head).__name__ in stale]
 
     def pool(self, module: Any, own: Callable[..., Any], query: Tensor, *args: Tensor, **kwargs: Any) -> Any:
         """The head's pooling, over kept tokens only."""
