@@ -31,6 +31,7 @@ COMMANDS = {
     "discover": Command(
         "commands.discover", "find objects in images without labels; report how well where masks are known"
     ),
+    "export": Command("commands.export", "write a model, reduced or not, as ONNX or for torch.export; check it"),
     "info": Command("info.run", "say what is installed, which models there are and what can run here"),
     "fit": Command("training.run", "train one model, with checkpoints and exact resume"),
     "validate": Command("training.run", "loss and accuracy on the held-out images"),
@@ -42,7 +43,7 @@ COMMANDS = {
 
 _GROUPS = {
     "Which mechanism is for me?": ("compare", "show"),
-    "How fast can a model you have be?": ("reduce",),
+    "How fast can a model you have be?": ("reduce", "export"),
     "Where are the objects?": ("discover",),
     "Train one": ("fit", "validate", "test", "predict"),
     "Let a language model see": ("generate",),

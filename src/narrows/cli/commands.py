@@ -32,6 +32,13 @@ def discover(arguments: list[str]) -> None:
     print("\n".join([str(found), f"Report: {found.report}"]))
 
 
+def export(arguments: list[str]) -> None:
+    """Write a model for other runtimes, and say how far it is from the original."""
+    from narrows.jobs import export as job
+
+    print(call(job.export, arguments))
+
+
 def show(arguments: list[str]) -> None:
     """Draw pictures."""
     from narrows.jobs import show as job

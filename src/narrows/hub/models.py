@@ -74,13 +74,17 @@ class LoadedModel:
         """Channels of the images it takes."""
         return len(self.mean)
 
-    def outputs(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B width"]:
+    def outputs(self, images: Float[Tensor, "B C H W"], **options: Any) -> Float[Tensor, "B width"]:
         """Logits or pooled features; of a model whose pooler was not saved the first token.
+
+        Args:
+            images: as the model takes them.
+            options: arguments of the model beside them.
 
         Raises:
             InvalidArgument: the model gives neither.
         """
-        answer = self.module(images)
+        answer = self.module(images, **options)
         for found in (answer, getattr(answer, "logits", None), getattr(answer, "pooler_output", None)):
             if isinstance(found, Tensor):
                 return found
@@ -136,6 +140,8 @@ def open_model(
     if checkpoint is None and checkpoint_key is not None:
         raise InvalidArgument("checkpoint_key", expected="a checkpoint that it is a part of", got=repr(checkpoint_key))
     check_positive(**{key: arguments[key] for key in ("image_size", "channels") if key in arguments})
+    if (num_classes := arguments.get("num_classes")) is not None and num_classes < 0:
+        raise InvalidArgument("num_classes", expected="0 (features) or more", got=num_classes)
     found = None if checkpoint is None else Checkpoint(read_file(checkpoint), str(checkpoint), checkpoint_key)
     if source == "timm" and rest:
         return _open_timm(rest, found, arguments)

@@ -1,12 +1,9 @@
 """`narrows reduce`: a model untouched and under several token reductions, and what each costs and keeps."""
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from itertools import product
-from math import isfinite
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -16,16 +13,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from narrows.adapters import reduce_tokens, token_reduction
-from narrows.adapters.token_reduction import TargetLatency, TargetMACs
-from narrows.adapters.token_reduction.targets import Budget
 from narrows.data.scenes import SCENES
 from narrows.demo import vit
-from narrows.errors import InvalidArgument, MissingExtra
+from narrows.errors import InvalidArgument
 from narrows.files import check_writable, new_folder, write_text
 from narrows.hub.models import LoadedModel, accelerator_of, open_model
+from narrows.jobs.export import check_file, write_program
 from narrows.jobs.images import Images, check_data, evenly_spaced, load_images
 from narrows.jobs.report import Result, add_picture, machine, mebibytes, per_second, percent
-from narrows.jobs.trials import COUNTED, Candidate, Trial, run_trials
+from narrows.jobs.trials import COUNTED, Candidate, Trial, parse_budget, run_trials
 from narrows.measure.cost import scaled
 from narrows.routing import Routing
 from narrows.validation import check_choice, check_positive
@@ -38,8 +34,6 @@ MAY_LOSE = 0.01
 NUM_PICTURES = 4
 LEAST_SPAN = 8.0
 """Points of accuracy that the plot shows at least."""
-_TARGET = re.compile(r"(\d+(?:\.\d+)?)(ms|[MGT])(?:MACs?)?")
-_UNITS = {"M": 1e6, "G": 1e9, "T": 1e12}
 
 
 @dataclass(frozen=True)
@@ -191,7 +185,7 @@ def reduce(
         batch_size: images in a batch.
         output: folder of all runs.
         save: file for the chosen reduction, as JSON that narrows.reduce_tokens(model, **json) takes.
-        export: file for the model under the chosen reduction, as ONNX.
+        export: file for the model under the chosen reduction, as ONNX (.onnx) or a program of torch.export (.pt2).
         device: "auto", "cpu" or "cuda".
 
     Raises:
@@ -199,9 +193,8 @@ def reduce(
         CannotWrite: output, save or export cannot be written.
         NarrowsError: weights that cannot be downloaded.
     """
-    check_positive(limit=limit, batch_size=batch_size, **({} if image_size is None else {"image_size": image_size}))
-    if num_classes is not None and num_classes < 0:
-        raise InvalidArgument("num_classes", expected="0 (features) or more", got=num_classes)
+    check_positive(limit=limit, batch_size=batch_size)
+    place = torch.device(accelerator_of(device))
     for name, given in (("method", method), ("budget", budget)):
         if not given:
             raise InvalidArgument(name, expected="at least one", got="none")
@@ -209,11 +202,10 @@ def reduce(
         check_choice("method", each, tuple(token_reduction.METHODS))
     for each in budget:
         parse_budget(each)
-    place = torch.device(accelerator_of(device))
     if export is not None:
-        check_export(export)
-    for written in filter(None, (save, export)):
-        check_writable(written)
+        check_file(export)
+    if save is not None:
+        check_writable(save)
     check_writable(output, folder=True)
     opening = {"checkpoint_key": checkpoint_key, "num_classes": num_classes, "image_size": image_size}
     loaded = _open(
@@ -238,8 +230,10 @@ def reduce(
         _write_config(result.chosen, Path(save))
         result.written["Saved"] = Path(save)
     if export is not None:
-        result.chosen.export_onnx(calibration, export)
-        result.written["Exported"] = Path(export)
+        with result.chosen.applied():
+            exported = write_program(loaded, export, what=f"{loaded.name} under {result.chosen.name}")
+        tqdm.write(str(exported))
+        result.written["Exported"] = exported.path
     return result
 
 
@@ -280,63 +274,6 @@ def _write_config(trial: Trial, path: Path) -> None:
     assert trial.reduction is not None, "the untouched model has nothing to write"
     entries = {"method": trial.method, "budget": list(trial.reduction.schedule)}
     write_text(path, json.dumps(entries) + "\n")
-
-
-def parse_budget(text: str, images: Tensor | None = None) -> Budget:
-    """A share ("0.5", "50%"), a count ("98"), MACs ("2.9G"), the time of a batch ("40ms"), or block by block ("3:0.7").
-
-    >>> parse_budget("0.5"), parse_budget("50%"), parse_budget("98"), parse_budget("3:0.7/6:96")
-    (0.5, 0.5, 98, {3: 0.7, 6: 96})
-
-    Args:
-        text: what was written.
-        images: the calibration batch of a target.
-
-    Raises:
-        InvalidArgument: it is none of these.
-    """
-    text = text.strip()
-    try:
-        if target := _TARGET.fullmatch(text):
-            number, unit = float(target[1]), target[2]
-            if unit == "ms":
-                return TargetLatency(number / 1e3, images)
-            return TargetMACs(number * _UNITS[unit], images)
-        if ":" in text:
-            return {int(block): _number(entry) for block, entry in (part.split(":") for part in text.split("/"))}
-        return _number(text)
-    except ValueError as error:
-        if isinstance(error, InvalidArgument):
-            raise
-        raise InvalidArgument(
-            "budget",
-            expected="a share (0.5 or 50%), a count (98), a target (2.9G MACs, 40ms), or block:share/block:share",
-            got=repr(text),
-        ) from None
-
-
-def _number(text: str) -> int | float:
-    text = text.strip()
-    if re.fullmatch(r"[+-]?\d{1,9}", text):
-        return int(text)
-    share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    if not isfinite(share):
-        raise ValueError(text)
-    return share
-
-
-def check_export(path: str | Path) -> None:
-    """Raise, before anything is measured, if nothing could be written there.
-
-    Raises:
-        InvalidArgument: a file name that does not end in .onnx.
-        MissingExtra: without the packages that write ONNX.
-    """
-    if Path(path).suffix != ".onnx":
-        raise InvalidArgument("export", expected="a file name ending in .onnx", got=repr(str(path)))
-    for package in ("onnx", "onnxscript"):
-        if find_spec(package) is None:
-            raise MissingExtra(package, extra="onnx", purpose="write ONNX")
 
 
 def _write_report(result: ReductionResult) -> None:

@@ -1,12 +1,11 @@
 """One model under several token reductions, measured side by side."""
 
-import logging
-import warnings
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from math import isfinite
 
 import torch
 from jaxtyping import Float
@@ -15,7 +14,9 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from narrows.adapters import Reduction
-from narrows.files import replacing_folder
+from narrows.adapters.token_reduction import TargetLatency, TargetMACs
+from narrows.adapters.token_reduction.targets import Budget
+from narrows.errors import InvalidArgument
 from narrows.hub.models import LoadedModel
 from narrows.jobs.images import Images
 from narrows.jobs.report import carriers_in_use
@@ -24,6 +25,8 @@ from narrows.routing import Routing
 
 COUNTED = 32
 """Images whose MACs are counted one by one."""
+_TARGET = re.compile(r"(\d+(?:\.\d+)?)(ms|[MGT])(?:MACs?)?")
+_UNITS = {"M": 1e6, "G": 1e9, "T": 1e12}
 
 
 @dataclass(frozen=True)
@@ -79,28 +82,6 @@ class Candidate:
     def count_kept(self, images: Float[Tensor, "B C H W"]) -> float:
         """Tokens beside the prefix that are left at the end, on average; 0 for the untouched model: it drops none."""
         return carriers_in_use(self.routing(images)[-1]).float().mean().item() if self.reduction is not None else 0.0
-
-    def export_onnx(self, images: Float[Tensor, "B C H W"], path: str | Path) -> None:
-        """Write the model under its reduction as ONNX, for any number of images of this size."""
-        path = Path(path)
-        # A folder, since weights may go into a second file, whose name is in the first.
-        with (
-            replacing_folder(path.parent) as unfinished,
-            self.applied(),
-            evaluating(self.model.module),
-            warnings.catch_warnings(),
-        ):
-            warnings.simplefilter("ignore")
-            logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-            torch.onnx.export(
-                self.model.module,
-                (images[:2],),
-                unfinished / path.name,
-                dynamo=True,
-                dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
-                verbose=False,
-                input_names=["images"],
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,3 +169,46 @@ def _judge(candidates: Sequence[Candidate], images: Images, batch_size: int) -> 
         (torch.cat(same).mean().item(), torch.cat(right).mean().item() if images.labelled else None)
         for same, right in zip(agreements, hits, strict=True)
     ]
+
+
+def parse_budget(text: str, images: Tensor | None = None) -> Budget:
+    """A share ("0.5", "50%"), a count ("98"), MACs ("2.9G"), the time of a batch ("40ms"), or block by block ("3:0.7").
+
+    >>> parse_budget("0.5"), parse_budget("50%"), parse_budget("98"), parse_budget("3:0.7/6:96")
+    (0.5, 0.5, 98, {3: 0.7, 6: 96})
+
+    Args:
+        text: what was written.
+        images: the calibration batch of a target.
+
+    Raises:
+        InvalidArgument: it is none of these.
+    """
+    text = text.strip()
+    try:
+        if target := _TARGET.fullmatch(text):
+            number, unit = float(target[1]), target[2]
+            if unit == "ms":
+                return TargetLatency(number / 1e3, images)
+            return TargetMACs(number * _UNITS[unit], images)
+        if ":" in text:
+            return {int(block): _number(entry) for block, entry in (part.split(":") for part in text.split("/"))}
+        return _number(text)
+    except ValueError as error:
+        if isinstance(error, InvalidArgument):
+            raise
+        raise InvalidArgument(
+            "budget",
+            expected="a share (0.5 or 50%), a count (98), a target (2.9G MACs, 40ms), or block:share/block:share",
+            got=repr(text),
+        ) from None
+
+
+def _number(text: str) -> int | float:
+    text = text.strip()
+    if re.fullmatch(r"[+-]?\d{1,9}", text):
+        return int(text)
+    share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    if not isfinite(share):
+        raise ValueError(text)
+    return share

@@ -238,8 +238,7 @@ class ReducedBlock:
         """The block's `forward`."""
         block = self._of(module)
         tokens, state = self._incoming(block, args, kwargs)
-        call = block.arguments(*args, **kwargs)
-        visit = Visit(self.plan, block, call, state, tokens)
+        visit = Visit(self.plan, block, _arguments(block, state, args, kwargs), state, tokens)
         readable = isinstance(state.layout, Padded) and (state.bias is None or block.takes_bias)
         readable = readable and (block.takes_positions or len(state.steps) == 0)
         if self.entry is None and readable and not self.in_steps:
@@ -264,7 +263,8 @@ class ReducedBlock:
                 mark(tokens, current_call())
             return None
         tokens, state = self._incoming(block, args, kwargs)
-        return self._narrowed(Visit(self.plan, block, block.arguments(*args, **kwargs), state, tokens), args, kwargs)
+        call = _arguments(block, state, args, kwargs)
+        return self._narrowed(Visit(self.plan, block, call, state, tokens), args, kwargs)
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
         """A forward hook of such a block: what becomes of the tokens goes with them."""
@@ -429,13 +429,19 @@ class ReducedBlock:
             step = Kept(merged.ids, visit.state.layout, after)
         else:
             before = Padded(attended.shape[0], attended.shape[1])
-            step = Merged(merged.into, merged.placed, before, after)
+            step = Merged(merged.into, merged.placed, merged.ids, before, after)
         return merged.tokens, visit.state.after(step, attended, ids=ids, sizes=merged.sizes, bias=bias)
 
 
 def in_order(block: HostBlock, tokens: Float[Tensor, "R n D"]) -> Tensor:
     """Tokens of the host as `[R, n, D]`, or the other way round, with what is known of them."""
     return transposed(tokens) if block.sequence_first else tokens
+
+
+def _arguments(block: HostBlock, state: TokenState, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> BlockCall:
+    """What the block was called with; under an exporter without the full mask that transformers makes of no mask."""
+    call = block.arguments(*args, **kwargs)
+    return call if state.call.masked or not tracing() else call._replace(bias=None)
 
 
 def _both(first: Tensor | None, second: Tensor | None) -> Tensor | None:

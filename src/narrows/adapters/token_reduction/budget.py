@@ -1,6 +1,7 @@
 """How many tokens each block keeps."""
 
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 from narrows.adapters.token_reduction.methods import ReductionMethod
@@ -10,6 +11,7 @@ from narrows.errors import InvalidArgument, InvalidType
 Entry = int | float | None
 Schedule = tuple[Entry, ...]
 # One entry for the whole model, one for each block, or entries by number of the block.
+_FINEST = 10**6  # the greatest denominator of a share
 FixedBudget = int | float | Sequence[Entry] | Mapping[int, Entry]
 
 
@@ -74,8 +76,15 @@ def _block(key: Any) -> Any:
 
 
 def count_of(entry: int | float, num_tokens: int) -> int:
-    """How many of `num_tokens` an entry allows: a count, or a share rounded to at least one."""
-    return entry if isinstance(entry, int) else max(1, round(entry * num_tokens))
+    """How many of `num_tokens` an entry allows: a count, or a share rounded, halves up, to at least one.
+
+    In whole numbers, which exporters trace where `num_tokens` is a symbol.
+    """
+    if isinstance(entry, int):
+        return entry
+    share = Fraction(entry).limit_denominator(_FINEST)
+    count = (2 * share.numerator * num_tokens + share.denominator) // (2 * share.denominator)
+    return max(1, count) if isinstance(num_tokens, int) else count
 
 
 def _by_block(budget: Mapping[int, Entry], depth: int) -> Schedule:

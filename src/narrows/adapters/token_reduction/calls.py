@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from narrows.adapters.token_reduction.hosts.base import HostModel
 from narrows.adapters.token_reduction.tokens import Call, TokenState
+from narrows.errors import InvalidArgument
 
 _DRIVER = "narrows_driver"
 
@@ -118,20 +119,33 @@ class Tower:
 
     Args:
         host: the model.
+        method: what reduces, by its name.
     """
 
-    def __init__(self, host: HostModel) -> None:
-        self.host = host
+    def __init__(self, host: HostModel, method: str) -> None:
+        self.host, self.method = host, method
 
     def run(self, name: str, module: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Call the module's own method, with a note of who reads its tokens."""
+        """Call the module's own method, with a note of who reads its tokens.
+
+        Raises:
+            InvalidArgument: `torch.jit.trace` traces, or the older exporter of ONNX, which is built on it.
+        """
         if name not in self.host.entries:
             return self.host.pool(module, own, *args, **kwargs)
+        if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+            raise InvalidArgument(
+                "model",
+                expected="torch.export, or torch.onnx.export(..., dynamo=True)",
+                got=f"torch.jit.trace or torch.onnx.export(..., dynamo=False) of a model reduced by {self.method}",
+                hint="Those write the number of images of the example into the program.",
+            )
         if getattr(_CURRENT, "inside", None) is self:
             return own(*args, **kwargs)
         before, reader = (current_call(), getattr(_CURRENT, "inside", None)), self.host.reader(module, name, kwargs)
         _CURRENT.inside = self
-        note(reader=reader, grid=None, tower=None if tracing() else module)
+        masked = any("mask" in argument and value is not None for argument, value in kwargs.items())
+        note(reader=reader, grid=None, tower=None if tracing() else module, masked=masked)
         try:
             result = own(*args, **kwargs)
             return self.host.averageable(result, kwargs) if before[0].averaged else result

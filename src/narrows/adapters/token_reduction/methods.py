@@ -310,6 +310,10 @@ def greatest_with_prefix(scores: Float[Tensor, "B n"], count: int, prefix: int) 
     return greatest(scores, prefix + count)
 
 
+# Greater than any position; a size would be a symbol under an exporter, and ONNX scatters numbers only.
+_NOWHERE = 2**40
+
+
 class ToMe(Merging):
     """Bipartite soft matching with proportional attention (Bolya et al. 2023, arXiv 2210.09461, section 3).
 
@@ -330,11 +334,11 @@ class ToMe(Merging):
             order = best.sort(dim=1, descending=True).indices
             removed, staying = order.split((width - prefix - count, order.shape[1] - (width - prefix - count)), 1)
             place = torch.arange(width, device=target.device).repeat(target.shape[0], 1)
-            place[:, sources].scatter_(1, removed, width)
+            place[:, sources].scatter_(1, removed, _NOWHERE)
             ids = place.sort(dim=1).values[:, : prefix + count]
 
             # The target of each source that goes; of one that stays a number that is none's.
-            goes_to = target.scatter(1, staying, order.shape[1])
+            goes_to = target.scatter(1, staying, _NOWHERE)
             # The number of each target among targets; a half or a negative number at all other positions.
             start = -(prefix + 1) / 2
             number = torch.arange(start, start + width / 2 - 0.25, 0.5, device=target.device, dtype=torch.float32)

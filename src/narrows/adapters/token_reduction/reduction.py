@@ -13,6 +13,7 @@ from narrows.adapters.token_reduction.block import Plan, ReducedBlock
 from narrows.adapters.token_reduction.budget import Schedule, count_of
 from narrows.adapters.token_reduction.calls import Averaging, Pool, Tower, drive, release, without_padding
 from narrows.adapters.token_reduction.hosts.base import HostBlock, HostModel, RunsItself
+from narrows.adapters.token_reduction.kept_tokens import KeptTokens, shorten
 from narrows.adapters.token_reduction.methods import Merging, ReductionMethod
 from narrows.adapters.token_reduction.tokens import Packed, Padded, TokenState, copy_kept_mask
 from narrows.errors import InvalidArgument, InvalidType
@@ -63,7 +64,7 @@ class Reduction:
             closed = (biased and not block.host.takes_bias) or not block.host.takes_positions
             if entry is not None or (index > first and (packs or closed)):
                 self.taken_apart.append(block)
-        self._tower = Tower(host)
+        self._tower = Tower(host, method.name)
         self._hooks: list[Any] = []
         self._driven: list[nn.Module] = []
         self._names = {module: name for name, module in model.named_modules()}
@@ -180,6 +181,39 @@ class Reduction:
         """Whether slots that hold no token were computed with in the last eager call."""
         layouts = [state.layout for state, _ in self._last_call.values()]
         return any(isinstance(layout, Padded) and layout.mask is not None for layout in layouts)
+
+    def kept_tokens(self, **inputs: Any) -> KeptTokens:
+        """Encode the images of a prompt, and shorten it to the tokens that were kept, each at the position it had.
+
+        For a vision-language model of transformers that was reduced as a whole. Its projector and its language model
+        then read kept tokens alone; nothing of the model is changed. Text keeps its positions too, so that a gap is
+        where tokens were dropped. A merged token stands where its method puts it; one without a position (the fused one
+        of `evit`) does not reach the language model.
+
+        >>> kept = reduction.kept_tokens(**processor(images=image, text=prompt))  # doctest: +SKIP
+        >>> model.generate(**kept.inputs, max_new_tokens=20)  # doctest: +SKIP
+
+        Args:
+            inputs: what the model is called with: `input_ids [B, L]` with a placeholder for each token of an image,
+                `pixel_values`, and as they are at hand `attention_mask`, `position_ids`, `labels`, token types.
+
+        Raises:
+            InvalidType: a model that does not take encoded images, or does not read one feature for each token.
+            InvalidArgument: inputs that are missing or do not fit, or a budget that reduces only after the last block
+                that the language model reads.
+        """
+
+        def standing(block: int) -> Tensor | None:
+            up_to = [index for index in self._last_call if index <= block]
+            if not up_to:
+                return None
+            state, device = self._last_call[max(up_to)]
+            return state.standing(device)
+
+        if not self.attached:
+            raise InvalidArgument("model", expected="a model that runs reduced", got="one whose reduction was removed")
+        self.forget()
+        return shorten(self.model, self.host, standing, inputs)
 
     def forget(self) -> None:
         """Drop the record of the last call."""

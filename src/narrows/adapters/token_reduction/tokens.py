@@ -177,12 +177,14 @@ class Merged:
         into: n to `[B, n]`, the new token that each token went into.
         placed: `[B, n]`, whether it is there; not if it was dropped, or fused into a token without a position. None if
             all are.
+        rows: `[B, K']`, the token whose position each of the first K' new tokens keeps, n for one without.
         before: layout of the tokens that came in.
         after: layout of the new tokens.
     """
 
     into: Callable[[int], Int[Tensor, "B n"]]
     placed: Bool[Tensor, "B n"] | None
+    rows: Int[Tensor, "B J"]
     before: Padded
     after: Padded
 
@@ -210,11 +212,13 @@ class Call:
         packed: whether rows without a token are left out whatever the execution: so multiply-accumulates are counted.
         averaged: whether what the model returns is averaged over the grid by a head that knows of no reduction.
         tower: the model that is called, which may be a replica of the one that was reduced.
+        masked: whether the call has a mask. Without one, a mask that blocks are given under an exporter is full.
     """
 
     reader: str = "grid"
     grid: tuple[int, int] | None = None
     packed: bool = False
+    masked: bool = True
     averaged: bool = False
     tower: nn.Module | None = None
 
@@ -281,6 +285,16 @@ class TokenState:
         for step in reversed(self.steps):
             rows = step.restore(rows, rows.new_full(step.before.shape, absent))
         return rows
+
+    def standing(self, device: torch.device) -> Bool[Tensor, "B N"]:
+        """At which positions the carried tokens stand; a merged one at the position that its method gives it."""
+        if not any(isinstance(step, Merged) for step in self.steps):
+            return self.on_grid(torch.ones(self.layout.shape, dtype=torch.bool, device=device), 0)
+        batch, width = self.layout.batch, self.width
+        positions = torch.arange(width, device=device).expand(batch, -1)
+        for step in self.steps:
+            positions = F.pad(positions, (0, 1), value=width).gather(1, step.rows)
+        return torch.zeros(batch, width + 1, dtype=torch.bool, device=device).scatter(1, positions, True)[:, :-1]
 
     def kept(self, like: Tensor) -> Bool[Tensor, "B N"]:
         """Which positions are carried, alone or merged."""

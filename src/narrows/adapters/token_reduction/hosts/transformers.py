@@ -354,6 +354,8 @@ class TransformersBlock(PartsBlock):
                 like = getattr(self.attention, self.parts.qkv[0]).weight
                 bias = torch.where(bias, 0.0, torch.finfo(like.dtype).min).to(like.dtype)
             given["attention_mask"] = bias.expand(-1, -1, bias.shape[-1], -1)
+        elif isinstance(given.get("attention_mask"), Tensor):  # a full mask of the whole grid
+            given["attention_mask"] = None
         if rotary is not None:
             given["position_embeddings"] = tuple(rotary[:, None, prefix:, 0].chunk(2, -1))
         return args[:1], given
