@@ -391,7 +391,7 @@ def test_each_expert_starts_like_a_linear_layer_of_its_own() -> None:
 def test_what_does_not_fit_experts_is_named() -> None:
     with pytest.raises(InvalidArgument, match=r"experts: expected one of \('gelu', 'geglu'\), got 'relu'"):
         make_experts("relu", 4, 2, mult=4.0, dropout=0.0)
-    with pytest.raises(InvalidArgument, match=r"dropout: expected a share from 0 to below 1, got 1.5"):
+    with pytest.raises(InvalidArgument, match=r"dropout: expected a share in \[0, 1\), got 1.5"):
         StackedExperts(4, 2, dropout=1.5)
     with pytest.raises(
         InvalidArgument, match=r"expert_mult: expected a multiple of dim that leaves a hidden width, got 0.1"
@@ -649,7 +649,7 @@ def without_shape_checks(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"slots_per_expert": 0}, "slots_per_expert: expected a positive integer, got 0"),
         ({"normalization": "l2"}, r"normalization: expected one of \('unit', 'rms', 'layer'\), got 'l2'"),
         ({"experts": "relu"}, r"experts: expected one of \('gelu', 'geglu'\), got 'relu'"),
-        ({"dropout": -0.1}, "dropout: expected a share from 0 to below 1, got -0.1"),
+        ({"dropout": -0.1}, r"dropout: expected a share in \[0, 1\), got -0.1"),
     ],
     ids=str,
 )

@@ -26,7 +26,7 @@ from narrows.ops.soft_moe import (
 )
 from narrows.precision import compute_dtype
 from narrows.routing import Routing
-from narrows.validation import as_tokens, check_choice, check_positive, checked, why_not_plain
+from narrows.validation import as_tokens, check_choice, check_positive, check_share, checked, why_not_plain
 
 STACKED = ("gelu", "geglu")
 
@@ -110,8 +110,7 @@ class StackedExperts(nn.Module):
         super().__init__()
         check_positive(dim=dim, num_experts=num_experts)
         check_choice("kind", kind, STACKED)
-        if not 0 <= dropout < 1:
-            raise InvalidArgument("dropout", expected="a share from 0 to below 1", got=dropout)
+        check_share(dropout=dropout)
         self.gated, self.dropout = kind == "geglu", dropout
         hidden = int(dim * mult * 2 / 3) if self.gated else int(dim * mult)
         if hidden < 1:

@@ -23,13 +23,15 @@ def soft_moe(
         values = values.to(dtype)
         logits = token_keys.to(dtype) @ slot_keys.to(dtype).mT
         lowest = torch.finfo(dtype).min
-        weights = (logits if mask is None else logits.masked_fill(~mask[..., None], lowest)).softmax(-2)
+        if mask is not None:  # What masked tokens read of the slots is cleared below.
+            logits.masked_fill_(~mask[..., None], lowest)
+        weights = logits.softmax(-2)
         slots = weights.mT @ values
         del weights  # Experts run next, and need the memory.
     outputs = experts(slots)
     with autocast_off(values):
         if slot_mask is not None:
-            logits = logits.masked_fill(~slot_mask[:, None], lowest)
+            logits.masked_fill_(~slot_mask[:, None], lowest)  # The first softmax keeps its result, not these.
             outputs = outputs.masked_fill(~slot_mask[..., None], 0)
         mixed = logits.softmax(-1) @ outputs.to(dtype)
     return mixed if mask is None else mixed.masked_fill_(~mask[..., None], 0)
