@@ -9,7 +9,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.nn import functional as F
 
 from narrows.adapters.flamingo import Flamingo
-from narrows.data.documents import Document
+from narrows.data.documents import IMAGE, Document
 from narrows.errors import InvalidArgument
 from narrows.hub.readers import open_reader
 from narrows.jobs.fit_flamingo import flamingo
@@ -82,6 +82,21 @@ def test_every_trained_parameter_takes_part_in_a_batch_without_images():
 def test_images_change_places_with_images_alone():
     media, mask = torch.arange(6.0).view(3, 2, 1), torch.tensor([[True, False], [True, True], [False, False]])
     assert swapped(media, mask).flatten().tolist() == [3, 1, 0, 2, 4, 5]
+
+
+def test_one_image_in_a_batch_is_compared_with_that_of_the_batch_before():
+    torch.manual_seed(0)
+    task, collate = open_gates(small_task()).eval(), small_data().collate
+    batches = [collate([Document(f"{IMAGE}one", torch.rand(1, 1, 16, 16))]) for _ in range(2)]
+    with torch.no_grad():
+        task.validation_step(batches[0], 0)
+        assert task.loss_compared.weight == 0  # there was no other image yet
+        task.validation_step(batches[1], 1)
+        other = {**batches[1], "media": batches[0]["media"]}
+        right, wrong = ((token_losses(task(batch), batch["labels"])) for batch in (batches[1], other))
+    assert task.loss_compared.compute() == pytest.approx((right[0] / right[1]).item())
+    assert task.loss_swapped.compute() == pytest.approx((wrong[0] / wrong[1]).item())
+    assert task.loss_swapped.compute() != task.loss_compared.compute()
 
 
 def test_what_is_logged_tells_whether_images_are_used(tmp_path):

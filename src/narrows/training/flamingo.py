@@ -82,6 +82,8 @@ class FlamingoTraining(Task):
         self.tokenizer, self.warmup_steps, self.schedule = tokenizer, warmup_steps, schedule
         self.strict_loading = False  # what is frozen is not in a checkpoint
         self.loss_right, self.loss_swapped = MeanMetric(), MeanMetric()
+        self.loss_compared = MeanMetric()  # with the right images, where there were others to compare with
+        self._other_image: Tensor | None = None
 
     @property
     def flamingo(self) -> Flamingo:
@@ -124,10 +126,15 @@ class FlamingoTraining(Task):
 
     def validation_step(self, batch: InterleavedBatch, batch_idx: int) -> None:
         """Held-out loss, with the right images and with wrong ones."""
-        others = swapped(batch["media"], batch["media_mask"])
-        for media, metric in ((batch["media"], self.loss_right), (others, self.loss_swapped)):
-            loss, count = token_losses(self({**batch, "media": media}), batch["labels"])
-            metric.update(loss / count.clamp(min=1), weight=count)
+        loss, count = token_losses(self(batch), batch["labels"])
+        self.loss_right.update(loss / count.clamp(min=1), weight=count)
+        real = batch["media"][batch["media_mask"]]
+        if len(real) != 1 or self._other_image is not None:
+            others = swapped(batch["media"], batch["media_mask"], self._other_image)
+            worse, _ = token_losses(self({**batch, "media": others}), batch["labels"])
+            self.loss_compared.update(loss / count.clamp(min=1), weight=count)
+            self.loss_swapped.update(worse / count.clamp(min=1), weight=count)
+        self._other_image = real[-1] if len(real) else self._other_image
 
     def on_validation_epoch_end(self) -> None:
         """The losses, and how much worse wrong images are."""
@@ -169,12 +176,16 @@ class FlamingoTraining(Task):
         checkpoint["state_dict"] = {name: value for name, value in state.items() if name in trained}
 
     def _log_losses(self, part: str) -> None:
-        right, wrong = self.loss_right.compute(), self.loss_swapped.compute()
+        right, compared, wrong = (
+            metric.compute() for metric in (self.loss_right, self.loss_compared, self.loss_swapped)
+        )
         # Metrics are synchronised already; without sync_dist Lightning would warn.
         self.log(f"{part}/loss", right, prog_bar=True, sync_dist=True)
-        self.log_dict({f"{part}/loss_swapped": wrong, f"{part}/image_gain": wrong - right}, sync_dist=True)
+        self.log_dict({f"{part}/loss_swapped": wrong, f"{part}/image_gain": wrong - compared}, sync_dist=True)
         self.loss_right.reset()
         self.loss_swapped.reset()
+        self.loss_compared.reset()
+        self._other_image = None
 
 
 class SaveReader(Callback):
@@ -214,10 +225,13 @@ def token_losses(
     return losses.sum(1), (targets != IGNORED).sum(1)
 
 
-def swapped(media: Float[Tensor, "B M *medium"], mask: Tensor) -> Float[Tensor, "B M *medium"]:
-    """The media, each real one replaced by the real one before it, across rows."""
+def swapped(
+    media: Float[Tensor, "B M *medium"], mask: Tensor, other: Tensor | None = None
+) -> Float[Tensor, "B M *medium"]:
+    """The media, each real one replaced by the real one before it, across rows; one alone by `other`."""
     places = mask.nonzero(as_tuple=True)
-    return media.index_put(places, media[places].roll(1, 0))
+    real = media[places]
+    return media.index_put(places, other[None] if len(real) == 1 and other is not None else real.roll(1, 0))
 
 
 def _whole(tensor: Tensor) -> Tensor:

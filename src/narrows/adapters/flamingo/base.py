@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from huggingface_hub import ModelHubMixin, constants
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from narrows.models.base import SavedWhole
 from narrows.weights import write_safetensors
 
 
-class PretrainedAddition(SavedWhole, ModelHubMixin, PreTrainedModel):
+class PretrainedAddition(SavedWhole, ModelHubMixin, PreTrainedModel):  # pyright: ignore[reportIncompatibleVariableOverride]
     """A `PreTrainedModel` that has configuration, embeddings and loss of the language model in it.
 
     It saves what was added to that, and what trains of it.
@@ -102,7 +102,7 @@ class PretrainedAddition(SavedWhole, ModelHubMixin, PreTrainedModel):
     def _save_pretrained(self, save_directory: Path) -> None:
         assert self._state_to_save is not None
         write_safetensors(self._state_to_save, save_directory / constants.SAFETENSORS_SINGLE_FILE)
-        adapter, config = adapter_of(self.language_model), dict(self._hub_mixin_config or {})
+        adapter, config = adapter_of(self.language_model), cast(dict[str, Any], self._hub_mixin_config)
         if adapter is not None:
             adapter.save_pretrained(str(save_directory))
         self._hub_mixin_config = config | {"adapter": adapter is not None}

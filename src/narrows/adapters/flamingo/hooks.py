@@ -31,7 +31,7 @@ class MediaHooks:
         attend: which media text may see.
     """
 
-    def __init__(self, host: Host, blocks: Mapping[int, nn.Module], *, placement: str, attend: Attend) -> None:
+    def __init__(self, host: Host, blocks: Mapping[int, Any], *, placement: str, attend: Attend) -> None:
         self.attend, self.placement, self.key = attend, placement, uuid4().hex
         self.traced_call: MediaCall | None = None
         self._traced_pass: MediaPass | None = None
@@ -112,7 +112,7 @@ class MediaHooks:
             return self._traced_pass
         return current(self, PASS)
 
-    def _read(self, number: int, block: nn.Module, layer: nn.Module, given: Tensor, text: Tensor) -> Tensor | None:
+    def _read(self, number: int, block: Any, layer: nn.Module, given: Tensor, text: Tensor) -> Tensor | None:
         """The hidden states `text` after their block; None outside of a `MediaCall`.
 
         `given` are the hidden states that went into the layer.

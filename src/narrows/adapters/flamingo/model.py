@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import LogitsProcessorList
-from transformers.generation import UnbatchedClassifierFreeGuidanceLogitsProcessor
+from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
 from narrows.adapters.flamingo.base import PretrainedAddition
 from narrows.adapters.flamingo.call import MediaCall, run
@@ -42,7 +42,7 @@ from narrows.adapters.flamingo.saving import (
     load_added,
     with_adapter,
 )
-from narrows.errors import InvalidArgument, NarrowsError
+from narrows.errors import InvalidArgument, InvalidType, NarrowsError
 from narrows.layers.gated_cross_attention import GatedCrossAttentionBlock
 from narrows.layers.perceiver_resampler import PerceiverResampler
 from narrows.ops.media_attention import Attend, LastMedium
@@ -340,7 +340,7 @@ class Flamingo(
         kwargs["logits_processor"] = LogitsProcessorList([guidance, *(kwargs.get("logits_processor") or ())])
         if kwargs.get("generation_config") is None:
             return kwargs | {"guidance_scale": None}
-        config = copy(config)
+        config: Any = copy(config)
         config.guidance_scale = None
         return {name: value for name, value in kwargs.items() if name != "guidance_scale"} | {
             "generation_config": config
@@ -375,6 +375,8 @@ class Flamingo(
             locations = locations[:, max(start - virtual - begin, 0) :]
         if isinstance(media, list | tuple):
             media, media_mask = stack_media(media, media_mask)
+        if media is not None and not isinstance(media, Tensor):
+            raise InvalidType("media", expected="a tensor, or a list of each row's media", got=type(media).__name__)
         if media is None:
             encoded = no_media(len(text), self.resampler)
         else:
