@@ -200,7 +200,20 @@ def test_the_average_of_the_grid_is_a_smaller_image() -> None:
         expected = [feature.view(4, 4, -1)[y : y + 2, x : x + 2].mean((0, 1)) for y in (0, 2) for x in (0, 2)]
         assert_close(alone, torch.stack(expected))
     assert smaller.prompt["position_ids"].amax(1).tolist() == [40 - 25, 40 - 3 - 13, 40 - 13]
-    assert model(**smaller.inputs).logits.shape[1] == 40 - 12
+    in_place = downsample(model, 0.25, inputs, keep_positions=True)
+    assert [ids.tolist() for ids in in_place.kept] == [[5, 7, 13, 15]] * 4
+    expected = by_hand(
+        model,
+        inputs,
+        [
+            torch.zeros(16, 32).index_copy(0, ids, one)
+            for ids, one in zip(in_place.kept, in_place.features, strict=True)
+        ],
+        [[5, 7, 13, 15]] * 4,
+    )
+    logits = model(**in_place.inputs).logits
+    for row, (mask, one) in enumerate(zip(in_place.prompt["attention_mask"], expected, strict=True)):
+        assert_close(logits[row, mask.bool()], one)
 
 
 class Tower(nn.Module):

@@ -8,6 +8,7 @@ import torch
 from torch.export import Dim, export
 
 from narrows.adapters.token_reduction import reduce_tokens
+from narrows.errors import InvalidArgument
 from tests.adapters.token_reduction.families import FAMILIES, images, vit
 from tests.support import assert_close
 
@@ -64,3 +65,15 @@ def test_a_reduced_model_runs_in_onnx_runtime(family: str, method: str, tmp_path
     session = runtime.InferenceSession(tmp_path / "reduced.onnx")
     (logits,) = session.run(None, {session.get_inputs()[0].name: images(3, side).numpy()})
     assert np.abs(logits - expected.numpy()).max() <= 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore")
+def test_what_would_fix_the_batch_is_refused_before_it_writes(tmp_path: Path) -> None:
+    model = FAMILIES["vit"]()
+    with reduce_tokens(model, method="evit", budget=0.5):
+        with pytest.raises(InvalidArgument, match=r"expected torch.export, or .*dynamo=True.* reduced by EViT"):
+            torch.jit.trace(model, images(2))
+        with pytest.raises(InvalidArgument, match="number of images of the example"):
+            torch.onnx.export(model, (images(2),), tmp_path / "model.onnx", dynamo=False)
+    assert not list(tmp_path.iterdir())

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from narrows.adapters.token_reduction.hosts.base import HostModel
 from narrows.adapters.token_reduction.tokens import gather_rows
 from narrows.errors import InvalidArgument, InvalidType
+from narrows.validation import check_share
 
 _PROJECTORS = ("LlavaMultiModalProjector", "VipLlavaMultiModalProjector")
 """Classes of projectors that map every token by itself: they are given kept tokens alone."""
@@ -129,17 +130,23 @@ def shorten(
     return KeptTokens(without(inputs, torch.cat(stays), token, model), found, rows, _others(inputs))
 
 
-def downsample(model: nn.Module, share: float, inputs: Mapping[str, Any]) -> KeptTokens:
+def downsample(
+    model: nn.Module, share: float, inputs: Mapping[str, Any], *, keep_positions: bool = False
+) -> KeptTokens:
     """The baseline that kept tokens have to beat: the grid of features averaged to fewer, as of a smaller image.
-
-    Image and tower stay as they are; the text follows the fewer tokens without a gap.
 
     Args:
         model: a vision-language model of transformers, not reduced.
         share: of the tokens; the grid gets the square root of it on each side, rounded.
-        inputs: of the model.
+        inputs: of the model, as `Reduction.kept_tokens` takes them.
+        keep_positions: an average stands in the middle of what it is of, and text where it was; otherwise text follows
+            without a gap, as after a smaller image.
+
+    Raises:
+        InvalidType, InvalidArgument: as `Reduction.kept_tokens`; features that are no square grid.
     """
     token = check_prompt(model, inputs)
+    check_share(share=share)
     found, rows, stays = [], [], []
     for feature in encode(model, inputs):
         side = int(len(feature) ** 0.5)
@@ -148,10 +155,12 @@ def downsample(model: nn.Module, share: float, inputs: Mapping[str, Any]) -> Kep
         few = max(1, round(side * share**0.5))
         grid = feature.T.unflatten(1, (side, side))[None]
         found.append(F.adaptive_avg_pool2d(grid, few)[0].flatten(1).T)
-        rows.append(torch.arange(few * few, device=feature.device))
-        stays.append(torch.arange(len(feature), device=feature.device) < few * few)
-    prompt = without({**inputs, "position_ids": None}, torch.cat(stays), token, model)
-    prompt = {**prompt, "position_ids": _positions(prompt["attention_mask"])}
+        middle = (torch.arange(few, device=feature.device) * 2 + 1) * side // (2 * few)
+        rows.append((middle[:, None] * side + middle).flatten())
+        stays.append(torch.zeros(len(feature), dtype=torch.bool, device=feature.device).index_fill(0, rows[-1], True))
+    prompt = without(inputs, torch.cat(stays), token, model)
+    if not keep_positions:
+        prompt = {**prompt, "position_ids": _positions(prompt["attention_mask"])}
     return KeptTokens(prompt, found, rows, _others(inputs))
 
 
