@@ -1,6 +1,7 @@
 """The kernels of two-way slot attention against its formula, by Triton's interpreter: see `tests/kernels.py`."""
 
 import os
+import warnings
 from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from narrows.errors import ImplementationUnavailable
 from narrows.layers.two_way_slot_attention import TwoWaySlotAttention
+from narrows.measure import count_macs
+from narrows.ops.slot_attention import slot_update, token_update
 from tests.layers.test_two_way_slot_attention import away_from_the_kink, make, outputs_and_gradients, plain
 from tests.support import assert_close, assert_within_budget_on_average
 
@@ -96,6 +99,31 @@ def test_more_tokens_than_a_tile_and_wider_than_a_block() -> None:
     fast = outputs_and_gradients(layer, called(layer, "triton", None), tokens.float(), slots.float())
     for value, expected in zip(fast, exact, strict=True):
         assert_close(value, expected, 1e-4)
+
+
+@pytest.mark.parametrize("per", ["slots", "tokens"])
+def test_measure_counts_what_the_plain_form_multiplies(per: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With weights over the tokens, tokens are read once more for their sums: two products with all tokens."""
+    layer = make(D=6, K=2, S=4, M=8, T=2, qkv_bias=True, token_normalization=per).float()
+    function, inputs = called(layer, "triton", None), (torch.randn(3, 5, 6), torch.randn(3, 2, 4))
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        kernels = count_macs(lambda: function(*inputs))
+        for module in (slot_update, token_update):
+            monkeypatch.setattr(module, "is_transformed", lambda *_: True)
+        assert kernels - count_macs(lambda: function(*inputs)) == (per == "tokens") * 2 * 2 * 3 * 2 * 5 * 6
+
+
+def test_twice_differentiable() -> None:
+    layer = away_from_the_kink(make(D=6, K=2, S=4, M=8, T=1, qkv_bias=True)).float()
+    inputs, second = (torch.randn(1, 5, 6), torch.randn(1, 2, 4)), []
+    for impl in ("triton", "reference"):
+        leaves = [value.clone().requires_grad_() for value in inputs]
+        together = torch.cat([part.flatten() for part in called(layer, impl, None)(*leaves)])
+        first = torch.autograd.grad(together, leaves, torch.linspace(-1, 1, together.numel()), create_graph=True)
+        second.append(torch.autograd.grad(sum((grad * grad).sum() for grad in first), leaves))
+    for value, expected in zip(*second, strict=True):
+        assert_close(value, expected, 1e-3)
 
 
 def test_transformations_take_plain_operations() -> None:

@@ -2,7 +2,8 @@
 
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections import ChainMap
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from math import prod
 from typing import Any, Protocol, runtime_checkable
@@ -40,10 +41,12 @@ def count_macs(function: Callable[[], object]) -> int:
             of PyTorch's whose name says so, or a loop whose steps are not seen. Give it a formula with
             `torch.utils.flop_counter.register_flop_formula`.
     """
-    from torch.utils.flop_counter import FlopCounterMode
+    from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
     counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
     counter.mod_tracker = _NoModules()  # pyright: ignore[reportAttributeAccessIssue]
+    # Operators may be registered by the call itself, as kernels are that nobody has used before.
+    counter.flop_registry = ChainMap(counter.flop_registry, flop_registry)  # pyright: ignore[reportAttributeAccessIssue]
     with _decomposed(), counter, _Uncounted(counter.flop_registry) as uncounted:
         function()
     for name in sorted(uncounted.names):
@@ -93,7 +96,7 @@ class _Uncounted(TorchDispatchMode):
 
     supports_higher_order_operators = True
 
-    def __init__(self, formulas: dict[Any, Any]) -> None:
+    def __init__(self, formulas: Mapping[Any, Any]) -> None:
         super().__init__()
         self.formulas = formulas
         self.names: set[str] = set()

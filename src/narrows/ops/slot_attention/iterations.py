@@ -1,7 +1,7 @@
 """All iterations of slot attention on a GPU: two launches each, one that reads and one that updates the slots."""
 
 # What Triton compiles has types of its own.
-# pyright: reportIndexIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
 from typing import Any, NamedTuple
 
 import torch

@@ -11,6 +11,7 @@ sum for all vectors, of all iterations at once.
 # What Triton compiles has types of its own.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportPossiblyUnboundVariable=false
 # pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false, reportOptionalMemberAccess=false, reportIndexIssue=false
+# pyright: reportGeneralTypeIssues=false
 import torch
 import triton
 import triton.language as tl
