@@ -9,7 +9,14 @@ from narrows.ops.dispatch import Implementation
 def test_info_names_versions_extras_devices_models_and_implementations(capsys):
     assert main(["info"]) == 0
     printed = capsys.readouterr().out
-    for expected in (torch.__version__, "cpu", "slot_attention.reference", *list_models(), *info.EXTRAS):
+    for expected in (
+        torch.__version__,
+        "cpu",
+        "slot_attention.reference",
+        *list_models(),
+        *list_models(task="objects"),
+        *info.EXTRAS,
+    ):
         assert expected in printed
 
 

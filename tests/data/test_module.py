@@ -1,10 +1,11 @@
 import pytest
 import torch
 
-from narrows.data import ImageDataModule
-from narrows.data.module import ImagesOf
+from narrows.data import IGNORED, ImageDataModule
+from narrows.data.module import ImagesOf, ObjectDataModule
 from narrows.errors import DataError, InvalidArgument
 from tests.data.folders import write_classes, write_image
+from tests.data.object_folders import write, write_davis
 
 
 def test_loaders_bring_whole_batches_in_an_order_of_the_seed(tmp_path):
@@ -63,3 +64,20 @@ def test_errors_say_what_to_do(tmp_path):
     data = ImageDataModule(str(write_classes(tmp_path, {"cat": 5, "dog": 5})))
     with pytest.raises(DataError, match=r"fewer than batch_size = 64. Lower batch_size or add images"):
         data.train_dataloader()
+
+
+def test_objects_come_as_scenes_or_as_folders_of_images_and_of_clips(tmp_path):
+    images, masks = next(iter(ObjectDataModule(length=32).train_dataloader()))
+    assert images.shape == (16, 3, 32, 32)
+    assert masks.amax() > 1
+    clips, masks = next(iter(ObjectDataModule("moving_sprites", length=4, frames=2, batch_size=4).train_dataloader()))
+    assert (clips.shape, masks.shape) == ((4, 2, 3, 32, 32), (4, 2, 32, 32))
+    folder = str(write(tmp_path / "photos", [f"{name}.jpg" for name in range(20)]))
+    images, masks = next(iter(ObjectDataModule(folder, image_size=16, batch_size=4).train_dataloader()))
+    assert images.shape == (4, 3, 16, 16)
+    assert (masks == IGNORED).all()
+    folder = str(write_davis(tmp_path / "davis"))
+    clips, masks = next(iter(ObjectDataModule(folder, image_size=16, frames=2, batch_size=1).train_dataloader()))
+    assert (clips.shape, masks.shape) == ((1, 2, 3, 16, 16), (1, 2, 16, 16))
+    with pytest.raises(InvalidArgument, match=r"data: expected one of sprites, .*, or a folder, got 'sprite'"):
+        _ = ObjectDataModule("sprite").loaded

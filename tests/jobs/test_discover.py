@@ -27,12 +27,14 @@ def few(*args: object, **kwargs: object) -> ObjectDataModule:
 @pytest.fixture(autouse=True)
 def few_scenes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(job, "ObjectDataModule", few)
+    monkeypatch.setattr(job, "NUM_PICTURES", 1)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> job.Discovery:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(job, "ObjectDataModule", few)
+        patch.setattr(job, "NUM_PICTURES", 2)
         return job.discover(output=tmp_path_factory.mktemp("runs"), seeds=2, **SMALL)
 
 
@@ -64,6 +66,8 @@ def test_a_model_that_was_trained_is_scored_as_before_and_shown(trained: job.Dis
 def test_seeds_that_are_finished_are_kept(trained: job.Discovery, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(job, "_train", lambda *_, **__: pytest.fail("trained again"))
     assert job.discover(resume=trained.folder, seeds=2, **SMALL).runs == trained.runs
+    with pytest.raises(InvalidArgument, match=r"batch_size: expected 8, with which .* was begun, got 4"):
+        job.discover(resume=trained.folder, seeds=3, **{**SMALL, "batch_size": 4})
 
 
 def test_clips_are_followed_by_savi(tmp_path: Path) -> None:
@@ -89,6 +93,7 @@ def test_images_without_masks_are_divided_and_not_scored(tmp_path: Path) -> None
         ({"backbone": "timm:vit_tiny_patch16_224"}, "backbone: expected None: slot_autoencoder rebuilds pixels"),
         ({"seeds": 0}, "seeds: expected"),
         ({"image_size": 40}, "image_size: expected 8 times a power of two"),
+        ({"resume": "nowhere"}, "resume: expected the folder of a call that was stopped"),
         ({"checkpoint": "nowhere"}, "checkpoint: expected a folder with a model"),
     ],
 )

@@ -31,6 +31,7 @@ def run(arguments: list[str]) -> None:
         "Extras": extras(),
         "Devices": devices(),
         "Models": dict.fromkeys(list_models(), ""),
+        "Models that find objects": dict.fromkeys(list_models(task="objects"), ""),
         "Implementations": implementations(),
     }
     for title, entries in sections.items():

@@ -29,7 +29,7 @@ from narrows.training.run import fit, progress_trainer, quiet_lightning
 from narrows.validation import check_positive
 from narrows.visualize import Cell, Report
 
-STEPS = 8000
+STEPS = 10_000
 """Training steps by default."""
 NUM_PICTURES = 6
 SCORES = ("fg_ari", "mbo", "attention_fg_ari", "attention_mbo")
@@ -43,6 +43,7 @@ COLUMNS = {
     "time": None,
 }
 RUNS_FILE = "runs.json"
+SETTINGS_FILE = "settings.json"
 
 
 @dataclass(frozen=True)
@@ -146,18 +147,19 @@ def discover(
         backbone: of models that rebuild features: "timm:<name>", "hf:<name>" or a folder.
         video: clips of eight frames; by default of moving sprites, by "savi".
         seeds: how many seeds are trained; two or more give a spread.
-        epochs: passes over the training images; by default as many as make 8000 steps.
+        epochs: passes over the training images; by default as many as make 10,000 steps.
         batch_size: images in a training step.
         image_size: side of the images in pixels; by default that of the scenes, 128 for a folder.
         num_slots: K; by default the model's.
         precision: of training, as Lightning's trainer takes it: "32-true" where a CPU has no bfloat16.
         output: folder of all runs.
         device: "auto", "cpu" or "cuda".
-        resume: folder of a call that was stopped: seeds that are finished are kept, the one at hand goes on.
+        resume: folder of a call that was stopped: seeds that are finished are kept, the one at hand goes on. The other
+            arguments have to be those of that call.
 
     Raises:
         InvalidArgument: an unknown model, data or device, a number that is not positive, a checkpoint that is no object
-            model.
+            model, other settings than those of the run that goes on.
         DataError: images that cannot be used.
         CannotWrite: the output folder or the disk refuses.
     """
@@ -182,7 +184,14 @@ def discover(
 
     if given is None:
         build()  # before a folder is made, so that a wrong name shows at once
+    settings = {
+        "data": data, "model": model, "backbone": backbone, "video": video, "epochs": epochs, "batch_size": batch_size,
+        "image_size": image_size, "num_slots": num_slots, "precision": precision,
+    }  # fmt: skip
+    if resume is not None:
+        _check_resumed(Path(resume), settings)
     folder = new_folder(output) if resume is None else Path(resume)
+    write_text(folder / SETTINGS_FILE, json.dumps(settings, indent=2) + "\n")
     runs = _finished(folder)
     if given is not None:
         runs = [_judged(given, found, seed=0, seconds=0.0, folder=checkpoint or "")]
@@ -209,6 +218,18 @@ def _given(checkpoint: str) -> ObjectDiscovery:
         expected = "a folder with a model of `narrows discover` or `narrows fit --task objects`"
         raise InvalidArgument("checkpoint", expected=expected, got=repr(checkpoint))
     return found
+
+
+def _check_resumed(folder: Path, settings: Mapping[str, object]) -> None:
+    """Raise unless a run in `folder` was begun with these settings."""
+    file = folder / SETTINGS_FILE
+    if not file.is_file():
+        raise InvalidArgument("resume", expected="the folder of a call that was stopped", got=repr(str(folder)))
+    before = json.loads(file.read_text(encoding="utf-8"))
+    for name, value in settings.items():
+        if before.get(name) != value:
+            expected = f"{before.get(name)!r}, with which {folder} was begun"
+            raise InvalidArgument(name, expected=expected, got=repr(value))
 
 
 def _finished(folder: Path) -> list[ObjectRun]:
