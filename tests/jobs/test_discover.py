@@ -1,10 +1,12 @@
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from narrows.cli import main
-from narrows.data import SpriteScenes
+from narrows.data import ImageData, SpriteScenes
 from narrows.data.module import ObjectDataModule
 from narrows.errors import InvalidArgument
 from narrows.hub.models import save_model
@@ -16,24 +18,30 @@ from tests.data.object_folders import write
 SMALL = {"epochs": 1, "precision": "32-true", "device": "cpu", "batch_size": 8}
 
 
-def few(*args: object, **kwargs: object) -> ObjectDataModule:
+class FewScenes(ObjectDataModule):
     """A data module of few scenes."""
-    module = ObjectDataModule(*args, length=16, **kwargs)
-    if isinstance(module.loaded.held_out, SpriteScenes):
-        module.loaded.held_out._length = 24
-    return module
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, length=16, **kwargs)
+
+    @cached_property
+    def loaded(self) -> ImageData:
+        found = ObjectDataModule.loaded.func(self)
+        if isinstance(found.held_out, SpriteScenes):
+            found.held_out._length = 24
+        return found
 
 
 @pytest.fixture(autouse=True)
 def few_scenes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(job, "ObjectDataModule", few)
+    monkeypatch.setattr(job, "ObjectDataModule", FewScenes)
     monkeypatch.setattr(job, "NUM_PICTURES", 1)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> job.Discovery:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(job, "ObjectDataModule", few)
+        patch.setattr(job, "ObjectDataModule", FewScenes)
         patch.setattr(job, "NUM_PICTURES", 2)
         return job.discover(output=tmp_path_factory.mktemp("runs"), seeds=2, **SMALL)
 

@@ -162,7 +162,9 @@ class ObjectImages(ImageSet):
             raise DataError(
                 f"{clip.name} has {len(clip)} frames, and {count} are asked for. Ask for fewer, or remove it."
             )
-        mirror, where = uniforms(keys(self.seed, epoch, np.array([index])), 2)[0] if self.augmented else (1.0, 0.0)
+        mirror, where = (
+            uniforms(keys(self.seed, epoch, np.array([index], np.uint64)), 2)[0] if self.augmented else (1.0, 0.0)
+        )
         begin = int(where * (len(clip) - count + 1))
         images, masks = zip(*(self._frame(clip, frame) for frame in range(begin, begin + count)), strict=True)
         pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
