@@ -1,4 +1,4 @@
-"""What makes a `Flamingo` a model of transformers to those who train one: the Trainer, TRL, accelerate."""
+"""What makes a `Flamingo` a model of transformers to those who train one: the Trainer, accelerate."""
 
 import inspect
 from collections.abc import Mapping
