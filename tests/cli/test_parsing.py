@@ -12,7 +12,7 @@ import pytest
 from lightning.pytorch import Trainer
 
 from narrows.bench import runner
-from narrows.cli import main
+from narrows.cli import COMMANDS, main
 from narrows.cli.parsing import parser_of
 from narrows.cli.training import TrainingCLI, TrainingParser
 from tests.hub.small_models import save_images, save_ours
@@ -20,9 +20,14 @@ from tests.hub.small_models import save_images, save_ours
 # The shape checks of the test run wrap the functions whose signatures are read.
 pytestmark = pytest.mark.compiled
 
-FUNCTIONS = {"compare": {}, "reduce": {}, "show": {"several": "images"}, "generate": {}, "bench": {"first": "pattern"}}
+FUNCTIONS: dict[str, dict[str, str]] = {
+    **{name: {} for name in ("compare", "discover", "reduce", "generate")},
+    "show": {"several": "images"},
+    "bench": {"first": "pattern"},
+}
 WORK = {
     "compare": "narrows.jobs.compare.train",
+    "discover": "narrows.jobs.discover._train",
     "reduce": "narrows.jobs.reduce.run_trials",
     "show": "narrows.jobs.show.overlay",
     "generate": "narrows.demo.reader.kept",
@@ -46,6 +51,8 @@ BAD_TEXTS: dict[str, tuple[str, ...]] = {
     "budget": (",", "0", "-0.5", "nan", "much", "3:0.7/x", "0.5/0.7"),
     "export": ("model.pt", ""),
     "lm": ("no/such/model",),
+    "precision": ("7", ""),
+    "backbone": ("timm:vit_mni", "no/such/folder"),
     "media": ("no/such/picture.png",),
     "images": ("no/such/picture.png", ""),
     "dtype": ("float33", ""),
@@ -56,7 +63,12 @@ BAD_TEXTS: dict[str, tuple[str, ...]] = {
 FREE = {"prompt"}
 """Any text will do."""
 ZERO_IS_GOOD = {"num_classes"}
-NEEDED = {"checkpoint_key": ["--checkpoint", "FILE"], "checkpoint": [], "media": ["--prompt", "x"]}
+NEEDED = {
+    "backbone": ["--model", "dinosaur"],
+    "checkpoint_key": ["--checkpoint", "FILE"],
+    "checkpoint": [],
+    "media": ["--prompt", "x"],
+}
 
 
 def _function(command: str) -> tuple[Any, str, Callable[..., Any]]:
@@ -92,6 +104,10 @@ def _bad() -> list[tuple[str, str, str]]:
     return found
 
 
+def test_every_command_is_tried() -> None:
+    assert {*FUNCTIONS, "fit", "validate", "test", "predict", "info"} == set(COMMANDS), "info takes no options"
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, images and a file."""
@@ -107,6 +123,7 @@ def _line(command: str, place: Path, without: str = "") -> list[str]:
     model, images = str(place / "model"), str(place / "images")
     options: dict[str, str] = {
         "compare": {"data": images, "models": "vit_mini", "output": str(place / "runs")},
+        "discover": {"output": str(place / "runs")},
         "reduce": {"model": model, "data": images, "method": "topk", "output": str(place / "runs")},
         "show": {"output": str(place / "runs")},
         "generate": {"output": str(place / "runs")},

@@ -26,7 +26,7 @@ from narrows.models import ObjectDiscovery
 from narrows.training.callbacks import RunProgress
 from narrows.training.objects import ObjectTask, pixel_masks, signs_of_collapse, state_of
 from narrows.training.run import fit, progress_trainer, quiet_lightning
-from narrows.validation import check_positive
+from narrows.validation import check_choice, check_positive
 from narrows.visualize import Cell, Report
 
 STEPS = 10_000
@@ -42,6 +42,7 @@ COLUMNS = {
     "slots used": None,
     "time": None,
 }
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true")
 RUNS_FILE = "runs.json"
 SETTINGS_FILE = "settings.json"
 
@@ -163,9 +164,12 @@ def discover(
         DataError: images that cannot be used.
         CannotWrite: the output folder or the disk refuses.
     """
-    check_positive(
-        seeds=seeds, batch_size=batch_size, **{n: v for n, v in (("epochs", epochs), ("num_slots", num_slots)) if v}
-    )
+    optional = {"epochs": epochs, "num_slots": num_slots, "image_size": image_size}
+    check_positive(seeds=seeds, batch_size=batch_size, **{n: v for n, v in optional.items() if v is not None})
+    check_choice("precision", precision, PRECISIONS)
+    if resume is not None and not Path(resume).is_dir():
+        expected, got = "the folder of a call that was stopped", f"{str(resume)!r}, which is none"
+        raise InvalidArgument("resume", expected=expected, got=got)
     accelerator = accelerator_of(device)
     if video:
         data = "moving_sprites" if data == "sprites" else data
