@@ -21,7 +21,7 @@ from tests.hub.small_models import save_images, save_ours
 pytestmark = pytest.mark.compiled
 
 FUNCTIONS: dict[str, dict[str, str]] = {
-    **{name: {} for name in ("compare", "discover", "reduce", "generate")},
+    **{name: {} for name in ("compare", "discover", "reduce", "export", "generate")},
     "show": {"several": "images"},
     "bench": {"first": "pattern"},
 }
@@ -29,6 +29,7 @@ WORK = {
     "compare": "narrows.jobs.compare.train",
     "discover": "narrows.jobs.discover._train",
     "reduce": "narrows.jobs.reduce.run_trials",
+    "export": "narrows.jobs.export.replacing_folder",
     "show": "narrows.jobs.show.overlay",
     "generate": "narrows.demo.reader.kept",
     "bench": "narrows.bench.runner.race",
@@ -63,6 +64,8 @@ BAD_TEXTS: dict[str, tuple[str, ...]] = {
 FREE = {"prompt"}
 """Any text will do."""
 ZERO_IS_GOOD = {"num_classes"}
+UNNAMED = {"show": ("model", "images"), "bench": ("pattern",), "export": ("model", "output")}
+"""Options that are given by their place alone, in this order."""
 NEEDED = {
     "backbone": ["--model", "dinosaur"],
     "checkpoint_key": ["--checkpoint", "FILE"],
@@ -128,8 +131,10 @@ def _line(command: str, place: Path, without: str = "") -> list[str]:
         "show": {"output": str(place / "runs")},
         "generate": {"output": str(place / "runs")},
         "bench": {},
+        "export": {},
     }[command]
-    unnamed = {"show": {"model": model, "images": images}, "bench": {"pattern": "soft_moe/*"}}.get(command, {})
+    places = {"model": model, "images": images, "pattern": "soft_moe/*", "output": str(place / "x.onnx")}
+    unnamed = {name: places[name] for name in UNNAMED.get(command, ())}
     given = [word for name, value in options.items() if name != without for word in (f"--{name}", value)]
     return [command, *(value for name, value in unnamed.items() if name != without), *given]
 
@@ -146,7 +151,7 @@ def test_a_bad_value_is_an_error_in_words_before_any_work(
     monkeypatch.setattr(WORK[command], worked)
     value = value.replace("FILE", str(place / "file"))
     line, needed = _line(command, place, without=name), NEEDED.get(name, [])
-    unnamed = {"show": ("model", "images"), "bench": ("pattern",)}.get(command, ())
+    unnamed = UNNAMED.get(command, ())
     if name in unnamed:
         line.insert(1 + unnamed.index(name), value)
         given = line
@@ -176,10 +181,10 @@ def test_a_good_value_of_every_option_arrives(command: str, monkeypatch: pytest.
         raise Arrived
 
     monkeypatch.setattr(module, job, record)
-    unnamed = {"show": ["m", "a.png", "b.png"], "bench": ["*"]}.get(command, [])
+    unnamed = {"show": ["m", "a.png", "b.png"], "bench": ["*"], "export": ["m", "x.onnx"]}.get(command, [])
     good: dict[Any, dict[str, Any]] = {int: {"3": 3}, float: {"0.25": 0.25}, bool: {"true": True, "no": False}}
     for name, annotation in _options(command):
-        if name in ("images", "pattern") or (command, name) == ("show", "model"):
+        if name in UNNAMED.get(command, ()):
             continue
         values: dict[str, Any] = {"x y": "x y"}
         if get_origin(annotation) is Sequence:
