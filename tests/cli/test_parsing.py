@@ -67,6 +67,7 @@ ZERO_IS_GOOD = {"num_classes"}
 UNNAMED = {"show": ("model", "images"), "bench": ("pattern",), "export": ("model", "output")}
 """Options that are given by their place alone, in this order."""
 NEEDED = {
+    "budget": ["--method", "topk"],
     "backbone": ["--model", "dinosaur"],
     "checkpoint_key": ["--checkpoint", "FILE"],
     "checkpoint": [],
