@@ -252,7 +252,7 @@ def test_tokens_replaced_between_blocks_are_noticed() -> None:
         handle.remove()
         for index in (1, 3):  # after the last block that reduces as well
             prompt = model.blocks[index].register_forward_pre_hook(lambda _, args: (torch.cat((args[0],) * 2, 1),))
-            with pytest.raises(NarrowsError, match="replaced the tokens|got 74 tokens|special ones and a grid"):
+            with pytest.raises(NarrowsError, match=r"replaced the tokens|got 74 tokens|special ones and a grid"):
                 model(images())
             prompt.remove()
         tokens = model.norm_pre(model._pos_embed(model.patch_embed(images())))

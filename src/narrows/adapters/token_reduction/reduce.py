@@ -78,8 +78,7 @@ def reduce_tokens(
         if error is None:  # what is tested does not depend on how many tokens go on
             error = self_test.check(reduction, example)
         reduction.error, reduction.example = error, example
-        reduction.attach()
-        return reduction
+        return reduction.attach()
 
     if not isinstance(budget, Target):
         return attempt(budget)

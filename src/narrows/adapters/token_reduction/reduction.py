@@ -1,7 +1,6 @@
 """The handle of a reduced model: which tokens it kept, and how the reduction is undone."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -90,13 +89,14 @@ class Reduction:
         """Whether the model runs reduced by this handle."""
         return Reduction.of(self.model) is self
 
-    def attach(self) -> None:
+    def attach(self) -> "Reduction":
         """Let the model run reduced. Whatever fails, every module is as it was before."""
         try:
             self._attach()
         except BaseException:
             self._detach()
             raise
+        return self
 
     def check_replaceable(self) -> None:
         """Raise if somebody else has put a forward in the place of that of a block that is taken apart."""
@@ -153,15 +153,6 @@ class Reduction:
 
     def __exit__(self, *error: object) -> None:
         self.remove()
-
-    @contextmanager
-    def attached_temporarily(self) -> Iterator[None]:
-        """The model runs reduced within the context only."""
-        self.attach()
-        try:
-            yield
-        finally:
-            self.remove()
 
     @property
     def routing(self) -> tuple[Routing, ...]:

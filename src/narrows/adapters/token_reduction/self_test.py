@@ -89,11 +89,11 @@ def check(reduction: Reduction, example: Any = None) -> float:
         for block in reduction.taken_apart:
             _check_block(block, rehearsal, untouched[block.index])
         expected = last.tokens(untouched[host.depth - 1].output)
-        with rehearsal.attached_temporarily():
+        with rehearsal.attach():
             error = _difference(last.tokens(_calls(watched, run)[host.depth - 1].output), expected)
         allowed = max(TOLERANCE, ROUNDINGS * _eps(expected)) * (host.depth - reduction.plan.first)
         _require(error <= allowed, "the last block", error, allowed)
-        with reduction.attached_temporarily():
+        with reduction.attach():
             run()
         reduction.forget()
     return error
