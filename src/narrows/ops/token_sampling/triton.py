@@ -6,7 +6,7 @@ kept. Whole numbers again: the token sets are those of the reference.
 """
 
 # What Triton compiles has types of its own.
-# pyright: reportArgumentType=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportOperatorIssue=false
 import torch
 import triton
 import triton.language as tl
