@@ -56,7 +56,7 @@ class Candidate:
         if self.reduction is None:
             yield
         else:
-            with self.reduction.attached_temporarily():
+            with self.reduction.attach():
                 yield
 
     def __call__(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B width"]:
