@@ -49,6 +49,20 @@ def colours_of(images: torch.Tensor) -> list[list[float]]:
     return images.mean((2, 3)).round().tolist()
 
 
+def test_conversations_in_files(tmp_path):
+    said = [{"role": "user", "content": "<image>Which?"}, {"role": "assistant", "content": "red"}]
+    line = {"messages": said, "images": "images/red.png"}
+    records = read_jsonl(write_folder(tmp_path, line))
+    members = {"1.json": json.dumps({"messages": said}), "1.png": png("red")}
+    records += read_shards([write_shard(tmp_path / "a.tar", members)])
+    for document in StoredDocuments(records, image_size=8).documents([0, 1]):
+        assert [message._asdict() for message in document.messages] == said
+        assert colours_of(document.images) == [[1, 0, 0]]
+    for wrong in ("hello", [{"role": "user"}], said[:1], []):
+        with pytest.raises(DataError, match='line 1: expected "messages" as'):
+            read_jsonl(write_folder(tmp_path, {**line, "messages": wrong}))
+
+
 def test_a_jsonl_file_beside_its_images(tmp_path):
     lines = (entry("<image>red <image>blue", "red", "blue"), "", entry("no image at all"))
     records = read_jsonl(write_folder(tmp_path, *lines))

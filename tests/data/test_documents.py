@@ -1,7 +1,17 @@
 import pytest
 import torch
 
-from narrows.data.documents import END_OF_CHUNK, IMAGE, Document, InterleavedCollate, with_chunk_ends
+from narrows.data.documents import (
+    END_OF_CHUNK,
+    IMAGE,
+    Document,
+    InterleavedCollate,
+    Message,
+    conversation,
+    questions_of,
+    with_chunk_ends,
+    without_labels,
+)
 from narrows.errors import InvalidArgument
 from tests.data.tokenizers import word_tokenizer
 
@@ -120,3 +130,64 @@ def test_a_language_model_without_tokens_for_images_can_lend_others():
 def test_bad_input_is_explained(options, message):
     with pytest.raises(InvalidArgument, match=message):
         InterleavedCollate(word_tokenizer(WORDS), **options)
+
+
+TEMPLATE = (
+    "{% for message in messages %}{{ '<turn> ' + message.role + ' ' + message.content + ' </turn> ' }}{% endfor %}"
+    "{% if add_generation_prompt %}<turn> assistant {% endif %}"
+)
+
+
+def chat_tokenizer(template: str = TEMPLATE):
+    tokenizer = word_tokenizer([*WORDS, "<turn>", "</turn>", "user", "assistant", "system"])
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def chat() -> Document:
+    turns = [("user", "<image> a"), ("assistant", "cat"), ("user", "<image> a"), ("assistant", "a dog")]
+    return conversation([Message("system", "two"), *(Message(*one) for one in turns)], document(IMAGE * 2).images)
+
+
+def words(tokenizer, ids: torch.Tensor) -> str:
+    return " ".join(tokenizer.convert_ids_to_tokens([one for one in ids.tolist() if one != -100]))
+
+
+def test_of_a_conversation_the_answers_are_learned():
+    tokenizer = chat_tokenizer()
+    batch = InterleavedCollate(tokenizer)([chat()])
+    written = tokenizer.apply_chat_template([one._asdict() for one in chat().messages], tokenize=False)
+    assert words(tokenizer, batch["input_ids"][0]) == written.strip()
+    assert words(tokenizer, batch["labels"][0]) == "cat </turn> a dog </turn>"
+    assert (batch["input_ids"] == 2).equal(batch["media_locations"])
+    assert "weights" not in batch
+
+
+def test_the_rest_of_a_conversation_has_a_weight():
+    tokenizer = chat_tokenizer()
+    batch = InterleavedCollate(tokenizer, rest_weight=0.25)([chat(), document("<image>a cat")])
+    counted = batch["labels"] != -100
+    learned = batch["labels"].where(batch["weights"] == 1, torch.tensor(-100))
+    assert words(tokenizer, learned[0]) == "cat </turn> a dog </turn>"
+    assert set(batch["weights"][0][counted[0]].tolist()) == {0.25, 1.0}
+    assert words(tokenizer, learned[1]) == f"a cat {END_OF_CHUNK}"  # of a text, everything
+    assert set(without_labels(batch)) == {"input_ids", "attention_mask", "media", "media_mask", "media_locations"}
+    with pytest.raises(InvalidArgument, match="rest_weight"):
+        InterleavedCollate(tokenizer, rest_weight=-1)
+
+
+def test_a_question_is_tokenised_as_its_conversation_is():
+    tokenizer = chat_tokenizer()
+    collate = InterleavedCollate(tokenizer)
+    whole = collate([chat()])["input_ids"][0].tolist()
+    for prompt, answer in questions_of(chat()):
+        ids = collate.prompts([prompt])["input_ids"][0].tolist()
+        assert whole[: len(ids)] == ids
+        following = words(tokenizer, torch.tensor(whole[len(ids) :]))
+        assert following.startswith(f"{answer} </turn>")
+
+
+def test_a_template_that_takes_back_what_was_said_is_refused():
+    forgetful = "{% for message in messages[-1:] %}{{ message.role + ' ' + message.content + ' ' }}{% endfor %}"
+    with pytest.raises(InvalidArgument, match="tokenizer: expected a chat template that leaves what is said"):
+        InterleavedCollate(chat_tokenizer(forgetful))([chat()])

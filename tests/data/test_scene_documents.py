@@ -1,9 +1,21 @@
 import pytest
 import torch
 
-from narrows.data.documents import END_OF_CHUNK, IMAGE
+from narrows.data.documents import END_OF_CHUNK, IMAGE, questions_of
+from narrows.data.object_scenes import COLOURS, SHAPES
 from narrows.data.positions import Position
-from narrows.data.scene_documents import DIGITS, DigitPrompts, digit_sentences, questions
+from narrows.data.scene_documents import (
+    DIGITS,
+    PLACES,
+    DigitChats,
+    DigitPrompts,
+    ShapeChats,
+    described,
+    description,
+    digit_sentences,
+    load_scene_documents,
+    questions,
+)
 from narrows.errors import InvalidArgument
 
 
@@ -62,3 +74,42 @@ def test_padding_documents_are_marked():
     real, filler = prompts.__getitems__([Position(0), Position(0, counts=False)])
     assert real.counts
     assert not filler.counts
+
+
+def test_a_conversation_asks_about_each_image_in_a_turn_of_its_own():
+    chats, prompts = (kind("held_out", size=16) for kind in (DigitChats, DigitPrompts))
+    for chat, captions in zip(chats.documents(range(9)), prompts.documents(range(9)), strict=True):
+        assert torch.equal(chat.images, captions.images)
+        asked = questions_of(chat)
+        assert [answer for _, answer in asked] == [question.answer for question in questions(captions.text)]
+        assert [len(prompt.images) for prompt, _ in asked] == list(range(1, len(chat.images) + 1))
+        assert all(prompt.messages[-1].content.startswith(IMAGE) for prompt, _ in asked)
+
+
+def test_a_description_names_every_object_where_it_stands():
+    chats = ShapeChats("held_out")
+    scenes = chats.scenes.render(range(40))
+    for index, document in enumerate(chats.documents(range(40))):
+        ((_, answer),) = questions_of(document)
+        count = int((scenes.shapes[index] >= 0).sum())
+        seen = described(answer)
+        assert len(seen) == count in (2, 3)
+        assert [PLACES.index(one.place) for one in seen] == sorted(PLACES.index(one.place) for one in seen)
+        for number in range(count):
+            x, y = scenes.centres[index, number].tolist()
+            place = PLACES[int(y * 3) * 3 + int(x * 3)]
+            assert (place, COLOURS[scenes.colours[index, number]], SHAPES[scenes.shapes[index, number]]) in seen
+            inside = document.images[0][:, int(y * 32), int(x * 32)]
+            outside = document.images[0][:, scenes.masks[index] == 0].mean(1)
+            assert (inside - outside).abs().max() > 0.1
+        assert description([[PLACES.index(p), COLOURS.index(c), SHAPES.index(s)] for p, c, s in seen[::-1]]) == answer
+
+
+def test_words_that_are_no_description_name_nothing():
+    assert described("The top left holds a red dog, the sky a blue square.") == []
+    assert len(described("The top left holds a red disc, the top left a red disc, the middle")) == 2
+
+
+def test_shapes_have_colours():
+    with pytest.raises(InvalidArgument, match="channels: expected 3 for shape_chats"):
+        load_scene_documents("shape_chats", "train", size=32, channels=1)

@@ -51,7 +51,7 @@ def test_a_picture_shows_which_image_each_word_looked_at(saved, media, tmp_path)
 def test_without_arguments_the_offline_job_runs(monkeypatch, tmp_path, capsys):
     """Its reader is an untrained one here; `tests/demo/test_reader.py` shows what it is made of."""
     monkeypatch.setattr(task, "digits_reader", lambda *_, **__: Reader(open_gates(small_task()).flamingo, TOKENIZER))
-    monkeypatch.setattr(task, "DigitPrompts", lambda *args, **kw: DigitPrompts(*args, **kw, length=20))
+    monkeypatch.setattr(task, "load_scene_documents", lambda _, split, **kw: DigitPrompts(split, **kw, length=20))
     assert main(["generate", "--output", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert "questions about held-out images, answered exactly:" in printed

@@ -36,12 +36,13 @@ def batch_of(count: int = 4) -> dict[str, torch.Tensor]:
 
 def test_the_loss_is_that_of_transformers():
     task, batch = open_gates(small_task()), batch_of()
-    losses, counts = token_losses(task(batch), batch["labels"])
+    losses, counts = task.losses(batch)
     assert_close(losses.sum() / counts.sum(), task.model(**batch).loss)
 
 
 def test_a_row_without_labels_has_a_loss_of_nothing():
-    losses, counts = token_losses(torch.randn(2, 3, 5), torch.tensor([[1, 2, 3], [-100, -100, -100]]))
+    targets = torch.tensor([[2, 3], [-100, -100]])
+    losses, counts = token_losses(torch.randn(2, 2, 5), targets, torch.ones(2, 2))
     assert counts.tolist() == [2, 0]
     assert losses[1] == 0
 
@@ -74,7 +75,7 @@ def test_every_trained_parameter_takes_part_in_a_batch_without_images():
     task = open_gates(small_task()).train()
     collate = small_data().collate
     batch = collate([Document("one and two are digits", torch.zeros(0, 1, 16, 16))] * 2)
-    losses, _ = token_losses(task(batch), batch["labels"])
+    losses, _ = task.losses(batch)
     losses.sum().backward()
     assert all(p.grad is not None for p in task.flamingo.parameters() if p.requires_grad)
 
@@ -93,7 +94,7 @@ def test_one_image_in_a_batch_is_compared_with_that_of_the_batch_before():
         assert task.loss_compared.weight == 0  # there was no other image yet
         task.validation_step(batches[1], 1)
         other = {**batches[1], "media": batches[0]["media"]}
-        right, wrong = ((token_losses(task(batch), batch["labels"])) for batch in (batches[1], other))
+        right, wrong = (task.losses(batch) for batch in (batches[1], other))
     assert task.loss_compared.compute() == pytest.approx((right[0] / right[1]).item())
     assert task.loss_swapped.compute() == pytest.approx((wrong[0] / wrong[1]).item())
     assert task.loss_swapped.compute() != task.loss_compared.compute()
@@ -167,7 +168,7 @@ def test_gradient_checkpointing_changes_no_gradient():
     again.load_state_dict(plain.state_dict())
     batch, gradients = batch_of(), []
     for task in (plain, again):
-        loss, _ = token_losses(task(batch), batch["labels"])
+        loss, _ = task.losses(batch)
         loss.sum().backward()
         gradients.append({n: p.grad for n, p in task.model.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()
@@ -261,3 +262,47 @@ def test_bad_input_is_explained():
     blind = Flamingo(small_language_model(), media_dim=16, **FLAMINGO)
     with pytest.raises(InvalidArgument, match="flamingo: expected one with a vision encoder"):
         FlamingoTraining(blind, TOKENIZER)
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_images_that_are_not_used_are_reported(tmp_path, monkeypatch, caplog, used):
+    """With closed gates that learn nothing they are not."""
+    task, losses = small_task(look_every=1, learning_rate=1e-9), FlamingoTraining.losses
+
+    def worse_with_others(self, batch):
+        found, weights = losses(self, batch)
+        return found * (1 if torch.is_grad_enabled() else 1.1), weights
+
+    if used:
+        monkeypatch.setattr(FlamingoTraining, "losses", worse_with_others)
+    logger = CSVLogger(tmp_path)
+    trainer = small_trainer(tmp_path, max_epochs=1, limit_train_batches=8, limit_val_batches=0, logger=logger)
+    trainer.fit(task, small_data(batch_size=8))
+    said = [record.getMessage() for record in caplog.records if "images are not used" in record.getMessage()]
+    assert len(said) == int(not used)
+    assert ("gate_init: 0.4" in "".join(said)) == (not used)
+    assert (trainer.logged_metrics["train/image_gain"] > 0.1) == used
+
+
+def test_weights_of_the_data_are_those_of_the_loss():
+    task, batch = open_gates(small_task()), batch_of()
+    weights = torch.rand(batch["labels"].shape)
+    losses, totals = task.losses({**batch, "weights": weights})
+    targets, counted = batch["labels"][:, 1:], batch["labels"][:, 1:] != -100
+    each = F.cross_entropy(task(batch)[:, :-1].transpose(1, 2), targets, reduction="none")
+    assert_close(losses, (each * weights[:, 1:] * counted).sum(1))
+    assert_close(totals, (weights[:, 1:] * counted).sum(1))
+
+
+def test_logits_are_computed_where_a_label_is_and_nowhere_else():
+    task, batch = open_gates(small_task()), batch_of()
+    batch["labels"][:, :-4] = -100
+    seen = []
+    head = task.flamingo.language_model.lm_head
+    handle = head.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape[1]))
+    losses, _ = task.losses(batch)
+    task._keeps = False
+    everywhere, _ = task.losses(batch)
+    handle.remove()
+    assert seen == [4, batch["labels"].shape[1]]
+    assert_close(losses, everywhere)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from narrows.data.decoding import EXTENSIONS, decode_image
-from narrows.data.documents import IMAGE, Document, InterleavedSet
+from narrows.data.documents import IMAGE, Document, InterleavedSet, Message, text_of
 from narrows.data.folder import UNREADABLE_SHARE, image_transform
 from narrows.data.listing import say_left_out
 from narrows.errors import DataError
@@ -59,11 +59,13 @@ class Record:
         row: for errors: `train.jsonl, line 7` or `train-000.tar, sample 0042`.
         text: with `IMAGE` in place of each image.
         images: one for each `IMAGE`.
+        messages: the conversation whose contents are the text; empty: there is none.
     """
 
     row: str
     text: str
     images: tuple[StoredImage, ...]
+    messages: tuple[Message, ...] = ()
 
     def __post_init__(self) -> None:
         if (places := self.text.count(IMAGE)) != len(self.images):
@@ -108,7 +110,7 @@ class StoredDocuments(InterleavedSet):
                 self._skip(record.row, error)
                 continue
             empty = torch.zeros(0, self.channels, self.image_size, self.image_size)
-            return Document(record.text, torch.stack(images) if images else empty)
+            return Document(record.text, torch.stack(images) if images else empty, messages=record.messages)
         raise DataError(f"no image of {len(self.records)} documents can be read")
 
     def _skip(self, row: str, error: DataError) -> None:
@@ -130,8 +132,9 @@ class StoredDocuments(InterleavedSet):
 def read_jsonl(path: Path, *, outside: bool = False) -> list[Record]:
     """One document for each line: `{"text": "A cat: <image>", "images": ["cat.png"]}`, files beside the JSONL file.
 
-    Records of OBELICS (`texts` and `images`) and of MMC4 (`text_list` and `image_info`) are read too, once their images
-    are files.
+    Or a conversation: `{"messages": [{"role": "user", "content": "<image>What is it?"}, {"role": "assistant",
+    "content": "A cat."}], "images": ["cat.png"]}`. Records of OBELICS (`texts` and `images`) and of MMC4 (`text_list`
+    and `image_info`) are read too, once their images are files.
 
     Args:
         path: the JSONL file.
@@ -154,7 +157,7 @@ def read_jsonl(path: Path, *, outside: bool = False) -> list[Record]:
         if not line.strip():
             continue
         row = f"{path}, line {number}"
-        text, names = _parsed(line, row)
+        text, names, messages = _parsed(line, row)
         files = [path.parent / (name if outside else os.path.normpath(name)) for name in names]
         for name, file in zip(names, files, strict=True):
             normal = os.path.normpath(name)
@@ -165,7 +168,7 @@ def read_jsonl(path: Path, *, outside: bool = False) -> list[Record]:
                 )
             if not os.path.isfile(file):
                 raise DataError(f"{row}: the image {name} does not exist beside {path.name}")
-        records.append(Record(row, text, tuple(map(StoredImage, names, files))))
+        records.append(Record(row, text, tuple(map(StoredImage, names, files)), messages))
     return records
 
 
@@ -210,8 +213,9 @@ def _samples(shard: tarfile.TarFile, path: Path) -> Iterable[Record]:
         row = f"{path}, sample {key}"
         pictures = sorted((name for name in members if f".{name}".lower().endswith(EXTENSIONS)), key=_numeric_order)
         content = _content(shard, members["json"], row) if "json" in members else b""
+        messages: tuple[Message, ...] = ()
         if content and not ("txt" in members and not _holds_text(content)):
-            text, names = _parsed(content, row, default=pictures)
+            text, names, messages = _parsed(content, row, default=pictures)
         elif not pictures and key.rpartition("/")[2].lower() in ("readme", "license", "licence"):
             left_out += [member.name for member in members.values()]
             continue
@@ -222,7 +226,7 @@ def _samples(shard: tarfile.TarFile, path: Path) -> Iterable[Record]:
         if missing := [name for name in names if name not in members]:
             raise DataError(f"{row}: the image {missing[0]} is not among {sorted(members)}")
         images = (StoredImage(members[n].name, path, members[n].offset_data, members[n].size) for n in names)
-        yield Record(row, text, tuple(images))
+        yield Record(row, text, tuple(images), messages)
     if left_out:
         examples = f"{', '.join(left_out[:3])}{', ...' * (len(left_out) > 3)}"
         say_left_out(path, f"{len(left_out)} members that belong to no sample ({examples})")
@@ -257,11 +261,11 @@ def _decoded(text: bytes, row: str) -> str:
 
 def _holds_text(content: bytes) -> bool:
     """Whether a JSON object is a document, and not img2dataset's record of a download."""
-    return any(f'"{key}"'.encode() in content for key in ("text", "texts", "text_list"))
+    return any(f'"{key}"'.encode() in content for key in ("text", "texts", "text_list", "messages"))
 
 
-def _parsed(line: bytes, row: str, default: Sequence[str] = ()) -> tuple[str, Sequence[str]]:
-    """The text, and the names of its images: of narrows' own form, OBELICS' or MMC4's."""
+def _parsed(line: bytes, row: str, default: Sequence[str] = ()) -> tuple[str, Sequence[str], tuple[Message, ...]]:
+    """The text, the names of its images, and its messages: of narrows' own form, OBELICS' or MMC4's."""
     decoded = _decoded(line, row)
     try:
         entry: Any = json.loads(decoded)
@@ -269,22 +273,40 @@ def _parsed(line: bytes, row: str, default: Sequence[str] = ()) -> tuple[str, Se
         raise DataError(f"{row}: not JSON: {error}") from error
     text: Any = None
     names: Any = None
+    messages: tuple[Message, ...] = ()
     if isinstance(entry, dict) and isinstance(entry.get("texts"), list):
         text, names = _of_obelics(entry["texts"], entry.get("images"))
     elif isinstance(entry, dict) and isinstance(entry.get("text_list"), list):
         text, names = _of_mmc4(entry["text_list"], entry.get("image_info"))
     elif isinstance(entry, dict):
         text, names = entry.get("text"), entry.get("images", default)
+        if "messages" in entry:
+            messages = _messages(entry["messages"], row)
+            text = text_of(messages)
         names = [] if names is None else [names] if isinstance(names, str) else names
     listed = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
     if not isinstance(text, str) or not listed:
         raise DataError(
-            f'{row}: expected {{"text": "... {IMAGE} ...", "images": ["file", ...]}}, "texts" and "images" of one '
-            f'length (OBELICS), or "text_list" and "image_info" (MMC4), got {decoded[:80]}'
+            f'{row}: expected {{"text": "... {IMAGE} ...", "images": ["file", ...]}}, "messages" and "images", '
+            f'"texts" and "images" of one length (OBELICS), or "text_list" and "image_info" (MMC4), got {decoded[:80]}'
         )
     if remote := [name for name in names if re.match(r"https?:", name)]:
         raise DataError(f"{row}: the image {remote[0]} is an address. Download the images and put their files there.")
-    return text, names
+    return text, names, messages
+
+
+def _messages(given: Any, row: str) -> tuple[Message, ...]:
+    """A conversation as chat templates take it."""
+    listed = isinstance(given, list) and all(
+        isinstance(one, dict) and isinstance(one.get("role"), str) and isinstance(one.get("content"), str)
+        for one in given
+    )
+    if not listed or not any(one["role"] == "assistant" for one in given):
+        raise DataError(
+            f'{row}: expected "messages" as [{{"role": "user", "content": "..."}}, ...] with one of the assistant at '
+            f"least, got {str(given)[:80]}"
+        )
+    return tuple(Message(one["role"], one["content"]) for one in given)
 
 
 def _of_obelics(texts: list[Any], images: Any) -> tuple[str | None, list[Any] | None]:

@@ -11,7 +11,8 @@ from zlib import crc32
 from narrows.data.documents import END_OF_CHUNK, IMAGE, InterleavedCollate, InterleavedSet
 from narrows.data.listing import part_called
 from narrows.data.module import PositionedDataModule
-from narrows.data.scene_documents import DigitPrompts
+from narrows.data.scene_documents import CHATS, load_scene_documents
+from narrows.data.scenes import HELD_OUT_RULE
 from narrows.errors import DataError, InvalidArgument, MissingExtra
 
 HELD_OUT_SHARE = 0.05
@@ -40,9 +41,10 @@ def load_interleaved(
     """Documents of text and images.
 
     Args:
-        data: "digits" (captions of digit scenes, no download), a `.jsonl` file, a `.tar` shard, or a folder of either.
-            In a folder, what is called `val...`, `valid...`, `validation...` or `test...` is held out; otherwise a
-            twentieth of the documents is, by a hash of file name and line or sample.
+        data: "digits" (captions of digit scenes, no download), "digit_chats" (conversations about them), "shape_chats"
+            (scenes of coloured shapes, described in conversations), a `.jsonl` file, a `.tar` shard, or a folder of
+            either. In a folder, what is called `val...`, `valid...`, `validation...` or `test...` is held out;
+            otherwise a twentieth of the documents is, by a hash of file name and line or sample.
         image_size: side of the square images.
         channels: 3, or 1 for grey images.
         seed: of the digit scenes.
@@ -52,9 +54,13 @@ def load_interleaved(
         InvalidArgument: `data` does not exist or is of another kind.
         DataError: malformed documents, or too few of them.
     """
-    if str(data) == "digits":
-        sets = (DigitPrompts(split, size=image_size, channels=channels, seed=seed) for split in ("train", "held_out"))
-        return InterleavedData("digits", *sets, held_out_rule="scenes of every fifth handwritten digit of each class")
+    if str(data) == "digits" or str(data) in CHATS:
+        sets = (
+            load_scene_documents(str(data), split, size=image_size, channels=channels, seed=seed)
+            for split in ("train", "held_out")
+        )
+        rule = "scenes of numbers of their own" if data == "shape_chats" else HELD_OUT_RULE
+        return InterleavedData(str(data), *sets, held_out_rule=rule)
     try:
         from narrows.data.document_files import Record, StoredDocuments, read_jsonl, read_shards
     except ImportError as error:
@@ -99,12 +105,13 @@ class InterleavedDataModule(PositionedDataModule):
     """Interleaved text and images, in an order that is a pure function of (seed, epoch, position).
 
     Args:
-        data: "digits", or where documents are: see `narrows.data.document_module.load_interleaved`.
+        data: "digits", "digit_chats", "shape_chats", or where documents are: see
+            `narrows.data.document_module.load_interleaved`.
         tokenizer: of the language model, from transformers; `narrows fit` takes the model's.
         image_size: side of the square images, as the vision encoder takes them; `narrows fit` asks the encoder.
         channels: 3, or 1 for grey images; likewise.
-        image_token, end_of_chunk, max_tokens, max_images, mask_before_first_image: how documents become tokens, see
-            `InterleavedCollate`.
+        image_token, end_of_chunk, max_tokens, max_images, mask_before_first_image, rest_weight: how documents become
+            tokens and what is learned of them, see `InterleavedCollate`.
         batch_size: documents in a batch of one process.
         num_workers: worker processes that prepare documents; 0 prepares them in the training process.
         seed: of scenes and order.
@@ -123,6 +130,7 @@ class InterleavedDataModule(PositionedDataModule):
         max_tokens: int = 256,
         max_images: int | None = None,
         mask_before_first_image: bool = False,
+        rest_weight: float = 0.0,
         batch_size: int = 32,
         num_workers: int = 0,
         seed: int = 0,
@@ -135,6 +143,7 @@ class InterleavedDataModule(PositionedDataModule):
             max_tokens=max_tokens,
             max_images=max_images,
             mask_before_first_image=mask_before_first_image,
+            rest_weight=rest_weight,
         )
         super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed, collate=collate, kind="documents")
         self.data, self.image_size, self.channels, self.outside = data, image_size, channels, outside

@@ -6,12 +6,16 @@ image shows can be learned from `DigitPrompts` alone.
 
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 
-from narrows.data.documents import END_OF_CHUNK, IMAGE, Document, InterleavedSet
+from narrows.data.documents import END_OF_CHUNK, IMAGE, Document, InterleavedSet, Message, conversation
+from narrows.data.images import IGNORED
+from narrows.data.object_scenes import COLOURS, SHAPES, ObjectScene, SpriteScenes
 from narrows.data.positions import keys, uniforms
 from narrows.data.scenes import DigitScenes
 from narrows.errors import InvalidArgument
@@ -33,6 +37,16 @@ _FACTS = (
     "after {one} comes {next}",
     "{one} and {other} are digits",
 )
+
+
+_ASKED = ("Which digit is this?", "What does this image show?", "Read this digit.")
+_ROWS, _COLUMNS = ("top", "middle", "bottom"), ("left", "center", "right")
+PLACES = tuple(f"{row} {column}" for row in _ROWS for column in _COLUMNS)
+"""The cells of a grid of three by three, in words, row by row."""
+CELLS = len(PLACES)
+
+
+_SYSTEM = Message("system", "You look at images.")
 
 
 class Question(NamedTuple):
@@ -90,6 +104,12 @@ class DigitPrompts(InterleavedSet):
 
     def documents(self, indices: Sequence[int], epoch: int = 0) -> list[Document]:
         """These documents."""
+        return [Document(captions(digits, styles), images) for images, digits, styles in self.scenes_of(indices, epoch)]
+
+    def scenes_of(
+        self, indices: Sequence[int], epoch: int = 0
+    ) -> list[tuple[Float[Tensor, "M C H W"], list[int], list[float]]]:
+        """Images, their digits, and numbers in [0, 1) that choose the wording, of each of these documents."""
         training = self.scenes.split == "train"
         key = keys(self.seed, 3, int(training), epoch if training else 0, np.asarray(indices, np.uint64))
         random = torch.from_numpy(uniforms(key, 1 + len(ORDINALS)))
@@ -100,7 +120,110 @@ class DigitPrompts(InterleavedSet):
         )
         pictures = (scenes.images.float() / 255).expand(-1, self.channels, -1, -1).split(counts)
         shown = zip(pictures, scenes.labels.split(counts), random[:, 1:].tolist(), strict=True)
-        return [Document(captions(labels.tolist(), styles), images) for images, labels, styles in shown]
+        return [(images, labels.tolist(), styles) for images, labels, styles in shown]
+
+
+class DigitChats(InterleavedSet):
+    """Conversations about digit scenes: in each turn an image and a question, and the digit in one word as the answer.
+
+    Images are those of `DigitPrompts` with the same arguments, and pure functions of the same. The digit of a turn can
+    be known from its own image alone.
+
+    Args:
+        split, options: as `DigitPrompts` takes them.
+    """
+
+    def __init__(self, split: str = "train", **options: Any) -> None:
+        self.prompts = DigitPrompts(split, **options)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def name(self, index: int) -> str:
+        """`conversation 17`, for instance."""
+        return f"conversation {index}"
+
+    def documents(self, indices: Sequence[int], epoch: int = 0) -> list[Document]:
+        """These conversations."""
+        return [
+            conversation([_SYSTEM, *(message for turn in turns for message in turn)], images)
+            for turns, images in (
+                (
+                    [
+                        (Message("user", IMAGE + _ASKED[int(style * len(_ASKED))]), Message("assistant", DIGITS[digit]))
+                        for digit, style in zip(digits, styles, strict=False)
+                    ],
+                    images,
+                )
+                for images, digits, styles in self.prompts.scenes_of(indices, epoch)
+            )
+        ]
+
+
+class ShapeChats(InterleavedSet):
+    """Conversations about one scene of two or three coloured shapes in a grid: it is described, object by object.
+
+    The answer names place, colour and shape of every object, row by row: "The top left holds a red disc, the middle
+    center a blue square." Document i is a pure function of (seed, split, epoch, i), as `SpriteScenes` are.
+
+    Args:
+        split: "train" or "held_out".
+        size: side of the scenes in pixels.
+        length: documents in an epoch.
+        seed: of the scenes.
+    """
+
+    def __init__(self, split: str = "train", *, size: int = 32, length: int | None = None, seed: int = 0) -> None:
+        length = (6400 if split == "train" else 320) if length is None else length
+        self.scenes = SpriteScenes(
+            split, size=size, objects=(2, 3), radius=(0.13, 0.16), cells=3, length=length, seed=seed
+        )
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def name(self, index: int) -> str:
+        """`scene 17`, for instance."""
+        return self.scenes.name(index)
+
+    def documents(self, indices: Sequence[int], epoch: int = 0) -> list[Document]:
+        """These conversations."""
+        scenes = self.scenes.render(indices, epoch)
+        objects = torch.stack((cells_of(scenes), scenes.colours, scenes.shapes), -1)
+        return [
+            conversation(
+                [_SYSTEM, Message("user", f"{IMAGE}Describe it."), Message("assistant", description(rows))], image
+            )
+            for image, rows in zip((scenes.images.float() / 255).unsqueeze(1), objects.tolist(), strict=True)
+        ]
+
+
+def cells_of(scenes: ObjectScene) -> Int[Tensor, "B K"]:
+    """The cell of the grid of three by three in which each object stands, counted row by row."""
+    column, row = (scenes.centres * len(_ROWS)).long().unbind(-1)
+    return row * len(_COLUMNS) + column
+
+
+class SeenObject(NamedTuple):
+    """An object of a description, in words."""
+
+    place: str
+    colour: str
+    shape: str
+
+
+def description(objects: Sequence[Sequence[int]]) -> str:
+    """A sentence about objects, each given as cell, colour and shape by number; `IGNORED` colours are left out."""
+    seen = sorted(one for one in objects if one[1] != IGNORED)
+    words = [f"the {PLACES[cell]} a {COLOURS[colour]} {SHAPES[shape]}" for cell, colour, shape in seen]
+    return ", ".join(words).replace("the", "The", 1).replace(" a ", " holds a ", 1) + "."
+
+
+def described(text: str) -> list[SeenObject]:
+    """The objects that a description names, in its order."""
+    rows, columns, colours, shapes = map("|".join, (_ROWS, _COLUMNS, COLOURS, SHAPES))
+    found = re.finditer(rf"({rows}) ({columns}) (?:holds )?an? ({colours}) ({shapes})", text)
+    return [SeenObject(f"{one[1]} {one[2]}", one[3], one[4]) for one in found]
 
 
 def captions(digits: Sequence[int], styles: Sequence[float]) -> str:
@@ -135,3 +258,21 @@ def _facts(random: Sequence[float]) -> str:
         fact, number = _FACTS[int(style * len(_FACTS))], int(one * 9)
         facts.append(fact.format(one=DIGITS[number], next=DIGITS[number + 1], other=DIGITS[int(other * 10)]))
     return END_OF_CHUNK.join(facts) + END_OF_CHUNK
+
+
+CHATS = {"digit_chats": DigitChats, "shape_chats": ShapeChats}
+"""Conversations about scenes, by name."""
+
+
+def load_scene_documents(name: str, split: str, *, size: int, channels: int, seed: int = 0) -> InterleavedSet:
+    """One split of "digits" or of `CHATS`.
+
+    Raises:
+        InvalidArgument: shapes without colours.
+    """
+    if name == "shape_chats":
+        if channels != 3:
+            raise InvalidArgument("channels", expected="3 for shape_chats, whose shapes have colours", got=channels)
+        return ShapeChats(split, size=size, seed=seed)
+    kind = DigitPrompts if name == "digits" else DigitChats
+    return kind(split, size=size, channels=channels, seed=seed)

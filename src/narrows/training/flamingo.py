@@ -1,5 +1,7 @@
 """Training what a `Flamingo` adds to its language model, for Lightning's trainer."""
 
+import inspect
+import logging
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,9 +26,13 @@ from narrows.data.documents import InterleavedBatch, without_labels
 from narrows.errors import InvalidArgument
 from narrows.hub.readers import Reader, ReaderFormat, TokenRows
 from narrows.training.task import Task, parameter_groups, warmup_schedule
-from narrows.validation import check_choice
+from narrows.validation import check_choice, check_not_negative
+
+log = logging.getLogger(__name__)
 
 SCHEDULES = ("constant", "cosine")
+LOOKS, GAIN = 3, 0.02
+"""After so many looks in a row at which wrong images were worse by less than this share of the loss, `fit` warns."""
 
 
 class FlamingoTraining(Task):
@@ -38,7 +44,11 @@ class FlamingoTraining(Task):
 
     Logged are `train/loss`, `val/loss`, and whether the images are used: `val/loss_swapped`, the loss when every image
     of a batch is replaced by another, `val/image_gain`, by how much that is worse, and `gate/<layer>.<part>`,
-    the tanh of each gate. The loss alone does not tell: it falls without any image.
+    the tanh of each gate. The loss alone does not tell: it falls without any image. `train/image_gain` is the same for
+    a batch every `look_every` steps; where it stays at 0 after the warm-up, a warning says what to try.
+
+    The loss is that of what the data give labels to: in conversations, of the answers
+    (`InterleavedDataModule.rest_weight`). Logits are computed at those places only.
 
     Args:
         flamingo: a frozen language model with its vision encoder and what reads it.
@@ -50,6 +60,7 @@ class FlamingoTraining(Task):
         betas: of AdamW.
         gradient_checkpointing: compute decoder layers again in the backward pass instead of keeping their activations.
         new_tokens: tokens whose rows of the embeddings train too, without weight decay; not with sharded parameters.
+        look_every: steps between two looks at whether the images are used; 0: none. Each costs a forward pass.
 
     Raises:
         InvalidArgument: another schedule, a token that the tokenizer does not have, a `Flamingo` without an encoder.
@@ -67,8 +78,10 @@ class FlamingoTraining(Task):
         betas: tuple[float, float] = (0.9, 0.999),
         gradient_checkpointing: bool = False,
         new_tokens: Sequence[str] = (),
+        look_every: int = 100,
     ) -> None:
         check_choice("schedule", schedule, SCHEDULES)
+        check_not_negative(look_every=look_every)
         if flamingo.vision_encoder is None:
             raise InvalidArgument("flamingo", expected="one with a vision encoder", got="one that reads encoded media")
         super().__init__(flamingo, learning_rate=learning_rate, weight_decay=weight_decay, betas=betas)
@@ -84,6 +97,8 @@ class FlamingoTraining(Task):
         self.loss_right, self.loss_swapped = MeanMetric(), MeanMetric()
         self.loss_compared = MeanMetric()  # with the right images, where there were others to compare with
         self._other_image: Tensor | None = None
+        self.look_every, self._gains = look_every, list[float]()
+        self._keeps = "logits_to_keep" in inspect.signature(find_host(flamingo.language_model).model.forward).parameters
 
     @property
     def flamingo(self) -> Flamingo:
@@ -116,24 +131,61 @@ class FlamingoTraining(Task):
         """Logits of the next token."""
         return self.model(**without_labels(batch)).logits
 
+    def losses(self, batch: InterleavedBatch) -> tuple[Float[Tensor, "B"], Float[Tensor, "B"]]:
+        """For each document the sum of its weighted cross-entropies, and that of the weights."""
+        targets = batch["labels"][:, 1:]
+        weights = batch["weights"][:, 1:] if "weights" in batch else (targets != IGNORED).float()
+        if not self._keeps:
+            return token_losses(self(batch)[:, :-1], targets, weights)
+        # The head of a language model is as wide as its vocabulary, and most of a conversation has no label.
+        places = (targets != IGNORED).any(0).nonzero()[:, 0]
+        logits = self.model(**without_labels(batch), logits_to_keep=places).logits
+        return token_losses(logits, targets[:, places], weights[:, places])
+
     def training_step(self, batch: InterleavedBatch, batch_idx: int) -> Tensor:
         """Mean cross-entropy of the tokens that are learned."""
-        loss, count = token_losses(self(batch), batch["labels"])
-        loss = loss.sum() / count.sum().clamp(min=1)
+        losses, weights = self.losses(batch)
+        loss = losses.sum() / weights.sum().clamp(min=1)
         self.log("train/loss", loss, prog_bar=True)
         self.log_dict(self.gates())
+        first = batch_idx % self.trainer.accumulate_grad_batches == 0
+        if self.look_every and first and self.global_step and self.global_step % self.look_every == 0:
+            self._look(batch, loss.detach())
         return loss
+
+    def _look(self, batch: InterleavedBatch, right: Tensor) -> None:
+        """Log by how much wrong images are worse, and warn where they have not been for long."""
+        with torch.no_grad():
+            losses, weights = self.losses({**batch, "media": swapped(batch["media"], batch["media_mask"])})
+        gain = losses.sum() / weights.sum().clamp(min=1) - right
+        self.log("train/image_gain", gain)
+        if self.global_step < self.warmup_steps or int(batch["media_mask"].sum()) < 2:
+            return
+        self._gains.append((gain / right.clamp(min=1e-6)).item())
+        if len(self._gains) == LOOKS and max(self._gains) < GAIN and self.global_rank == 0:
+            log.warning(
+                "After %d steps the images are not used: the loss of the answers is %.3f with the right images and "
+                "%.3f with others, as good as chance. What to try: gates that start open (--model.flamingo.block "
+                "'{gate_init: 0.4}'), a higher learning rate (2e-3 where few steps are run), the loss on the words "
+                "that need the image (conversations, --data.rest_weight 0), blocks at earlier layers, an encoder whose "
+                "tokens hold what is asked.",
+                self.global_step,
+                right,
+                right + gain,
+            )
+        elif max(self._gains) >= GAIN:
+            self._gains.clear()
 
     def validation_step(self, batch: InterleavedBatch, batch_idx: int) -> None:
         """Held-out loss, with the right images and with wrong ones."""
-        loss, count = token_losses(self(batch), batch["labels"])
-        self.loss_right.update(loss / count.clamp(min=1), weight=count)
+        losses, weights = self.losses(batch)
+        self.loss_right.update(losses / weights.clamp(min=1), weight=weights)
         real = batch["media"][batch["media_mask"]]
         if len(real) != 1 or self._other_image is not None:
             others = swapped(batch["media"], batch["media_mask"], self._other_image)
-            worse, _ = token_losses(self({**batch, "media": others}), batch["labels"])
-            self.loss_compared.update(loss / count.clamp(min=1), weight=count)
-            self.loss_swapped.update(worse / count.clamp(min=1), weight=count)
+            worse, _ = self.losses({**batch, "media": others})
+            self.loss_compared.update(losses / weights.clamp(min=1), weight=weights)
+            self.loss_swapped.update(worse / weights.clamp(min=1), weight=weights)
         self._other_image = real[-1] if len(real) else self._other_image
 
     def on_validation_epoch_end(self) -> None:
@@ -206,7 +258,14 @@ class SaveReader(Callback):
         if best.is_file():
             weights = torch.load(best, map_location="cpu", weights_only=True)["state_dict"]
             pl_module.load_state_dict(weights, strict=False)
-        prompts = ReaderFormat(data.image_token, data.end_of_chunk, new_tokens=pl_module.new_tokens)
+        (example,) = data.loaded.train.documents([0])
+        prompts = ReaderFormat(
+            data.image_token,
+            data.end_of_chunk,
+            new_tokens=pl_module.new_tokens,
+            chat=bool(example.messages),
+            system="".join(message.content for message in example.messages[:1] if message.role == "system"),
+        )
         reader = Reader(pl_module.flamingo, pl_module.tokenizer, prompts)
         # Every process has to save, since shards are gathered; only the first one's files are kept.
         with tempfile.TemporaryDirectory() as elsewhere:
@@ -214,15 +273,15 @@ class SaveReader(Callback):
 
 
 def token_losses(
-    logits: Float[Tensor, "B T V"], labels: Int[Tensor, "B T"]
-) -> tuple[Float[Tensor, "B"], Int[Tensor, "B"]]:
-    """For each row the sum of the cross-entropies of its labels, each predicted by the token before, and their number.
+    logits: Float[Tensor, "B K V"], targets: Int[Tensor, "B K"], weights: Float[Tensor, "B K"]
+) -> tuple[Float[Tensor, "B"], Float[Tensor, "B"]]:
+    """For each row the sum of the weighted cross-entropies of its targets, and that of the weights.
 
-    A row without labels has 0 of both.
+    A row whose targets are all `IGNORED` has 0 of both.
     """
-    targets = labels[:, 1:]
-    losses = F.cross_entropy(logits[:, :-1].transpose(1, 2).float(), targets, ignore_index=IGNORED, reduction="none")
-    return losses.sum(1), (targets != IGNORED).sum(1)
+    losses = F.cross_entropy(logits.transpose(1, 2).float(), targets, ignore_index=IGNORED, reduction="none")
+    weights = weights.masked_fill(targets == IGNORED, 0.0)
+    return (losses * weights).sum(1), weights.sum(1)
 
 
 def swapped(

@@ -1,0 +1,118 @@
+"""Scenes of coloured shapes: a vision encoder that learned what cells show, and how well a reader describes them."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from narrows.data.documents import questions_of
+from narrows.data.images import IGNORED
+from narrows.data.object_scenes import COLOURS, SHAPES, ObjectScene, normalised
+from narrows.data.scene_documents import CELLS, ShapeChats, cells_of, described
+from narrows.demo.cache import kept
+from narrows.files import replacing_folder
+from narrows.hub.readers import Reader, open_vision_encoder
+from narrows.models import create_model
+from narrows.training.task import parameter_groups, warmup_schedule
+
+FOLDER = Path("runs") / "flamingo_shapes"
+STEPS, BATCH = 2000, 64
+SIZES = {"dim": 96, "depth": 4, "heads": 4, "mlp_dim": 192}
+_ANSWERS = 1 + len(SHAPES) + len(COLOURS)
+
+
+def shapes_vision_encoder(folder: Path = FOLDER, *, steps: int = STEPS) -> Path:
+    """The folder of a vision transformer of shape scenes, trained from scratch unless it is there.
+
+    From its features, one vector for an image, it says of each cell whether something is there, its shape and colour.
+    """
+    saved = folder / "vision_encoder"
+
+    def make() -> None:
+        torch.manual_seed(0)
+        model = create_model("vit_mini", num_classes=CELLS * _ANSWERS, **SIZES)
+        scenes = ShapeChats("train", length=steps * BATCH).scenes
+        optimizer = torch.optim.AdamW(parameter_groups(model, 0.05), lr=2e-3, betas=(0.9, 0.98))
+        schedule = warmup_schedule(optimizer, warmup_steps=max(1, steps // 10), total_steps=steps)
+        pause = 0.5 if sys.stderr.isatty() else 10
+        bar = tqdm(range(steps), desc="vision encoder, on cells", unit="step", dynamic_ncols=True, mininterval=pause)
+        for step in bar:
+            shown = scenes.render(range(step * BATCH, (step + 1) * BATCH))
+            loss = cell_loss(model(normalised(shown.images)), shown)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            bar.set_postfix_str(f"loss {loss.item():.2f}", refresh=False)
+        with replacing_folder(saved) as unfinished:
+            model.eval().save_pretrained(unfinished)
+
+    kept(saved, make, lambda: open_vision_encoder(saved))
+    return saved
+
+
+def cell_loss(logits: Float[Tensor, "B outputs"], scenes: ObjectScene) -> Tensor:
+    """Cross-entropies of whether each cell is taken, and of shape and colour where it is."""
+    there, shapes, colours = logits.unflatten(1, (CELLS, _ANSWERS)).split((1, len(SHAPES), len(COLOURS)), -1)
+    counts = scenes.shapes != IGNORED
+    rows, cells = torch.arange(len(logits))[:, None].expand_as(counts)[counts], cells_of(scenes)[counts]
+    taken = torch.zeros(len(logits), CELLS)
+    taken[rows, cells] = 1.0
+    return (
+        F.binary_cross_entropy_with_logits(there[..., 0], taken)
+        + F.cross_entropy(shapes[rows, cells], scenes.shapes[counts])
+        + F.cross_entropy(colours[rows, cells], scenes.colours[counts])
+    )
+
+
+@dataclass(frozen=True)
+class Descriptions:
+    """How held-out scenes were described.
+
+    Args:
+        scenes: how many.
+        objects: share of their objects that were named with the right place, colour and shape together.
+        exact: share of the scenes whose description is right, word for word.
+        alone: share of the objects that the language model names without images.
+    """
+
+    scenes: int
+    objects: float
+    exact: float
+    alone: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.scenes} held-out scenes described. Objects right in place, colour and shape together: "
+            f"{self.objects:.1%}; whole descriptions: {self.exact:.1%}. "
+            f"Objects named by the same language model without images: {self.alone:.1%}."
+        )
+
+
+def examine_descriptions(reader: Reader, chats: ShapeChats, *, batch_size: int = 64) -> Descriptions:
+    """Let every scene of `chats` be described."""
+    asked = [question for document in chats.documents(range(len(chats))) for question in questions_of(document)]
+    truth = [answer for _, answer in asked]
+
+    def said(label: str, *, blind: bool) -> list[str]:
+        starts = tqdm(range(0, len(asked), batch_size), desc=label, unit="batch", leave=False)
+        batches = ([prompt for prompt, _ in asked[start : start + batch_size]] for start in starts)
+        return [one for batch in batches for one in reader.generate(batch, max_new_tokens=40, blind=blind)]
+
+    def named(given: list[str]) -> float:
+        right = sum(len(set(described(one)) & set(described(true))) for one, true in zip(given, truth, strict=True))
+        return right / max(1, sum(len(described(true)) for true in truth))
+
+    seen = said("describing", blind=False)
+    return Descriptions(
+        scenes=len(truth),
+        objects=named(seen),
+        exact=sum(map(str.__eq__, seen, truth)) / max(1, len(truth)),
+        alone=named(said("without images", blind=True)),
+    )

@@ -1,0 +1,56 @@
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from narrows.data.documents import Document, questions_of
+from narrows.data.scene_documents import CELLS, ShapeChats
+from narrows.demo.shapes import cell_loss, examine_descriptions, shapes_vision_encoder
+from narrows.hub.readers import Reader, open_vision_encoder
+
+CHATS = ShapeChats("held_out", length=12)
+
+
+class Oracle(Reader):
+    """Says what is there, with the first object's colour wrong in every scene if it is to err."""
+
+    def __init__(self, *, errs: bool) -> None:
+        told = [question for document in CHATS.documents(range(12)) for question in questions_of(document)]
+        self.__dict__.update(errs=errs, told={one.images.numpy().tobytes(): answer for one, answer in told})
+
+    def generate(self, prompts: Sequence[Document], *, blind: bool = False, **_: Any) -> list[str]:
+        if blind:
+            return ["It is an image."] * len(prompts)
+        said = [self.told[one.images.numpy().tobytes()] for one in prompts]
+        return [one.replace(one.split()[5], "grey", 1) for one in said] if self.errs else said
+
+
+def test_objects_count_where_place_colour_and_shape_are_right_together():
+    found = examine_descriptions(Oracle(errs=False), CHATS)
+    assert (found.scenes, found.objects, found.exact, found.alone) == (12, 1, 1, 0)
+    erring = examine_descriptions(Oracle(errs=True), CHATS)
+    objects = sum(len(answer.split(",")) for answer in Oracle(errs=False).told.values())
+    assert erring.objects == pytest.approx(1 - 12 / objects)
+    assert erring.exact == 0
+    assert f"shape together: {1 - 12 / objects:.1%}" in str(erring)
+
+
+def test_the_encoder_is_judged_by_what_each_cell_shows():
+    scenes = CHATS.scenes.render(range(12))
+    cells = torch.zeros(12, CELLS, 1 + 5 + 8)
+    for row, (centres, shapes, colours) in enumerate(zip(scenes.centres, scenes.shapes, scenes.colours, strict=True)):
+        cells[row, :, 0] = -1
+        for (x, y), shape, colour in zip(centres, shapes, colours, strict=True):
+            if shape >= 0:
+                cells[row, int(y * 3) * 3 + int(x * 3), [0, 1 + shape, 6 + colour]] = 1
+    assert cell_loss(cells.flatten(1) * 20, scenes) < 1e-3
+    assert cell_loss(cells.roll(1, 1).flatten(1) * 20, scenes) > 5
+
+
+def test_the_encoder_is_trained_once_and_opens(tmp_path):
+    first = shapes_vision_encoder(tmp_path, steps=2)
+    weights = (first / "model.safetensors").read_bytes()
+    assert shapes_vision_encoder(tmp_path, steps=9) == first
+    assert (first / "model.safetensors").read_bytes() == weights
+    assert open_vision_encoder(first)(torch.rand(2, 3, 32, 32)).shape == (2, 1, 96)
