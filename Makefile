@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 LANGUAGE_MODEL := $(VENV)/.language_model
 
-.PHONY: help demo test check bench gpu soak pictures lock clean
+.PHONY: help demo test check bench gpu soak oldest newest pictures lock clean
 
 help:
 	@echo "make demo      train and compare every mechanism on real handwritten digits (about five minutes after the install)"
@@ -13,7 +13,8 @@ help:
 	@echo "make check     lint, format, types, import floors, examples in the documentation"
 	@echo "make bench     time narrows against upstream and record the rows under benchmarks/results/"
 	@echo "make gpu       tests and benchmarks on a GPU, under eight minutes (see docs/benchmarks.md)"
-	@echo "make soak      kill runs two hundred times and look at what is left"
+	@echo "make soak      two hundred kills, ten thousand steps, random cases by the thousand, every language model: a night"
+	@echo "make oldest    tests with the oldest versions that pyproject.toml allows; newest: with the newest (needs uv)"
 	@echo "make pictures  redraw the pictures of the README"
 	@echo "make lock      resolve requirements/lock.txt anew (needs uv)"
 
@@ -55,6 +56,12 @@ gpu:
 
 soak: $(INSTALLED)
 	$(BIN)/python -m tests.soak.kills --folder $$(mktemp -d)/kills
+	$(BIN)/python -m tests.soak.growth
+	NARROWS_RANDOM_CASES=nightly $(BIN)/pytest -q tests/ops/test_random_cases.py tests/layers/test_random_cases.py
+	$(BIN)/python -m tests.adapters.flamingo.sweep
+
+oldest newest: $(INSTALLED)
+	$(BIN)/python -m tests.versions $@
 
 pictures: $(INSTALLED)
 	$(BIN)/python docs/make_pictures.py

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from narrows.measure import peak_memory
+from narrows.costs import peak_memory
 from tests.fake_autograd import run_backward
 from tests.launches import fused_attention, replace_by_fakes
 

@@ -19,8 +19,8 @@ from narrows.bench import runner
 from narrows.bench.case import BenchCase, Contest
 from narrows.bench.rows import Row, describe, rival_version, table
 from narrows.bench.runner import MissingRival, find_cases, race, run
+from narrows.costs import compare_speed
 from narrows.errors import InvalidArgument, NarrowsError
-from narrows.measure import compare_speed
 
 CPU = torch.device("cpu")
 

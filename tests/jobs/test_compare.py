@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from narrows.costs import Cost, Timing
 from narrows.data import DigitScenes
 from narrows.data.load import load
 from narrows.errors import DataError, InvalidArgument
@@ -15,7 +16,6 @@ from narrows.hub.models import save_model
 from narrows.jobs.compare import MODELS, _settings, compare
 from narrows.jobs.comparison import Comparison, ModelCost, few_steps, narrowest, open_runs
 from narrows.jobs.report import carriers_in_use
-from narrows.measure import Cost, Timing
 from narrows.models import load_model
 from narrows.routing import Routing
 from narrows.training.classification import Classification

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 import narrows
+from narrows.costs import macs_per_sample
 from narrows.data import DigitScenes
 from narrows.demo import vit
 from narrows.errors import CannotWrite, InvalidArgument, InvalidType, NarrowsError
 from narrows.hub.models import open_model
 from narrows.jobs.images import load_images
 from narrows.jobs.reduce import ReductionResult, parse_budget, reduce
-from narrows.measure import macs_per_sample
 from tests.hub.small_models import save_images, save_ours, save_timm, save_transformers
 
 

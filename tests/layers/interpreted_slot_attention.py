@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from narrows.costs import count_macs
 from narrows.errors import ImplementationUnavailable
 from narrows.layers.slot_attention import SlotAttention
-from narrows.measure import count_macs
 from narrows.ops.slot_attention import Settings, iterations, triton, update
 from tests.launches import Launches
 from tests.support import RoundedTo, assert_close, assert_within_budget_on_average, gradients

@@ -10,10 +10,10 @@ from flamingo_pytorch import PerceiverResampler as UpstreamResampler
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, relu
 
+from narrows.costs import saved_for_backward
 from narrows.errors import ImplementationUnavailable, InvalidArgument, InvalidType
 from narrows.layers import perceiver_resampler
 from narrows.layers.perceiver_resampler import PerceiverResampler, SquaredReLU
-from narrows.measure import saved_for_backward
 from tests.cases import all_cases
 from tests.support import assert_close, gradients
 

@@ -3,9 +3,9 @@ import torch
 import vit_pytorch.ats_vit
 from torch import Tensor, nn
 
+from narrows.costs import count_macs
 from narrows.errors import ImplementationUnavailable, InvalidArgument
 from narrows.layers.token_sampling import AdaptiveTokenSampler, SampledAttention, TokenSample
-from narrows.measure import count_macs
 from narrows.ops.token_sampling import gumbel_sample, inverse_transform_sample
 from tests.support import assert_close, gradients
 

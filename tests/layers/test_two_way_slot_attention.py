@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from narrows.checkpoints import from_upstream
+from narrows.costs import peak_memory
 from narrows.errors import ImplementationUnavailable, NarrowsError
 from narrows.layers.slot_attention import IMPLEMENTATIONS
 from narrows.layers.two_way_slot_attention import TwoWaySlotAttention
-from narrows.measure import peak_memory
 from tests.layers.test_slot_attention import called, draw, feed_forward, gru_step, linear, normalize, ragged
 from tests.support import assert_close, assert_within_budget_on_average, gradients
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from narrows.costs import count_macs
 from narrows.errors import InvalidArgument, InvalidType
-from narrows.measure import count_macs
 from narrows.models import SepViT, create_model, load_model
 from narrows.models.sepvit import DropPath
 from narrows.ops.separable_attention import WindowOrder

@@ -5,8 +5,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from narrows.costs import count_macs, macs_per_sample
 from narrows.errors import InvalidArgument, InvalidType
-from narrows.measure import count_macs, macs_per_sample
 from narrows.models import ATSViT, create_model, load_model
 from tests.layers.test_soft_moe import as_saved_before
 from tests.support import assert_close

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from narrows.costs import count_macs
 from narrows.errors import ImplementationUnavailable
-from narrows.measure import count_macs
 from narrows.ops.slot_attention import slot_attention, triton
 from tests.support import RoundedTo, assert_close, assert_within_budget_on_average, gradients
 

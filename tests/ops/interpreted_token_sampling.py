@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from narrows.costs import count_macs
 from narrows.errors import ImplementationUnavailable
-from narrows.measure import count_macs
 from narrows.ops.token_sampling import inverse_transform_sample, triton
 from tests.ops import test_token_sampling as plain
 

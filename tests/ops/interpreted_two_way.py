@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from narrows.costs import count_macs
 from narrows.errors import ImplementationUnavailable
 from narrows.layers.two_way_slot_attention import TwoWaySlotAttention
-from narrows.measure import count_macs
 from narrows.ops.slot_attention import slot_update, token_update
 from tests.layers.test_two_way_slot_attention import away_from_the_kink, make, outputs_and_gradients, plain
 from tests.support import assert_close, assert_within_budget_on_average

@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from narrows.costs import saved_for_backward
 from narrows.errors import ImplementationUnavailable, InvalidArgument, InvalidType
-from narrows.measure import saved_for_backward
 from narrows.ops.media_attention import (
     AllPrevious,
     LastMedia,

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from narrows.costs import saved_for_backward
 from narrows.errors import ImplementationUnavailable, InvalidArgument, InvalidType
-from narrows.measure import saved_for_backward
 from narrows.ops.ragged_attention import IMPLEMENTATIONS, ragged_attention
 from tests.support import assert_close, assert_within_budget, gradients
 

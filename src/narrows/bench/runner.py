@@ -23,10 +23,10 @@ from narrows.bench.agreement import SEED, disagreement, precision_lost, result_o
 from narrows.bench.case import BenchCase, Contest
 from narrows.bench.rows import Row, describe, rival_version
 from narrows.bench.rows import record as record_rows
+from narrows.costs import Spread, compare_speed, peak_memory, saved_for_backward
 from narrows.errors import InvalidArgument, NarrowsError
 from narrows.files import check_writable
 from narrows.hub.models import accelerator_of
-from narrows.measure import Spread, compare_speed, peak_memory, saved_for_backward
 from narrows.validation import check_positive
 
 MODES = ("eager", "graph", "compiled")

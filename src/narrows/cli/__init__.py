@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from textwrap import wrap
 from types import FrameType
 from typing import Any, NamedTuple, NoReturn
 
@@ -51,6 +52,17 @@ _GROUPS = {
 }
 
 
+EXTRA_OF = {
+    **dict.fromkeys(("lightning", "torchmetrics", "tensorboard", "torchvision", "sklearn", "scipy"), "train"),
+    **dict.fromkeys(("matplotlib", "PIL"), "viz"),
+    **dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "onnx"),
+    **dict.fromkeys(("pycocotools", "tfrecord"), "objects"),
+    "gguf": "gguf",
+    "timm": "timm",
+    "transformers": "transformers",
+}
+"""Which extra brings a package that a command may import."""
+
 _SCREEN = 1200
 """Characters of a message: fifteen lines of 80."""
 
@@ -83,6 +95,8 @@ def _told(error: Exception) -> str | None:
     """What to say of an error that is no fault of narrows; None of one that is."""
     if isinstance(error, NarrowsError):
         return str(error)
+    if isinstance(error, ImportError) and (package := (error.name or "").partition(".")[0]) in EXTRA_OF:
+        return f"This needs {package}: pip install 'narrows[{EXTRA_OF[package]}]'"
     if isinstance(error, OSError) and error.errno is not None:
         return f"{error.filename or 'A file or a connection'}: {os.strerror(error.errno)}."
     # Not imported for this: it is loaded where it was raised.
@@ -117,11 +131,13 @@ def _on_a_screen(message: str) -> str:
 
 
 def _run(arguments: list[str]) -> int:
+    if arguments[:1] == ["help"] and arguments[1:]:
+        arguments = [*arguments[1:], "--help"]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_help())
         return 0
     name, *rest = arguments
-    if name == "--version":
+    if name in ("-V", "--version"):
         print(f"narrows {__version__}")
         return 0
     if name not in COMMANDS:
@@ -137,11 +153,14 @@ def _run(arguments: list[str]) -> int:
 def _help() -> str:
     lines = [f"narrows {__version__}: token bottlenecks for PyTorch", "", "usage: narrows <command> [options]"]
     for title, names in _GROUPS.items():
-        lines += ["", title, *(f"  {name:<10}{COMMANDS[name].summary}" for name in names)]
+        lines += ["", title]
+        for name in names:
+            lines += wrap(COMMANDS[name].summary, 80, initial_indent=f"  {name:<10}", subsequent_indent=" " * 12)
     lines += [
         "",
-        "`narrows <command> --help` lists the options of a command. Words in them may be joined by - or _.",
-        "--version prints the version; --debug (or NARROWS_DEBUG=1) shows where an error came from.",
+        "`narrows help <command>` lists the options of a command; words in them may be",
+        "joined by - or _. -V, --version prints the version; --debug (or NARROWS_DEBUG=1)",
+        "shows where an error came from.",
         "",
         "Start here: narrows compare",
     ]

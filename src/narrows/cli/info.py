@@ -18,7 +18,7 @@ EXTRAS = {
     "timm": ("timm",),
     "transformers": ("transformers",),
     "viz": ("matplotlib", "pillow"),
-    "train": ("lightning", "torchmetrics", "jsonargparse", "tensorboard", "torchvision", "scikit-learn"),
+    "train": ("lightning", "torchmetrics", "tensorboard", "torchvision", "scikit-learn"),
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
 }
 

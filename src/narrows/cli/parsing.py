@@ -8,12 +8,7 @@ import sys
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NoReturn, get_origin
 
-from narrows.errors import MissingExtra
-
-try:
-    from jsonargparse import ArgumentParser
-except ImportError as error:
-    raise MissingExtra("jsonargparse", extra="train", purpose="read the options of this command") from error
+from jsonargparse import ArgumentParser
 
 _UNKNOWN = re.compile(r"unrecognized arguments: --([\w.]+)|(?:key|option) '([\w.]+)'", re.IGNORECASE)
 _DENIED = re.compile(r"Importing '([^']*)' is not allowed")

@@ -15,22 +15,15 @@ from typing import Any, Literal, NamedTuple
 import torch
 import yaml
 from jsonargparse import Namespace, set_parsing_settings
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter, Callback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.plugins.io import CheckpointIO
 
 from narrows.cli.parsing import ClearErrors, underscored
-from narrows.errors import InvalidArgument, MissingExtra, NarrowsError, Terminated
-from narrows.files import new_folder, replacing
-
-try:
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
-    from lightning.fabric.utilities.rank_zero import rank_zero_only
-    from lightning.pytorch import LightningModule, Trainer
-    from lightning.pytorch.callbacks import BasePredictionWriter, Callback
-    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-    from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-    from lightning.pytorch.plugins.io import CheckpointIO
-except ImportError as error:
-    raise MissingExtra(error.name or "lightning", extra="train", purpose="train") from error
-
 from narrows.data.module import (
     ImageDataModule,
     ImagesOf,
@@ -38,6 +31,8 @@ from narrows.data.module import (
     PositionedDataModule,
     SegmentationDataModule,
 )
+from narrows.errors import InvalidArgument, MissingExtra, NarrowsError, Terminated
+from narrows.files import new_folder, replacing
 from narrows.jobs.fit import classification, objects, segmentation
 from narrows.training.callbacks import ClassMaps, PredictionTable, SavePretrained
 from narrows.training.checkpoints import Checkpoints, StopOnSignal, WholeFiles

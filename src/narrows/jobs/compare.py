@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from narrows.costs import compare_speed, measure, peak_memory
 from narrows.data import ImageData, ImageDataModule, RememberedImages
 from narrows.errors import Diverged, InvalidArgument, NarrowsError, Terminated
 from narrows.files import locked, new_folder, replacing, write_text
@@ -35,7 +36,6 @@ from narrows.jobs.comparison import (
     write_report,
 )
 from narrows.jobs.report import carriers_in_use
-from narrows.measure import compare_speed, measure, peak_memory
 from narrows.models import ImageClassifier
 from narrows.training.classification import Classification
 from narrows.training.run import LAST, Run, name_of, quiet_lightning, train

@@ -9,6 +9,7 @@ from statistics import NormalDist, fmean
 from scipy.special import stdtrit
 from torch import Tensor
 
+from narrows.costs import Cost, Timing
 from narrows.data import ImageData, picture
 from narrows.hub.models import LoadedModel, open_model
 from narrows.jobs.report import (
@@ -20,7 +21,6 @@ from narrows.jobs.report import (
     per_second,
     percent,
 )
-from narrows.measure import Cost, Timing
 from narrows.models import ImageClassifier, list_models
 from narrows.routing import Routing
 from narrows.training.run import Run

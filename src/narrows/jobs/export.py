@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from narrows.adapters import reduce_tokens, token_reduction
+from narrows.costs import evaluating
 from narrows.errors import InvalidArgument, MissingExtra, NarrowsError
 from narrows.files import check_writable, replacing_folder
 from narrows.hub.models import LoadedModel, accelerator_of, open_model
 from narrows.jobs.trials import parse_budget
-from narrows.measure import evaluating
 from narrows.validation import check_choice
 
 BATCHES = (1, 2, 5)

@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from narrows.adapters import reduce_tokens, token_reduction
+from narrows.costs.cost import scaled
 from narrows.data.scenes import SCENES
 from narrows.demo import vit
 from narrows.errors import InvalidArgument
@@ -22,7 +23,6 @@ from narrows.jobs.export import check_file, write_program
 from narrows.jobs.images import Images, check_data, evenly_spaced, load_images
 from narrows.jobs.report import Result, add_picture, machine, mebibytes, per_second, percent
 from narrows.jobs.trials import COUNTED, Candidate, Trial, parse_budget, run_trials
-from narrows.measure.cost import scaled
 from narrows.routing import Routing
 from narrows.validation import check_choice, check_positive
 from narrows.visualize import Cell, ParetoPoint, Report, curves, gallery

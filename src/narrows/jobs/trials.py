@@ -16,11 +16,11 @@ from tqdm import tqdm
 from narrows.adapters import Reduction
 from narrows.adapters.token_reduction import TargetLatency, TargetMACs
 from narrows.adapters.token_reduction.targets import Budget
+from narrows.costs import Spread, Timing, compare_speed, count_macs, evaluating, peak_memory
 from narrows.errors import InvalidArgument
 from narrows.hub.models import LoadedModel
 from narrows.jobs.images import Images
 from narrows.jobs.report import carriers_in_use
-from narrows.measure import Spread, Timing, compare_speed, count_macs, evaluating, peak_memory
 from narrows.routing import Routing
 
 COUNTED = 32

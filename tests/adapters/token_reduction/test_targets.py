@@ -11,8 +11,8 @@ import transformers
 import narrows
 from narrows.adapters.token_reduction import CostTarget, Reduction, targets
 from narrows.adapters.token_reduction.budget import count_of
+from narrows.costs import Timing, count_macs, macs_per_sample
 from narrows.errors import InvalidArgument, InvalidType
-from narrows.measure import Timing, count_macs, macs_per_sample
 from narrows.models import ImageClassifier, create_model
 from tests.adapters.token_reduction.hosts import HOSTS, inputs
 

@@ -6,8 +6,8 @@ import transformers
 from torch import Tensor, nn
 
 from narrows.adapters.token_reduction import reduce_tokens
+from narrows.costs import saved_for_backward
 from narrows.errors import InvalidArgument, InvalidType
-from narrows.measure import saved_for_backward
 from tests.adapters.token_reduction.families import awake
 from tests.adapters.token_reduction.hosts import HOSTS, PATCH, SIDE, config, inputs, outputs
 from tests.adapters.token_reduction.test_every_host import BUDGETS, Everything, assert_all_close, kept, run

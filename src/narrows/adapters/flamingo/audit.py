@@ -10,8 +10,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from narrows.adapters.flamingo.places import Medium, find_media, real_text
+from narrows.costs import evaluating
 from narrows.errors import InvalidArgument, InvalidType, NarrowsError
-from narrows.measure import evaluating
 from narrows.routing import Routing
 from narrows.validation import check_mask, checked
 

@@ -13,8 +13,8 @@ from narrows.adapters.token_reduction.calls import drive, release
 from narrows.adapters.token_reduction.methods import Merge, Merging, Pruning, Signals
 from narrows.adapters.token_reduction.reduction import Reduction
 from narrows.adapters.token_reduction.tokens import Call, Padded, TokenState, with_state
+from narrows.costs import evaluating
 from narrows.errors import NarrowsError
-from narrows.measure import evaluating
 from narrows.ops.token_sampling import TokenSample
 
 TOLERANCE = 1e-5

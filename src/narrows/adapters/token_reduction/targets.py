@@ -13,9 +13,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from narrows.adapters.token_reduction.budget import FixedBudget
 from narrows.adapters.token_reduction.reduction import Reduction
+from narrows.costs import compare_speed, count_macs, evaluating
+from narrows.costs.cost import scaled
 from narrows.errors import InvalidArgument, InvalidType
-from narrows.measure import compare_speed, count_macs, evaluating
-from narrows.measure.cost import scaled
 from narrows.validation import check_tensor
 
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._higher_order_ops import while_loop
 
-from narrows.measure import CarriesPadding, count_macs, macs_per_sample
-from narrows.measure.macs import _FORMULAS
+from narrows.costs import CarriesPadding, count_macs, macs_per_sample
+from narrows.costs.macs import _FORMULAS
 
 BATCH, TOKENS, DIM = 2, 5, 8
 ROWS = BATCH * TOKENS

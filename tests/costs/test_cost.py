@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from narrows.costs import Cost, Timing, measure
+from narrows.costs.cost import scaled
 from narrows.errors import InvalidArgument, InvalidType
-from narrows.measure import Cost, Timing, measure
-from narrows.measure.cost import scaled
 
 
 class Two(nn.Module):

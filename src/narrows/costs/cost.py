@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from narrows.costs.macs import macs_per_sample
+from narrows.costs.memory import peak_memory
+from narrows.costs.speed import Spread, Timing, compare_speed
 from narrows.errors import InvalidArgument, InvalidType
-from narrows.measure.macs import macs_per_sample
-from narrows.measure.memory import peak_memory
-from narrows.measure.speed import Spread, Timing, compare_speed
 from narrows.validation import check_positive, checked
 
 

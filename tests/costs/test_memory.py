@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from narrows.measure import peak_memory, saved_for_backward
+from narrows.costs import peak_memory, saved_for_backward
 
 SIZE = 1000
 BYTES = 4 * SIZE

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from narrows.costs import Spread, Timing, compare_speed, speed
 from narrows.errors import InvalidArgument
-from narrows.measure import Spread, Timing, compare_speed, speed
 
 
 class Clock:
