@@ -177,9 +177,9 @@ def test_without_a_model_one_is_trained_once_and_kept(tmp_path: Path, monkeypatc
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"budget": ["0"]}, InvalidArgument, "budget: expected a count of 1 to 16 tokens, got 0"),
-        ({"budget": ["0.0"]}, InvalidArgument, "budget: expected a share above 0 and at most 1, got 0.0"),
-        ({"budget": ["1.5"]}, InvalidArgument, "budget: expected a share above 0 and at most 1, got 1.5"),
+        ({"budget": ["0"]}, InvalidArgument, r"budget: expected a share \(0.5 or 50%\), .*got '0'"),
+        ({"budget": ["0.0"]}, InvalidArgument, r"budget: expected a share \(0.5 or 50%\), .*got '0.0'"),
+        ({"budget": ["1.5"]}, InvalidArgument, r"budget: expected a share \(0.5 or 50%\), .*got '1.5'"),
         ({"budget": ["17"]}, InvalidArgument, "budget: expected a count of 1 to 16 tokens, got 17"),
         ({"budget": ["half"]}, InvalidArgument, r"budget: expected a share \(0.5 or 50%\), .*got 'half'"),
         ({"budget": ["nan"]}, InvalidArgument, r"budget: expected a share \(0.5 or 50%\), .*got 'nan'"),
@@ -256,6 +256,12 @@ def test_bad_input_is_refused_before_anything_is_measured(
 )
 def test_budgets_are_read_as_they_are_written(text: str, budget: object) -> None:
     assert parse_budget(text) == budget
+
+
+@pytest.mark.parametrize("text", ["150%", "0%", "0", "-3", "1.5", "nan", "3:0/6:0.5", "half", ""])
+def test_budgets_that_nothing_can_meet_are_refused_as_they_are_read(text: str) -> None:
+    with pytest.raises(InvalidArgument, match="budget: expected a share"):
+        parse_budget(text)
 
 
 @pytest.mark.parametrize(

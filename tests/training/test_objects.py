@@ -112,7 +112,7 @@ def test_collapse_is_named_with_what_to_try(tmp_path, caplog):
     assert "one slot takes everything. Try" in signs(1.0, 0.5, 0.1)[0]
     assert "divided evenly" in signs(4.0, 0.99, 0.1)[0]
     assert "all slots are alike. Try" in signs(4.0, 0.5, 0.99)[0]
-    collapsed = task(learning_rate=0.0)
+    collapsed = task(learning_rate=1e-12)
     with torch.no_grad():
         collapsed.model.slot_attention.initial_slots.slots[:] = 1.0
     with caplog.at_level(logging.WARNING, "narrows"):

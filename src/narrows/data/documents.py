@@ -202,15 +202,17 @@ class InterleavedCollate:
         media = torch.zeros(len(rows), most, *shape)
         for index, row in enumerate(rows):
             media[index, : len(row.images)] = row.images
-        return {
+        batch: InterleavedBatch = {
             "input_ids": self._padded([row.ids for row in rows], self._padding_id),
             "attention_mask": self._padded([torch.ones_like(row.ids) for row in rows], 0),
             "media": media,
             "media_mask": torch.arange(most) < torch.tensor([[len(row.images)] for row in rows]),
             "media_locations": self._padded([row.locations for row in rows], False),
             "labels": self._padded([row.labels for row in rows], IGNORED),
-            **({"weights": self._padded([row.weights for row in rows], 0.0)} if self.rest_weight else {}),
         }
+        if self.rest_weight:
+            batch["weights"] = self._padded([row.weights for row in rows], 0.0)
+        return batch
 
     @property
     def _padding_id(self) -> int:

@@ -214,7 +214,7 @@ class SeenObject(NamedTuple):
 
 def description(objects: Sequence[Sequence[int]]) -> str:
     """A sentence about objects, each given as cell, colour and shape by number; `IGNORED` colours are left out."""
-    seen = sorted(one for one in objects if one[1] != IGNORED)
+    seen = sorted(tuple(one) for one in objects if one[1] != IGNORED)
     words = [f"the {PLACES[cell]} a {COLOURS[colour]} {SHAPES[shape]}" for cell, colour, shape in seen]
     return ", ".join(words).replace("the", "The", 1).replace(" a ", " holds a ", 1) + "."
 

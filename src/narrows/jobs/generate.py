@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from torch import nn
+
 from narrows.adapters.flamingo import audit
 from narrows.data.documents import IMAGE, Document, Message, conversation, questions_of
 from narrows.data.scene_documents import CHATS, ShapeChats, load_scene_documents
@@ -84,7 +86,7 @@ def generate(
         reader = digits_reader(Path(output), accelerator=accelerator)
     else:
         reader = open_reader(lm, checkpoint, dtype=dtype)
-    reader.model.to(accelerator)
+    nn.Module.to(reader.model, accelerator)  # transformers hides its type
     if prompt is None:
         beside = Path(output) if checkpoint is None else Path(checkpoint).parent
         return _show(reader, data or "digits", Path(picture or beside / "reading.png"))

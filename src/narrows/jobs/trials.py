@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from math import isfinite
 
 import torch
 from jaxtyping import Float
@@ -207,8 +206,11 @@ def parse_budget(text: str, images: Tensor | None = None) -> Budget:
 def _number(text: str) -> int | float:
     text = text.strip()
     if re.fullmatch(r"[+-]?\d{1,9}", text):
-        return int(text)
-    share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    if not isfinite(share):
+        number: int | float = int(text)
+        possible = number >= 1
+    else:
+        number = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        possible = 0 < number <= 1
+    if not possible:
         raise ValueError(text)
-    return share
+    return number

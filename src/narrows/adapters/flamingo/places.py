@@ -51,6 +51,8 @@ def find_media(
     if media_axis is not None:
         check_choice("media_axis", str(media_axis), ("0", "1"))
     media, rows = batch[name], _token_positions(batch, media_token_id)
+    if name == "media" and tokens_per_medium is None:
+        tokens_per_medium = 1  # of a Flamingo, whose neighbouring tokens are media of their own
     grids = batch.get("video_grid_thw" if "video" in name else "image_grid_thw")
     if isinstance(media, list | tuple):  # Fuyu: for each row the patches of its image
         starts = [positions[:1] for positions in rows]

@@ -38,8 +38,8 @@ class KeptTokens:
     """
 
     prompt: Mapping[str, Tensor]
-    features: Sequence[Float[Tensor, "k D"]]
-    kept: Sequence[Int[Tensor, "k"]]
+    features: Sequence[Float[Tensor, "_ D"]]
+    kept: Sequence[Int[Tensor, "_"]]
     others: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -192,7 +192,7 @@ def check_prompt(model: nn.Module, inputs: Mapping[str, Any]) -> int:
     return token
 
 
-def encode(model: Any, inputs: Mapping[str, Any]) -> Sequence[Float[Tensor, "n D"]]:
+def encode(model: Any, inputs: Mapping[str, Any]) -> Sequence[Float[Tensor, "_ D"]]:
     """What the language model would read of each image."""
     takes = inspect.signature(model.base_model.get_image_features).parameters
     given = {name: value for name, value in inputs.items() if name in takes and value is not None}

@@ -161,7 +161,7 @@ class CostTarget(ABC):
             return self.cost(reduction, images)
 
 
-def _interpolated(known: list[tuple[int, float]], goal: float) -> float | None:
+def _interpolated(known: list[tuple[int, float]], goal: int | float) -> float | None:
     """Where the curve through up to three points `(count, cost)` meets the goal; None where there is none."""
     if len(known) < 2 or len({cost for _, cost in known}) < len(known):
         return None
