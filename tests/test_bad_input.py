@@ -69,7 +69,7 @@ CONSTRUCTORS: dict[str, tuple[dict[str, Any], dict[str, tuple[Any, ...]]]] = {
     "ObjectDiscovery": (
         {
             "encoder": {"kind": "features", "feature_dim": 8},
-            "decoder": {"kind": "mlp", "feature_dim": 8, "positions": 4, "hidden_dim": 8},
+            "decoder": {"kind": "mlp", "feature_dim": 8, "grid": [2, 2], "hidden_dims": [8]},
             "num_slots": 3,
             "slot_dim": 8,
         },

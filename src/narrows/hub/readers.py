@@ -79,6 +79,10 @@ def open_vision_encoder(name: str | Path) -> VisionEncoder:
     return VisionEncoder(open_model(name)).requires_grad_(False).eval()
 
 
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+"""Of a language model's weights, in words."""
+
+
 def open_language_model(name: str | Path, *, dtype: str | None = None) -> tuple[nn.Module, Any]:
     """A causal language model of transformers and its tokenizer.
 
@@ -97,7 +101,7 @@ def open_language_model(name: str | Path, *, dtype: str | None = None) -> tuple[
     except ImportError as error:
         raise MissingExtra("transformers", extra="transformers", purpose="open a language model") from error
     if dtype is not None:
-        check_choice("dtype", dtype, ("float32", "bfloat16", "float16", "float64"))
+        check_choice("dtype", dtype, DTYPES)
     place, file = _place(str(name).removeprefix("hf:"))
     options: dict[str, Any] = {"trust_remote_code": False}
     weights: dict[str, Any] = {} if dtype is None else {"dtype": getattr(torch, dtype)}

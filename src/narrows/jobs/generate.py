@@ -13,7 +13,7 @@ from narrows.demo.shapes import examine_descriptions
 from narrows.errors import InvalidArgument
 from narrows.files import check_writable
 from narrows.hub.models import accelerator_of
-from narrows.hub.readers import Reader, open_reader, read_pictures
+from narrows.hub.readers import DTYPES, Reader, open_reader, read_pictures
 from narrows.validation import check_choice, check_positive
 from narrows.visualize import reading, save
 
@@ -74,6 +74,8 @@ def generate(
             raise InvalidArgument("lm", expected=f"a language model that was trained on {data}", got=None)
     elif prompt is None and (media or lm is not None):
         raise InvalidArgument("prompt", expected=f"a text, with {IMAGE} where a picture stands", got=None)
+    if dtype is not None:
+        check_choice("dtype", dtype, DTYPES)
     accelerator = accelerator_of(device)
     for path in map(Path, media):
         if not path.is_file():
