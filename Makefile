@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 LANGUAGE_MODEL := $(VENV)/.language_model
 
-.PHONY: help demo test check bench gpu soak oldest newest pictures lock clean
+.PHONY: help demo test check coverage bench gpu soak oldest newest pictures lock clean
 
 help:
 	@echo "make demo      train and compare every mechanism on real handwritten digits (about five minutes after the install)"
 	@echo "make test      checks and tests"
+	@echo "make coverage  tests, and which lines they reach: 90 % at least"
 	@echo "make check     lint, format, types, import floors, examples in the documentation"
 	@echo "make bench     time narrows against upstream and record the rows under benchmarks/results/"
 	@echo "make gpu       tests and benchmarks on a GPU, under eight minutes (see docs/benchmarks.md)"
@@ -42,9 +43,13 @@ check: $(INSTALLED) $(LANGUAGE_MODEL)
 
 # Twice, since shape checks wrap every function and cannot be traced: tests marked "compiled" run without them.
 test: check
-	$(BIN)/pytest --numprocesses 2 --quiet --cov -m "not compiled" \
+	$(BIN)/pytest --numprocesses 2 --quiet -m "not compiled" \
 		--jaxtyping-packages narrows,beartype.beartype --ignore tests/test_docs.py
 	$(BIN)/pytest --numprocesses 2 --quiet -m compiled
+
+# Counting lines takes half as long again.
+coverage: $(INSTALLED) $(LANGUAGE_MODEL)
+	$(BIN)/pytest --numprocesses 2 --quiet --cov -m "not compiled" --ignore tests/test_docs.py
 
 bench: $(INSTALLED)
 	$(BIN)/narrows bench --record benchmarks/results
