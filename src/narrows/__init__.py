@@ -110,7 +110,10 @@ _PLACES = {
     "routing": ("Routing",),
 }
 _PLACE_OF = {name: place for place, names in _PLACES.items() for name in names}
-_ROOMS = ("adapters", "checkpoints", "costs", "data", "errors", "layers", "metrics", "models", "ops", "visualize")
+_ROOMS = (
+    *("adapters", "checkpoints", "costs", "data", "errors", "layers"),
+    *("metrics", "models", "ops", "routing", "visualize"),
+)
 
 
 def __getattr__(name: str) -> object:
