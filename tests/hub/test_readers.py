@@ -120,17 +120,26 @@ def test_pictures_are_read_as_the_encoder_takes_them(tmp_path):
         read_pictures([tmp_path / "d.png"], small_encoder())
 
 
-@pytest.mark.parametrize(("name", "tokens"), [("vit_mini", 1), ("sepvit_mini", 16)])
-def test_a_classifier_gives_what_its_head_reads(name, tokens, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "tokens"), [("vit_mini", 64), ("slot_vit_mini", 8), ("resampler_vit_mini", 8), ("sepvit_mini", 16)]
+)
+def test_a_classifier_gives_the_tokens_that_its_head_reads_the_mean_of(name, tokens, tmp_path):
     classifier = create_model(name, channels=1, image_size=32).eval()
     classifier.save_pretrained(tmp_path)
     encoder, pictures = open_vision_encoder(tmp_path), torch.rand(2, 1, 32, 32)
     found = encoder(pictures)
     (mean,), (std,) = MEAN_AND_STD[1]
     assert found.shape[:2] == (2, tokens)
-    assert_close(found, classifier.forward_features((pictures - mean) / std).reshape(found.shape))
+    features = classifier.forward_features((pictures - mean) / std)
+    assert_close(found.mean(1), features if features.ndim == 2 else features.mean((1, 2)))
     assert encoder.num_features == found.shape[-1]
     assert (encoder.image_size, encoder.channels) == (32, 1)
+
+
+def test_a_model_that_samples_tokens_gives_them_on_its_full_grid():
+    loaded = open_model("ats_vit_mini")
+    images = torch.rand(2, 3, 32, 32)
+    assert_close(loaded.tokens(images), loaded.module.eval().feature_map(images).flatten(1, 2))
 
 
 @pytest.mark.parametrize(("name", "tokens"), [("test_vit", 101), ("test_resnet", 25)])

@@ -1,8 +1,10 @@
 """Scenes of coloured shapes: a vision encoder that learned what cells show, and how well a reader describes them."""
 
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -18,6 +20,7 @@ from narrows.demo.cache import kept
 from narrows.files import replacing_folder
 from narrows.hub.readers import Reader, open_vision_encoder
 from narrows.models import create_model
+from narrows.models.vit import TransformerClassifier
 from narrows.training.task import parameter_groups, warmup_schedule
 
 FOLDER = Path("runs") / "flamingo_shapes"
@@ -29,13 +32,14 @@ _ANSWERS = 1 + len(SHAPES) + len(COLOURS)
 def shapes_vision_encoder(folder: Path = FOLDER, *, steps: int = STEPS) -> Path:
     """The folder of a vision transformer of shape scenes, trained from scratch unless it is there.
 
-    From its features, one vector for an image, it says of each cell whether something is there, its shape and colour.
+    Its head reads the mean of the tokens of each cell, and says whether something is there, its shape and colour: so
+    tokens say what stands where they do.
     """
     saved = folder / "vision_encoder"
 
     def make() -> None:
         torch.manual_seed(0)
-        model = create_model("vit_mini", num_classes=CELLS * _ANSWERS, **SIZES)
+        model: Any = create_model("vit_mini", num_classes=_ANSWERS, **SIZES)
         scenes = ShapeChats("train", length=steps * BATCH).scenes
         optimizer = torch.optim.AdamW(parameter_groups(model, 0.05), lr=2e-3, betas=(0.9, 0.98))
         schedule = warmup_schedule(optimizer, warmup_steps=max(1, steps // 10), total_steps=steps)
@@ -43,7 +47,7 @@ def shapes_vision_encoder(folder: Path = FOLDER, *, steps: int = STEPS) -> Path:
         bar = tqdm(range(steps), desc="vision encoder, on cells", unit="step", dynamic_ncols=True, mininterval=pause)
         for step in bar:
             shown = scenes.render(range(step * BATCH, (step + 1) * BATCH))
-            loss = cell_loss(model(normalised(shown.images)), shown)
+            loss = cell_loss(cell_logits(model, normalised(shown.images)), shown)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -57,9 +61,16 @@ def shapes_vision_encoder(folder: Path = FOLDER, *, steps: int = STEPS) -> Path:
     return saved
 
 
-def cell_loss(logits: Float[Tensor, "B outputs"], scenes: ObjectScene) -> Tensor:
+def cell_logits(model: TransformerClassifier, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B cells answers"]:
+    """What the head says of the tokens of each cell of the grid of three by three."""
+    tokens = model.forward_tokens(images).transpose(1, 2).unflatten(2, model.token_grid(images))
+    cells = F.adaptive_avg_pool2d(tokens, math.isqrt(CELLS)).flatten(2).transpose(1, 2)
+    return model.forward_head(cells.flatten(0, 1)).unflatten(0, (len(images), CELLS))
+
+
+def cell_loss(logits: Float[Tensor, "B cells answers"], scenes: ObjectScene) -> Tensor:
     """Cross-entropies of whether each cell is taken, and of shape and colour where it is."""
-    there, shapes, colours = logits.unflatten(1, (CELLS, _ANSWERS)).split((1, len(SHAPES), len(COLOURS)), -1)
+    there, shapes, colours = logits.split((1, len(SHAPES), len(COLOURS)), -1)
     counts = scenes.shapes != IGNORED
     rows, cells = torch.arange(len(logits))[:, None].expand_as(counts)[counts], cells_of(scenes)[counts]
     taken = torch.zeros(len(logits), CELLS)

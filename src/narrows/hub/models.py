@@ -19,6 +19,7 @@ from narrows.errors import InvalidArgument, MissingExtra, NarrowsError
 from narrows.files import replacing_folder
 from narrows.models import ImageClassifier, create_model, list_models, load_model
 from narrows.models.base import SavedModel
+from narrows.models.vit import ATSViT, TransformerClassifier
 from narrows.validation import check_positive
 from narrows.weights import load_strictly, misfits, read_file
 
@@ -95,8 +96,12 @@ class LoadedModel:
         )
 
     def tokens(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B N D"]:
-        """The last features, what a head reads; a feature map as its tokens, one vector as a single token."""
+        """The last features before they are pooled; a feature map as its tokens, one vector as a single token."""
         module: Any = self.module
+        if isinstance(module, ATSViT):
+            return module.feature_map(images).flatten(1, 2)
+        if isinstance(module, TransformerClassifier):
+            return module.forward_tokens(images)
         if not hasattr(module, "forward_features"):  # of transformers
             return module.base_model(images).last_hidden_state
         features = module.forward_features(images)

@@ -121,7 +121,11 @@ class TransformerClassifier(ImageClassifier):
 
     def forward_features(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D"]:
         """The tokens after the last block, normalised and pooled: `[B, dim]`."""
-        return self.pool(self.norm(self.blocks(self.embedding(images))))
+        return self.pool(self.forward_tokens(images))
+
+    def forward_tokens(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B N D"]:
+        """The tokens after the last block, normalised: what is left of the image for a reader of tokens."""
+        return self.norm(self.blocks(self.embedding(images)))
 
     def pool(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B D"]:
         """One vector for each image from its tokens, as `global_pool` says."""
@@ -387,7 +391,9 @@ class ATSViT(TransformerClassifier):
         """The class token after the last block, normalised: `[B, dim]`."""
         return self.norm(self._last(images).tokens[:, 0])
 
-    def forward_tokens(self, images: Float[Tensor, "B C H W"]) -> SampledTokens:
+    def forward_tokens(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, images: Float[Tensor, "B C H W"]
+    ) -> SampledTokens:
         """All tokens that are left after the last block, normalised, the class token (position 0) first."""
         tokens, ids, mask = self._last(images)
         return SampledTokens(self.norm(tokens) * mask[..., None], ids, mask)
