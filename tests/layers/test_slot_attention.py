@@ -37,6 +37,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "heads": {"heads": 2},
     "heads and output": {"heads": 2, "head_dim": 3, "qkv_bias": True},
     "joint heads": {"heads": 3, "head_dim": 3, "joint_heads": True},
+    "normed state, no MLP": {"normed_state": True, "mlp_dim": 0},
 }
 
 
@@ -96,14 +97,16 @@ def plain(
         x, s = normalize(tokens[b, keep], layer.norm_tokens), slots[b]
         k, v = linear(x, layer.to_k).chunk(H, -1), linear(x, layer.to_v).chunk(H, -1)
         for _ in range(layer.num_iterations):
-            q = linear(normalize(s, layer.norm_slots), layer.to_q).chunk(H, -1)
+            normed = normalize(s, layer.norm_slots)
+            q = linear(normed, layer.to_q).chunk(H, -1)
             logits = torch.stack([q[h] @ k[h].T / q[h].shape[-1] ** 0.5 / temperature for h in range(H)])
             shape = logits.shape
             attention = logits.flatten(0, 1).softmax(0).view(shape) if layer.joint_heads else logits.softmax(1)
             mean = (attention + 1e-8) / (attention + 1e-8).sum(-1, keepdim=True)
             u = torch.cat([mean[h] @ v[h] for h in range(H)], -1)
-            s = gru_step(u if layer.to_out is None else linear(u, layer.to_out), s, layer.gru)
-            s = s + feed_forward(s, layer.mlp)
+            before = normed if layer.normed_state else s
+            s = gru_step(u if layer.to_out is None else linear(u, layer.to_out), before, layer.gru)
+            s = s if layer.mlp is None else s + feed_forward(s, layer.mlp)
         full = torch.zeros(shape[1], tokens.shape[1], dtype=s.dtype)
         full[:, keep] = attention.sum(0) if layer.joint_heads else attention.mean(0)
         all_slots.append(s)
@@ -490,7 +493,7 @@ def test_fewer_operations_and_less_saved_than_upstream(heads: int) -> None:
         ({"num_slots": 2.0}, "num_slots: expected an integer or None, got 2.0"),
         ({"num_iterations": 0}, "num_iterations: expected a positive integer, got 0"),
         ({"slot_dim": -1}, "slot_dim: expected a positive integer, got -1"),
-        ({"mlp_dim": 0}, "mlp_dim: expected a positive integer, got 0"),
+        ({"mlp_dim": -1}, "mlp_dim: expected a positive integer, got -1"),
         ({"heads": 3}, "heads: expected a divisor of slot_dim = 8, got 3. Or give head_dim."),
         ({"head_dim": 0}, "head_dim: expected a positive integer, got 0"),
     ],

@@ -74,7 +74,8 @@ class SlotAttention(nn.Module):
             heads of that width and a linear map from all of them back to the slots.
         joint_heads: one softmax over slots and heads together (SLATE, SPOT), rather than one per head (SAVi).
         qkv_bias: whether queries, keys, values and the map after the heads have a bias.
-        mlp_dim: hidden width of the residual MLP; the larger of 128 and `slot_dim` if None.
+        mlp_dim: hidden width of the residual MLP; the larger of 128 and `slot_dim` if None; 0 for none (VideoSAUR).
+        normed_state: whether the GRU starts from the normalised slots, not from the slots (VideoSAUR, SlotContrast).
         eps: added to the attention before it is averaged over tokens.
         initial_slots: how slots begin where a call gives none, `GaussianSlots` if None; `LearnedSlots` are
             deterministic. Any module with their call will do.
@@ -107,6 +108,7 @@ class SlotAttention(nn.Module):
         joint_heads: bool = False,
         qkv_bias: bool = False,
         mlp_dim: int | None = None,
+        normed_state: bool = False,
         eps: float = 1e-8,
         initial_slots: nn.Module | None = None,
         impl: str = "auto",
@@ -127,7 +129,7 @@ class SlotAttention(nn.Module):
         check_positive(head_dim=read_dim // heads)
         read_dim = int(read_dim)
         self.dim, self.num_iterations, self.heads, self.joint_heads = dim, num_iterations, heads, joint_heads
-        self.head_dim, self.eps, self.impl = read_dim // heads, eps, impl
+        self.head_dim, self.eps, self.impl, self.normed_state = read_dim // heads, eps, impl, normed_state
         self.initial_slots = make_initial_slots(initial_slots, num_slots, slot_dim, device=device, dtype=dtype)
         self.norm_tokens = nn.LayerNorm(dim, device=device, dtype=dtype)
         self.norm_slots = nn.LayerNorm(slot_dim, device=device, dtype=dtype)
@@ -139,7 +141,7 @@ class SlotAttention(nn.Module):
         )
         update_dim = read_dim if head_dim is None else slot_dim
         self.gru = nn.GRUCell(update_dim, slot_dim, device=device, dtype=dtype)
-        self.mlp = FeedForward(slot_dim, mlp_dim, device=device, dtype=dtype)
+        self.mlp = None if mlp_dim == 0 else FeedForward(slot_dim, mlp_dim, device=device, dtype=dtype)
         reset_like_keras(self)
 
     def reset_parameters(self) -> None:
@@ -262,6 +264,8 @@ class SlotAttention(nn.Module):
         return "absorbed" if pays and reason is None else "mixed"
 
     def _why_not_triton(self, tokens: Tensor, slots: Tensor | None, num_slots: int | None) -> str | None:
+        if self.normed_state or self.mlp is None:
+            return "its kernels start from slots as they are and have an MLP"
         parts = ((name, part) for name, part in self.named_modules() if name and not name.startswith("initial_slots"))
         reason = why_not_plain(parts, kinds=(nn.LayerNorm, nn.Linear, nn.GRUCell, FeedForward))
         if reason is not None:
@@ -276,6 +280,7 @@ class SlotAttention(nn.Module):
     def _weights(self) -> Weights:
         """What the layer learned, of modules that are plain."""
         key, value, query, out, gru, mlp = self.to_k, self.to_v, self.to_q, self.to_out, self.gru, self.mlp
+        assert mlp is not None
         return Weights(
             gain=self.norm_tokens.weight,
             shift=self.norm_tokens.bias,
@@ -327,6 +332,7 @@ class SlotAttention(nn.Module):
         scale = self.head_dim**-0.5 / temperature
         options = {"joint_heads": self.joint_heads, "eps": self.eps}
         if impl == "triton":
+            assert self.mlp is not None
             settings = Settings(
                 iterations, self.heads, self.joint_heads, scale, self.eps, self.mlp.norm.eps, self.norm_slots.eps
             )
@@ -352,12 +358,13 @@ class SlotAttention(nn.Module):
                 **options,
             )
         for _ in range(iterations):  # line 4
-            queries = self._split(self.to_q(self.norm_slots(slots)))  # line 6
+            normed = self.norm_slots(slots)
+            queries = self._split(self.to_q(normed))  # line 6
             updates, attention = read(queries=queries)  # lines 7 and 8
             updates = updates.transpose(1, 2).flatten(2).to(slots.dtype)  # [B, K, H * E]
             updates = updates if self.to_out is None else self.to_out(updates)
-            slots = recurrent_step(self.gru, updates, slots)  # line 9
-            slots = slots + self.mlp(slots)  # line 10
+            slots = recurrent_step(self.gru, updates, normed if self.normed_state else slots)  # line 9
+            slots = slots if self.mlp is None else slots + self.mlp(slots)  # line 10
         if slot_mask is not None:
             slots = slots.masked_fill(~slot_mask[..., None], 0)
         return slots, attention.to(slots.dtype), grid  # pyright: ignore[reportPossiblyUnboundVariable]
