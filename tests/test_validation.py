@@ -1,8 +1,10 @@
-"""Which modules are plain: their weights and nothing else."""
+"""Which modules are plain: their weights and nothing else; numbers that are checked in one place."""
 
 from collections.abc import Callable
+from typing import Any
 
 import bitsandbytes
+import numpy as np
 import peft
 import pytest
 import torch
@@ -11,7 +13,8 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-from narrows.validation import why_not_plain
+from narrows.errors import InvalidArgument, InvalidType, NarrowsError
+from narrows.validation import check_temperature, why_not_plain
 
 
 def with_lora(module: nn.Linear) -> nn.Module:
@@ -74,6 +77,24 @@ def test_what_is_put_on_or_in_a_module_is_seen(change: Callable[[nn.Linear], nn.
     assert found is not None
     assert found.startswith("to_k")
     assert reason in found
+
+
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [
+        (0.0, InvalidArgument),
+        (float("inf"), InvalidArgument),
+        (float("nan"), InvalidArgument),
+        ("1", InvalidType),
+        (True, InvalidType),
+    ],
+    ids=str,
+)
+def test_a_temperature_is_a_positive_finite_number(value: Any, error: type[NarrowsError]) -> None:
+    with pytest.raises(error, match="temperature: expected a positive number, got "):
+        check_temperature(value)
+    for fine in (1, 0.5, np.float32(0.5)):
+        check_temperature(fine)
 
 
 @pytest.mark.parametrize("module", [nn.Linear(4, 3), nn.LayerNorm(4), nn.GRUCell(4, 4), nn.RMSNorm(4)], ids=repr)

@@ -189,6 +189,14 @@ def check_not_negative(**values: int | float) -> None:
             raise InvalidArgument(name, expected="a number of 0 or more", got=value)
 
 
+def check_temperature(temperature: float) -> None:
+    """Raise unless `temperature` is positive and finite."""
+    if isinstance(temperature, bool) or not isinstance(temperature, Real | torch.SymFloat):
+        raise InvalidType("temperature", expected="a positive number", got=repr(temperature))
+    if not 0 < temperature < float("inf"):
+        raise InvalidArgument("temperature", expected="a positive number", got=temperature)
+
+
 def check_generator(generator: torch.Generator | None) -> None:
     """Raise unless `generator` is None or a generator of torch's."""
     if generator is not None and not isinstance(generator, torch.Generator):

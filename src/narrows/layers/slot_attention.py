@@ -1,7 +1,6 @@
 """Slot attention as a layer."""
 
 from functools import partial
-from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -9,7 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from narrows.errors import ImplementationUnavailable, InvalidArgument, InvalidType
+from narrows.errors import ImplementationUnavailable, InvalidArgument
 from narrows.layers.initial_slots import make_initial_slots, reset_initial_slots, starting_slots
 from narrows.layers.initialisation import draw_
 from narrows.ops.slot_attention import (
@@ -28,6 +27,7 @@ from narrows.validation import (
     check_choice,
     check_not_negative,
     check_positive,
+    check_temperature,
     checked,
     why_not_plain,
 )
@@ -453,14 +453,6 @@ def fold_norm(norm: nn.LayerNorm, linear: nn.Linear) -> tuple[Float[Tensor, "out
 def normalized(tokens: Float[Tensor, "B N D"], norm: nn.LayerNorm) -> Float[Tensor, "B N D"]:
     """What `norm` makes of tokens before its gain and its bias, in the dtype in which they are multiplied."""
     return F.layer_norm(tokens, tokens.shape[-1:], eps=norm.eps).to(compute_dtype(tokens))
-
-
-def check_temperature(temperature: float) -> None:
-    """Raise unless `temperature` is positive and finite."""
-    if isinstance(temperature, bool) or not isinstance(temperature, Real | torch.SymFloat):
-        raise InvalidType("temperature", expected="a positive number", got=repr(temperature))
-    if not 0 < temperature < float("inf"):
-        raise InvalidArgument("temperature", expected="a positive number", got=temperature)
 
 
 class FeedForward(nn.Module):

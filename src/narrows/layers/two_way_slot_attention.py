@@ -15,7 +15,6 @@ from narrows.layers.slot_attention import (
     IMPLEMENTATIONS,
     AbsorbedProjections,
     FeedForward,
-    check_temperature,
     fold_norm,
     make_initial_slots,
     normalized,
@@ -36,7 +35,15 @@ from narrows.ops.slot_attention import (
 )
 from narrows.precision import at_least_float32, autocast_off, compute_dtype, is_transformed
 from narrows.routing import Routing
-from narrows.validation import as_tokens, check_choice, check_not_negative, check_positive, checked, why_not_plain
+from narrows.validation import (
+    as_tokens,
+    check_choice,
+    check_not_negative,
+    check_positive,
+    check_temperature,
+    checked,
+    why_not_plain,
+)
 
 _INSTALLED = importlib.util.find_spec("triton") is not None  # Compilers cannot trace the question.
 

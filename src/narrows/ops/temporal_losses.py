@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from narrows.errors import InvalidArgument
-from narrows.validation import check_mask, check_positive
+from narrows.validation import check_mask, check_positive, check_temperature
 
 
 def feature_transitions(
@@ -31,7 +31,7 @@ def feature_transitions(
     https://arxiv.org/abs/2306.04829
     """
     check_positive(step=step)
-    _check_temperature(temperature)
+    check_temperature(temperature)
     if features.shape[1] <= step:
         raise InvalidArgument("features", expected=f"more than {step} frames", got=features.shape[1])
     unit = F.normalize(features.detach().float(), dim=-1)
@@ -65,7 +65,7 @@ def slot_contrast_loss(
 
     https://arxiv.org/abs/2412.14295
     """
-    _check_temperature(temperature)
+    check_temperature(temperature)
     if slots.shape[1] < 2:
         raise InvalidArgument("slots", expected="a clip of at least two frames", got=f"{slots.shape[1]}")
     check_mask("slot_mask", slot_mask, (slots.shape[0], slots.shape[2]), layout="[B, K]")
@@ -78,8 +78,3 @@ def slot_contrast_loss(
     logits = logits.masked_fill(~present, torch.finfo(logits.dtype).min)
     losses = F.cross_entropy(logits.flatten(0, 1), itself.flatten(), reduction="none").view(itself.shape)
     return (losses * present).sum() / (present.sum() * len(losses)).clamp(min=1)
-
-
-def _check_temperature(temperature: float) -> None:
-    if not 0 < temperature < float("inf"):
-        raise InvalidArgument("temperature", expected="a positive number", got=temperature)
