@@ -1,4 +1,4 @@
-"""Which modules are plain: their weights and nothing else; numbers that are checked in one place."""
+"""Which modules are plain; numbers that are checked in one place; which devices there are."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations, prune
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 from narrows.errors import InvalidArgument, InvalidType, NarrowsError
-from narrows.validation import check_temperature, why_not_plain
+from narrows.validation import check_device, check_temperature, why_not_plain
 
 
 def with_lora(module: nn.Linear) -> nn.Module:
@@ -108,3 +108,25 @@ def test_hooks_that_were_removed_are_forgotten() -> None:
     handle = module.register_forward_hook(lambda *_: None)
     handle.remove()
     assert why_not_plain([("", module)]) is None
+
+
+def test_devices_are_those_of_the_machine(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert check_device("auto") == check_device("cpu") == torch.device("cpu")
+    for name, expected in {
+        "cuda": "'cpu' or 'auto' on a machine without CUDA, got 'cuda'",
+        "cuda:0": "without CUDA",
+        "mps": "without MPS",
+        "cuda:x": "'auto', 'cpu', 'cuda', 'cuda:1' or 'mps', got 'cuda:x'",
+        "cuda:-1": "'auto', 'cpu'",
+        "": "'auto', 'cpu'",
+    }.items():
+        with pytest.raises(InvalidArgument, match=f"^device: expected .*{expected}"):
+            check_device(name)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    found = {name: check_device(name) for name in ("auto", "cpu", "cuda", "cuda:1", "mps")}
+    assert {name: str(device) for name, device in found.items()} == {**{n: n for n in found}, "auto": "cuda"}
+    with pytest.raises(InvalidArgument, match="expected 'cuda:0' to 'cuda:1', which this machine has, got 'cuda:2'"):
+        check_device("cuda:2")

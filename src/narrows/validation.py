@@ -4,6 +4,7 @@ import functools
 import inspect
 import math
 import operator
+import re
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
 from types import NoneType, UnionType
@@ -221,6 +222,26 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise InvalidType(name, expected=f"one of {choices}", got=repr(value))
     if value not in choices:
         raise InvalidArgument(name, expected=f"one of {choices}", got=repr(value))
+
+
+def check_device(device: str) -> torch.device:
+    """The device that "auto", "cpu", "cuda", "cuda:1" or "mps" names here; "auto" is CUDA where there is any.
+
+    Raises:
+        InvalidArgument: another name, or a device that this machine does not have.
+    """
+    known = re.fullmatch(r"auto|cpu|mps|cuda(?::(\d{1,3}))?", device)
+    if known is None:
+        raise InvalidArgument("device", expected="'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'", got=repr(device))
+    gpus = torch.cuda.device_count()
+    if device.startswith("cuda") and gpus == 0:
+        raise InvalidArgument("device", expected="'cpu' or 'auto' on a machine without CUDA", got=repr(device))
+    if known[1] is not None and int(known[1]) >= gpus:
+        last = f" to 'cuda:{gpus - 1}'" if gpus > 1 else ""
+        raise InvalidArgument("device", expected=f"'cuda:0'{last}, which this machine has", got=repr(device))
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise InvalidArgument("device", expected="'cpu' or 'auto' on a machine without MPS", got="'mps'")
+    return torch.device(("cuda" if gpus else "cpu") if device == "auto" else device)
 
 
 def why_not_plain(

@@ -89,7 +89,7 @@ def test_an_interrupted_comparison_exits_130_and_says_what_is_kept(asked, capsys
         ("--models --seeds 2", 2, "models"),
         ("--models ,", 1, "models: expected at least one registry name, got none"),
         ("--epochs 0", 1, "epochs: expected a positive integer, got 0"),
-        ("--device tpu", 1, "device: expected 'auto', 'cpu' or 'cuda', got 'tpu'"),
+        ("--device tpu", 1, "device: expected 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps', got 'tpu'"),
     ],
 )
 def test_compare_explains_bad_input(options, code, message, capsys):
@@ -204,12 +204,13 @@ def test_show_takes_small_digits_too(tmp_path):
     assert {path.name.partition("-")[0] for path in tmp_path.glob("*.png")} == {"scene 0"}
 
 
-def test_show_takes_files_and_folders_and_registry_names(tmp_path):
+def test_show_takes_files_and_folders_and_registry_names(tmp_path, capsys):
     write_image(tmp_path / "in" / "a.png", size=(50, 40))
     single = write_image(tmp_path / "b.jpg", size=(40, 50))
     arguments = [str(single), str(tmp_path / "in"), "--output", str(tmp_path / "out"), "--max-carriers", "2"]
     assert main(["show", "resampler_vit_mini", *arguments]) == 0
     assert {path.name.partition("-")[0] for path in (tmp_path / "out").iterdir()} == {"a", "b"}
+    assert "The weights of resampler_vit_mini are random" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

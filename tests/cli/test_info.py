@@ -1,3 +1,7 @@
+import re
+import tomllib
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -20,8 +24,18 @@ def test_info_names_versions_extras_devices_models_and_implementations(capsys):
         assert expected in printed
 
 
+def test_extras_are_those_of_the_package():
+    declared = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    packages = {
+        extra: {re.split(r"[<>=\[]", one)[0] for one in listed if not one.startswith("narrows[")}
+        for extra, listed in declared["optional-dependencies"].items()
+        if extra != "all"
+    }
+    assert packages == {extra: set(known) for extra, known in info.EXTRAS.items()}
+
+
 def test_a_missing_extra_comes_with_the_way_to_get_it(monkeypatch):
-    monkeypatch.setattr(info, "EXTRAS", {"onnx": ("torch", "no-such-package")})
+    monkeypatch.setattr(info, "EXTRAS", {"onnx": {"torch": "torch", "no-such-package": "none"}})
     found = info.extras()["onnx"]
     assert found == f"torch {info._version('torch')}; missing: no-such-package (pip install 'narrows[onnx]')"
 

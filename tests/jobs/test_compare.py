@@ -95,7 +95,7 @@ def test_bad_input_is_refused_before_anything_is_trained(folder: Path, tmp_path:
         compare(str(folder), models=[], output=tmp_path, **SETTINGS)
     with pytest.raises(InvalidArgument, match="seeds: expected a positive integer, got 0"):
         compare(str(folder), models=["vit_mini"], seeds=0, output=tmp_path)
-    with pytest.raises(InvalidArgument, match="device: expected 'auto', 'cpu' or 'cuda', got 'tpu'"):
+    with pytest.raises(InvalidArgument, match="device: expected 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps', got 'tpu'"):
         compare(str(folder), models=["vit_mini"], output=tmp_path, device="tpu")
     with pytest.raises(InvalidArgument, match="data: expected 'digits' or a folder"):
         compare(str(folder / "nowhere"), models=["vit_mini"], output=tmp_path)

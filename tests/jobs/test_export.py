@@ -78,7 +78,7 @@ def test_a_model_of_one_size_is_refused_any_size(tmp_path: Path) -> None:
         ("OURS model.onnx --method tpk", 1, "method: expected one of"),
         ("OURS model.onnx --method topk --budget half", 1, "budget: expected a share (0.5 or 50%)"),
         ("OURS model.onnx --method topk --budget 17", 1, "budget: expected a count of 1 to 16 tokens, got 17"),
-        ("OURS model.onnx --device tpu", 1, "device: expected 'auto', 'cpu' or 'cuda', got 'tpu'"),
+        ("OURS model.onnx --device tpu", 1, "device: expected 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps', got 'tpu'"),
         ("OURS model.onnx --checkpoint no.pth", 1, "'no.pth', which does not exist"),
         ("OURS model.onnx --any", 2, "narrows export: unrecognized arguments: --any"),
         ("OURS", 2, "output"),

@@ -69,7 +69,7 @@ def test_without_arguments_the_offline_job_runs(monkeypatch, tmp_path, capsys):
         ("--lm x --checkpoint y", 1, "prompt: expected a text"),
         ("--lm x --checkpoint y --prompt a", 1, "checkpoint: expected a folder with reader.json"),
         ("--prompt a --max_new_tokens 0", 1, "max_new_tokens: expected a positive integer, got 0"),
-        ("--prompt a --device tpu", 1, "device: expected 'auto', 'cpu' or 'cuda'"),
+        ("--prompt a --device tpu", 1, "device: expected 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'"),
         ("--promt a", 2, "Did you mean --prompt?"),
     ],
 )

@@ -191,7 +191,7 @@ def test_without_a_model_one_is_trained_once_and_kept(tmp_path: Path, monkeypatc
         ({"method": ["tpk"]}, InvalidArgument, "method: expected one of .*'topk'.*got 'tpk'"),
         ({"method": []}, InvalidArgument, "method: expected at least one, got none"),
         ({"limit": 0}, InvalidArgument, "limit: expected a positive integer, got 0"),
-        ({"device": "tpu"}, InvalidArgument, "device: expected 'auto', 'cpu' or 'cuda', got 'tpu'"),
+        ({"device": "tpu"}, InvalidArgument, "device: expected 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps', got 'tpu'"),
         ({"data": None}, InvalidArgument, "data: expected a folder of images to judge by, got none. Add --data"),
         ({"data": "nowhere"}, InvalidArgument, "data: expected 'digits', 'small_digits' or a folder of images"),
         (

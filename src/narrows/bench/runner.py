@@ -26,8 +26,7 @@ from narrows.bench.rows import record as record_rows
 from narrows.costs import Spread, compare_speed, peak_memory, saved_for_backward
 from narrows.errors import InvalidArgument, NarrowsError
 from narrows.files import check_writable
-from narrows.hub.models import accelerator_of
-from narrows.validation import check_positive
+from narrows.validation import check_device, check_positive
 
 MODES = ("eager", "graph", "compiled")
 DTYPES = ("bfloat16", "float16", "float32")
@@ -99,7 +98,7 @@ def run(
 
     Args:
         pattern: shell wildcard over the names of cases, for instance "slot_attention/*".
-        device: "auto", "cpu" or "cuda": where both run.
+        device: "auto", "cpu", "cuda" or "cuda:1": where both run.
         dtype: in what precision both run, checked against float32; bfloat16 on CUDA and float32 elsewhere if None.
         modes: "eager", "graph" (captured as a CUDA graph) and "compiled"; all three on CUDA and eager elsewhere if
             empty.
@@ -116,7 +115,9 @@ def run(
     if record is not None:
         check_writable(record, folder=True)
     check_positive(repeats=repeats)
-    started, place = monotonic(), torch.device(accelerator_of(device))
+    started, place = monotonic(), check_device(device)
+    if place.type == "mps":
+        raise InvalidArgument("device", expected="'cpu' or 'cuda', whose work can be timed", got="'mps'")
     modes, kind = _modes(modes, place), _dtype(dtype, place)
     cases = find_cases(pattern, device=place.type)
     if quick:

@@ -52,16 +52,24 @@ _GROUPS = {
 }
 
 
-EXTRA_OF = {
-    **dict.fromkeys(("lightning", "torchmetrics", "tensorboard", "torchvision", "sklearn", "scipy"), "train"),
-    **dict.fromkeys(("matplotlib", "PIL"), "viz"),
-    **dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "onnx"),
-    **dict.fromkeys(("pycocotools", "tfrecord"), "objects"),
-    "gguf": "gguf",
-    "timm": "timm",
-    "transformers": "transformers",
+EXTRAS: dict[str, dict[str, str]] = {
+    "timm": {"timm": "timm"},
+    "transformers": {"transformers": "transformers"},
+    "viz": {"matplotlib": "matplotlib", "pillow": "PIL"},
+    "train": {
+        "lightning": "lightning",
+        "torchmetrics": "torchmetrics",
+        "tensorboard": "tensorboard",
+        "torchvision": "torchvision",
+        "scikit-learn": "sklearn",
+        "scipy": "scipy",
+    },
+    "onnx": {"onnx": "onnx", "onnxscript": "onnxscript", "onnxruntime": "onnxruntime"},
+    "gguf": {"gguf": "gguf"},
+    "objects": {"pycocotools": "pycocotools", "tfrecord": "tfrecord"},
+    "scenes": {"pybullet": "pybullet"},
 }
-"""Which extra brings a package that a command may import."""
+"""The packages that each extra brings, and as what they are imported."""
 
 _SCREEN = 1200
 """Characters of a message: fifteen lines of 80."""
@@ -95,8 +103,11 @@ def _told(error: Exception) -> str | None:
     """What to say of an error that is no fault of narrows; None of one that is."""
     if isinstance(error, NarrowsError):
         return str(error)
-    if isinstance(error, ImportError) and (package := (error.name or "").partition(".")[0]) in EXTRA_OF:
-        return f"This needs {package}: pip install 'narrows[{EXTRA_OF[package]}]'"
+    if isinstance(error, ImportError):
+        missing = (error.name or "").partition(".")[0]
+        for extra, packages in EXTRAS.items():
+            if missing in packages.values():
+                return f"This needs {missing}: pip install 'narrows[{extra}]'"
     if isinstance(error, OSError) and error.errno is not None:
         return f"{error.filename or 'A file or a connection'}: {os.strerror(error.errno)}."
     # Not imported for this: it is loaded where it was raised.

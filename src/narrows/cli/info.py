@@ -11,16 +11,9 @@ import torch
 
 import narrows.ops
 from narrows._version import __version__
+from narrows.cli import EXTRAS
 from narrows.models import list_models
 from narrows.ops.dispatch import Implementation
-
-EXTRAS = {
-    "timm": ("timm",),
-    "transformers": ("transformers",),
-    "viz": ("matplotlib", "pillow"),
-    "train": ("lightning", "torchmetrics", "tensorboard", "torchvision", "scikit-learn"),
-    "onnx": ("onnx", "onnxscript", "onnxruntime"),
-}
 
 
 def run(arguments: list[str]) -> None:

@@ -70,7 +70,7 @@ def compare_speed(
     if repeats < 1:
         raise InvalidArgument("repeats", expected="a positive integer", got=repeats)
     device = torch.device(device)
-    sample = partial(_sample_cuda, device) if device.type == "cuda" else _sample_host
+    sample = partial(_sample_cuda, device) if device.type == "cuda" else partial(_sample_host, device)
     for function in contenders.values():
         for _ in range(warmup):
             function()
@@ -93,10 +93,13 @@ def _calls_needed(function: Callable[[], object], sample: Callable[[Callable[[],
     return calls
 
 
-def _sample_host(function: Callable[[], object], calls: int) -> float:
+def _sample_host(device: torch.device, function: Callable[[], object], calls: int) -> float:
+    wait = torch.mps.synchronize if device.type == "mps" else None
     start = perf_counter()
     for _ in range(calls):
         function()
+    if wait is not None:
+        wait()
     return perf_counter() - start
 
 

@@ -80,10 +80,10 @@ class Answers:
         )
 
 
-def digits_reader(folder: Path = FOLDER, *, epochs: int = EPOCHS, accelerator: str = "cpu") -> Reader:
+def digits_reader(folder: Path = FOLDER, *, epochs: int = EPOCHS, device: str | torch.device = "cpu") -> Reader:
     """The reader of digit scenes; parts of it that are not in `folder` yet are trained."""
     language_model = digits_language_model(folder)
-    encoder = digits_vision_encoder(folder, accelerator=accelerator)
+    encoder = digits_vision_encoder(folder, device=device)
     saved = folder / "flamingo"
 
     def make() -> None:
@@ -92,14 +92,16 @@ def digits_reader(folder: Path = FOLDER, *, epochs: int = EPOCHS, accelerator: s
         task = FlamingoTraining(Flamingo(text, vision_encoder=seen, **FLAMINGO), tokenizer, **TRAINING)
         data = InterleavedDataModule("digits", tokenizer=tokenizer, image_size=seen.image_size, channels=seen.channels)
         with quiet_lightning():
-            fit(_trainer(folder, epochs, accelerator), task, data)
+            fit(_trainer(folder, epochs, device), task, data)
         Reader(task.flamingo, tokenizer).save(saved)
         (folder / "logs" / "flamingo" / LAST).unlink(missing_ok=True)
 
     return kept(saved, make, lambda: open_reader(language_model, saved))
 
 
-def digits_vision_encoder(folder: Path = FOLDER, *, epochs: int = ENCODER_EPOCHS, accelerator: str = "cpu") -> Path:
+def digits_vision_encoder(
+    folder: Path = FOLDER, *, epochs: int = ENCODER_EPOCHS, device: str | torch.device = "cpu"
+) -> Path:
     """The folder of a classifier of digit scenes, trained as `narrows compare` does unless it is there already."""
     saved = folder / "models" / f"{ENCODER}-seed0"
 
@@ -107,9 +109,7 @@ def digits_vision_encoder(folder: Path = FOLDER, *, epochs: int = ENCODER_EPOCHS
         torch.manual_seed(0)
         task, images = Classification(create_model(ENCODER, channels=1)), ImageDataModule("digits")
         with quiet_lightning():
-            train(
-                task, ENCODER, images, folder, label="vision encoder, on images", epochs=epochs, accelerator=accelerator
-            )
+            train(task, ENCODER, images, folder, label="vision encoder, on images", epochs=epochs, device=device)
         (folder / "logs" / saved.name / LAST).unlink(missing_ok=True)
 
     kept(saved, make, lambda: open_vision_encoder(saved))
@@ -223,6 +223,6 @@ def _questions(document: Document) -> list[tuple[Document, str]]:
     return [(Document(one.text, document.images[: one.image + 1]), one.answer) for one in questions(document.text)]
 
 
-def _trainer(folder: Path, epochs: int, accelerator: str) -> Trainer:
+def _trainer(folder: Path, epochs: int, device: str | torch.device) -> Trainer:
     logs = folder / "logs" / "flamingo"
-    return progress_trainer(logs, label="Flamingo, on text and images", max_epochs=epochs, accelerator=accelerator)
+    return progress_trainer(logs, label="Flamingo, on text and images", max_epochs=epochs, device=device)

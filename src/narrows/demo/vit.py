@@ -13,10 +13,11 @@ from tqdm import tqdm
 from narrows.data import ImageDataModule
 from narrows.demo.cache import kept
 from narrows.errors import Terminated
-from narrows.hub.models import LoadedModel, accelerator_of, open_model
+from narrows.hub.models import LoadedModel, open_model
 from narrows.models import create_model
 from narrows.training.classification import Classification
 from narrows.training.run import quiet_lightning, train
+from narrows.validation import check_device
 
 # Small digits in large scenes, and maximum pooling after the last block: a dropped token of the digit costs accuracy. A
 # class token has read all tokens before the first block that is reduced, so that any few tokens would do.
@@ -40,12 +41,12 @@ def open_scenes_vit(epochs: int = EPOCHS, *, device: str = "auto") -> LoadedMode
         device: where it is trained.
     """
     folder = cache_folder() / f"{NAME}-{SIZE}-pixels-{epochs}-epochs"
-    accelerator = accelerator_of(device)
-    model = kept(folder, lambda: _train(folder, epochs, accelerator), lambda: open_model(str(folder)))
+    place = check_device(device)
+    model = kept(folder, lambda: _train(folder, epochs, place), lambda: open_model(str(folder)))
     return replace(model, name="vision transformer of digit scenes")
 
 
-def _train(folder: Path, epochs: int, accelerator: str) -> None:
+def _train(folder: Path, epochs: int, device: torch.device) -> None:
     """Train in a folder beside, where an interrupted training goes on, and move the model when it is complete."""
     tqdm.write(f"Training a small vision transformer on digit scenes, once; it is kept in {folder}")
     images = ImageDataModule(DATA, image_size=SIZE)
@@ -54,7 +55,7 @@ def _train(folder: Path, epochs: int, accelerator: str) -> None:
         torch.manual_seed(0)
         task = Classification(create_model("vit_mini", image_size=SIZE, channels=1, **MODEL), learning_rate=3e-3)
         try:
-            run = train(task, NAME, images, work, label="training", epochs=epochs, accelerator=accelerator)
+            run = train(task, NAME, images, work, label="training", epochs=epochs, device=device)
         except KeyboardInterrupt as stop:
             number = getattr(stop, "signum", signal.SIGINT)
             raise Terminated(number, "The model is not finished; the same command goes on with it.") from None

@@ -239,6 +239,7 @@ def save_model(model: nn.Module, folder: Path, *, classes: Sequence[str] = ()) -
 def _open_ours(name: str, checkpoint: Checkpoint | None, arguments: Mapping[str, Any]) -> LoadedModel:
     build: Callable[..., Any]
     model: ImageClassifier
+    notes: tuple[str, ...] = ()
     if Path(name).is_dir():
         model = load_model(name)
         build = partial(type(model), **{k: v for k, v in _config(model).items() if k != "architecture"})
@@ -249,9 +250,9 @@ def _open_ours(name: str, checkpoint: Checkpoint | None, arguments: Mapping[str,
     elif name in list_models():
         build = partial(create_model, name, **arguments)
         model = create_model(name, **arguments).eval()
+        notes = (f"The weights of {name} are random: nothing has trained them",)
     else:
         _refuse(name)
-    notes: tuple[str, ...] = ()
     classes = model.classes if checkpoint is None else ()  # other weights are of other classes
     if checkpoint is not None:
         wanted, shape = arguments.get("num_classes"), _config(model)
@@ -465,16 +466,3 @@ def _read(name: str, kind: Any, **options: Any) -> Any:
             f"{name} could not be downloaded from the hub ({reason}). If it is a folder, check the path; else download "
             f"it where there is a network (`hf download {name}`) and give the folder as hf:<folder>."
         ) from error
-
-
-def accelerator_of(device: str) -> str:
-    """The accelerator that "auto", "cpu" or "cuda" names here: "cpu" or "cuda".
-
-    Raises:
-        InvalidArgument: another device, or CUDA where there is none.
-    """
-    if device not in ("auto", "cpu", "cuda"):
-        raise InvalidArgument("device", expected="'auto', 'cpu' or 'cuda'", got=repr(device))
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InvalidArgument("device", expected="'cpu' or 'auto' on a machine without CUDA", got="'cuda'")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device

@@ -21,7 +21,7 @@ from narrows.costs import compare_speed, measure, peak_memory
 from narrows.data import ImageData, ImageDataModule, RememberedImages
 from narrows.errors import Diverged, InvalidArgument, NarrowsError, Terminated
 from narrows.files import locked, new_folder, replacing, write_text
-from narrows.hub.models import accelerator_of, open_model
+from narrows.hub.models import open_model
 from narrows.jobs.comparison import (
     ENOUGH_STEPS,
     PRETRAINED_RATE,
@@ -40,7 +40,7 @@ from narrows.models import ImageClassifier
 from narrows.training.classification import Classification
 from narrows.training.run import LAST, Run, name_of, quiet_lightning, train
 from narrows.training.task import check_learning_rate
-from narrows.validation import check_positive
+from narrows.validation import check_device, check_positive
 
 MODELS = ("vit_mini", "ats_vit_mini", "soft_moe_vit_mini", "sepvit_mini", "slot_vit_mini", "resampler_vit_mini")
 SETTINGS_FILE = "settings.json"
@@ -78,7 +78,7 @@ def compare(
         image_size: side of the images in pixels; by default 32 for digits, 64 for small digits and folders.
         learning_rate: the peak learning rate of models that begin with random weights.
         output: folder of all comparisons.
-        device: "auto", "cpu" or "cuda".
+        device: "auto", "cpu", "cuda", "cuda:1" or "mps".
         resume: folder of a comparison that was stopped: what is finished is kept, the model at hand goes on where it
             was, and the settings are those it was begun with.
         report_only: with `resume`, train nothing and report on what is finished, while another process trains, say.
@@ -95,7 +95,7 @@ def compare(
         raise InvalidArgument("models", expected="at least one registry name", got="none")
     if report_only and resume is None:
         raise InvalidArgument("resume", expected="the folder of a comparison to report on", got=None)
-    accelerator = accelerator_of(device)
+    place = check_device(device)
     asked = {
         "data": data, "models": list(models), "seeds": seeds, "epochs": epochs, "batch_size": batch_size,
         "image_size": image_size, "learning_rate": learning_rate,
@@ -119,7 +119,7 @@ def compare(
     tqdm.write(_announcement(found, settings, folder))
     try:
         with quiet_lightning():
-            interrupted = 0 if report_only else _train(settings, found, folder, accelerator)
+            interrupted = 0 if report_only else _train(settings, found, folder, place)
         runs, diverged = _read_runs(folder)
         if interrupted and not runs:
             raise Terminated(interrupted)
@@ -128,7 +128,7 @@ def compare(
             raise NarrowsError(f"There is nothing to report on in {folder}: {state}.")
         comparison = Comparison(
             runs=runs,
-            costs=_costs(runs, found, settings.batch_size, accelerator),
+            costs=_costs(runs, found, settings.batch_size, place),
             folder=folder,
             interrupted=interrupted,
             held_out=len(found.held_out),
@@ -170,7 +170,7 @@ def _read_settings(folder: Path, asked: Mapping[str, Any]) -> Settings:
     return settings
 
 
-def _train(settings: Settings, data: ImageData, folder: Path, accelerator: str) -> int:
+def _train(settings: Settings, data: ImageData, folder: Path, device: torch.device) -> int:
     """Train what is not finished yet, and note each in the folder; the signal that cut it short, or 0."""
     loaded = {0: replace(data, train=RememberedImages(data.train))}
     with locked(folder / "compare", tell=f"Waiting for another process that works in {folder}"):
@@ -191,9 +191,7 @@ def _train(settings: Settings, data: ImageData, folder: Path, accelerator: str) 
             rate = settings.learning_rate * (PRETRAINED_RATE if is_pretrained(name) else 1)
             task = Classification(_built(name, data), num_classes=data.num_classes, learning_rate=rate)
             try:
-                runs.append(
-                    train(task, name, images, folder, label=label, epochs=settings.epochs, accelerator=accelerator)
-                )
+                runs.append(train(task, name, images, folder, label=label, epochs=settings.epochs, device=device))
             except Diverged as error:
                 tqdm.write(f"{name}, seed {seed}: {error}")
                 diverged.append((name, seed))
@@ -204,9 +202,8 @@ def _train(settings: Settings, data: ImageData, folder: Path, accelerator: str) 
     return 0
 
 
-def _costs(runs: Sequence[Run], data: ImageData, batch_size: int, accelerator: str) -> dict[str, ModelCost]:
+def _costs(runs: Sequence[Run], data: ImageData, batch_size: int, device: torch.device) -> dict[str, ModelCost]:
     """What each model costs; speeds are measured in turns, so that a busy machine slows all of them."""
-    device = torch.device(accelerator)
     opened = open_runs(runs)
     models = {name: found.module.to(device) for name, found in opened.items()}
     images, labels = data.held_out.batch(range(min(batch_size, len(data.held_out))))

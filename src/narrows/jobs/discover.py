@@ -18,7 +18,6 @@ from narrows.data import IGNORED, ImageData, ImageSet
 from narrows.data.module import ObjectDataModule
 from narrows.errors import InvalidArgument
 from narrows.files import new_folder, write_text
-from narrows.hub.models import accelerator_of
 from narrows.jobs.object_models import object_model, object_picture, open_object_model
 from narrows.jobs.report import Result, add_picture, machine, percent
 from narrows.metrics import adjusted_rand_index, best_overlap, count_overlaps
@@ -26,7 +25,7 @@ from narrows.models import ObjectDiscovery
 from narrows.training.callbacks import RunProgress
 from narrows.training.objects import ObjectTask, pixel_masks, signs_of_collapse, state_of
 from narrows.training.run import fit, progress_trainer, quiet_lightning
-from narrows.validation import check_choice, check_positive
+from narrows.validation import check_choice, check_device, check_positive
 from narrows.visualize import Cell, Report
 
 STEPS = 10_000
@@ -154,7 +153,7 @@ def discover(
         num_slots: K; by default the model's.
         precision: of training, as Lightning's trainer takes it: "32-true" where a CPU has no bfloat16.
         output: folder of all runs.
-        device: "auto", "cpu" or "cuda".
+        device: "auto", "cpu", "cuda", "cuda:1" or "mps".
         resume: folder of a call that was stopped: seeds that are finished are kept, the one at hand goes on. The other
             arguments have to be those of that call.
 
@@ -170,7 +169,7 @@ def discover(
     if resume is not None and not Path(resume).is_dir():
         expected, got = "the folder of a call that was stopped", f"{str(resume)!r}, which is none"
         raise InvalidArgument("resume", expected=expected, got=got)
-    accelerator = accelerator_of(device)
+    place = check_device(device)
     if video:
         data = "moving_sprites" if data == "sprites" else data
         model = "savi" if model == "slot_autoencoder" else model
@@ -204,9 +203,7 @@ def discover(
         total = max(1, math.ceil(STEPS / max(1, length))) if epochs is None else epochs
         tqdm.write(f"{model} on {data}: {total} epochs of {length} steps, {seeds} seed(s). Everything goes to {folder}")
         for seed in range(len(runs), seeds):
-            runs.append(
-                _train(build, images(seed), folder, model, seed, total, accelerator=accelerator, precision=precision)
-            )
+            runs.append(_train(build, images(seed), folder, model, seed, total, device=place, precision=precision))
             write_text(folder / RUNS_FILE, json.dumps([asdict(run) for run in runs], indent=2) + "\n")
     result = Discovery(runs, len(found.held_out), folder)
     network = given if given is not None else open_object_model(runs[0].folder)
@@ -250,7 +247,7 @@ def _train(
     seed: int,
     epochs: int,
     *,
-    accelerator: str,
+    device: torch.device,
     **options: Any,
 ) -> ObjectRun:
     torch.manual_seed(seed)
@@ -261,7 +258,7 @@ def _train(
         label=run,
         metric="val/attention_fg_ari",
         max_epochs=epochs,
-        accelerator=accelerator,
+        device=device,
         check_val_every_n_epoch=max(1, epochs // 5),
         **options,
     )
@@ -270,7 +267,7 @@ def _train(
     (progress,) = (callback for callback in trainer.callbacks if isinstance(callback, RunProgress))  # pyright: ignore[reportAttributeAccessIssue]
     place = folder / "models" / run
     task.model.save_pretrained(place)  # pyright: ignore[reportCallIssue]
-    model = task.model.to(accelerator).eval()
+    model = task.model.to(device).eval()
     assert isinstance(model, ObjectDiscovery)
     return _judged(model, images.loaded, seed=seed, seconds=progress.seconds, folder=str(place))
 

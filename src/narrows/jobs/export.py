@@ -19,9 +19,9 @@ from narrows.adapters import reduce_tokens, token_reduction
 from narrows.costs import evaluating
 from narrows.errors import InvalidArgument, MissingExtra, NarrowsError
 from narrows.files import check_writable, replacing_folder
-from narrows.hub.models import LoadedModel, accelerator_of, open_model
+from narrows.hub.models import LoadedModel, open_model
 from narrows.jobs.trials import parse_budget
-from narrows.validation import check_choice
+from narrows.validation import check_choice, check_device
 
 BATCHES = (1, 2, 5)
 """Numbers of images that a program is checked with."""
@@ -87,7 +87,7 @@ def export(
         budget: how many tokens it keeps: a share (0.5 or 50%), a count (98), MACs per image (2.9G), or shares block by
             block (3:0.7/6:0.49).
         any_size: take images of other heights and widths too, where the model does.
-        device: "auto", "cpu" or "cuda": where the model is traced.
+        device: "auto", "cpu", "cuda", "cuda:1" or "mps": where the model is traced.
 
     Raises:
         InvalidArgument: an unknown model, method or file name, a budget that cannot be met, a model of one size.
@@ -96,7 +96,7 @@ def export(
         NarrowsError: weights that cannot be downloaded, a model that the exporter cannot trace.
     """
     check_file(output)
-    place = torch.device(accelerator_of(device))
+    place = check_device(device)
     if method is not None:
         check_choice("method", method, tuple(token_reduction.METHODS))
     asked = parse_budget(budget)

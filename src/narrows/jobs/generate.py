@@ -12,9 +12,8 @@ from narrows.demo.reader import FOLDER, digits_reader, examine
 from narrows.demo.shapes import examine_descriptions
 from narrows.errors import InvalidArgument
 from narrows.files import check_writable
-from narrows.hub.models import accelerator_of
 from narrows.hub.readers import DTYPES, Reader, open_reader, read_pictures
-from narrows.validation import check_choice, check_positive
+from narrows.validation import check_choice, check_device, check_positive
 from narrows.visualize import reading, save
 
 SHOWN = 3
@@ -52,7 +51,7 @@ def generate(
         dtype: of the language model's weights, "bfloat16" for instance; None: as they are.
         picture: where to draw which image each word looks at.
         output: folder of the small language model, which is used, and trained if need be, without lm and checkpoint.
-        device: "auto", "cpu" or "cuda".
+        device: "auto", "cpu", "cuda", "cuda:1" or "mps".
 
     Returns:
         What was written; without a prompt, how the questions were answered.
@@ -76,7 +75,7 @@ def generate(
         raise InvalidArgument("prompt", expected=f"a text, with {IMAGE} where a picture stands", got=None)
     if dtype is not None:
         check_choice("dtype", dtype, DTYPES)
-    accelerator = accelerator_of(device)
+    place = check_device(device)
     for path in map(Path, media):
         if not path.is_file():
             raise InvalidArgument("media", expected="picture files", got=f"{str(path)!r}, which does not exist")
@@ -85,10 +84,10 @@ def generate(
     if lm is None:
         check_writable(output, folder=True)
     if lm is None or checkpoint is None:
-        reader = digits_reader(Path(output), accelerator=accelerator)
+        reader = digits_reader(Path(output), device=place)
     else:
         reader = open_reader(lm, checkpoint, dtype=dtype)
-    nn.Module.to(reader.model, accelerator)  # transformers hides its type
+    nn.Module.to(reader.model, place)  # transformers hides its type
     if prompt is None:
         beside = Path(output) if checkpoint is None else Path(checkpoint).parent
         return _show(reader, data or "digits", Path(picture or beside / "reading.png"))

@@ -8,7 +8,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -18,13 +17,13 @@ from narrows.data.scenes import SCENES
 from narrows.demo import vit
 from narrows.errors import InvalidArgument
 from narrows.files import check_writable, new_folder, write_text
-from narrows.hub.models import LoadedModel, accelerator_of, open_model
+from narrows.hub.models import LoadedModel, open_model
 from narrows.jobs.export import check_file, write_program
 from narrows.jobs.images import Images, check_data, evenly_spaced, load_images
 from narrows.jobs.report import Result, add_picture, machine, mebibytes, per_second, percent
 from narrows.jobs.trials import COUNTED, Candidate, Trial, parse_budget, run_trials
 from narrows.routing import Routing
-from narrows.validation import check_choice, check_positive
+from narrows.validation import check_choice, check_device, check_positive
 from narrows.visualize import Cell, ParetoPoint, Report, curves, gallery
 
 METHODS = ("ats", "topk", "evit", "tome", "random")
@@ -186,7 +185,7 @@ def reduce(
         output: folder of all runs.
         save: file for the chosen reduction, as JSON that narrows.reduce_tokens(model, **json) takes.
         export: file for the model under the chosen reduction, as ONNX (.onnx) or a program of torch.export (.pt2).
-        device: "auto", "cpu" or "cuda".
+        device: "auto", "cpu", "cuda", "cuda:1" or "mps".
 
     Raises:
         InvalidArgument: an unknown model or method, a budget that cannot be met, no images, weights of another model.
@@ -194,7 +193,7 @@ def reduce(
         NarrowsError: weights that cannot be downloaded.
     """
     check_positive(limit=limit, batch_size=batch_size)
-    place = torch.device(accelerator_of(device))
+    place = check_device(device)
     for name, given in (("method", method), ("budget", budget)):
         if not given:
             raise InvalidArgument(name, expected="at least one", got="none")

@@ -11,10 +11,10 @@ from narrows.data.object_scenes import OBJECT_SCENES, load_object_scenes
 from narrows.data.scenes import SCENES, load_scenes
 from narrows.errors import InvalidArgument
 from narrows.files import check_writable
-from narrows.hub.models import accelerator_of, open_model
+from narrows.hub.models import open_model
 from narrows.jobs.object_models import object_picture, open_object_model
 from narrows.models import ImageClassifier, ObjectDiscovery
-from narrows.validation import check_positive
+from narrows.validation import check_device, check_positive
 from narrows.visualize import overlay, save
 
 
@@ -36,20 +36,22 @@ def show(
         output: folder for the pictures.
         limit: at most so many images.
         max_carriers: at most so many carriers get a panel.
-        device: "auto", "cpu" or "cuda".
+        device: "auto", "cpu", "cuda", "cuda:1" or "mps".
 
     Raises:
         InvalidArgument: no such model, images or device, or a model without a bottleneck.
         CannotWrite: `output` cannot be written.
     """
     check_positive(limit=limit, max_carriers=max_carriers)
-    place = accelerator_of(device)
+    place = check_device(device)
     check_writable(output, folder=True)
     if (finder := open_object_model(model)) is not None:
         _show_objects(finder.to(place), images, Path(output), limit)
         return
     scenes = images[0] if len(images) == 1 and images[0] in SCENES else None
     loaded = open_model(model, channels=1) if scenes else open_model(model)
+    for note in loaded.notes:
+        tqdm.write(f"{note}.")
     network, size = loaded.module.to(place), loaded.size[0]
     found: ImageSet = (
         load_scenes(scenes, "held_out", image_size=size)

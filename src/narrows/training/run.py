@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 
@@ -45,7 +46,14 @@ class Run:
 
 
 def train(
-    task: Classification, name: str, images: ImageDataModule, folder: Path, *, label: str, epochs: int, accelerator: str
+    task: Classification,
+    name: str,
+    images: ImageDataModule,
+    folder: Path,
+    *,
+    label: str,
+    epochs: int,
+    device: str | torch.device,
 ) -> Run:
     """Train one model, judge it on the held-out images and save it to `folder/models/<name>-seed<seed>`.
 
@@ -58,7 +66,7 @@ def train(
         folder: where the model and its logs go.
         label: left of the bar.
         epochs: passes over the training images.
-        accelerator: "cpu" or "cuda".
+        device: where.
 
     Raises:
         Diverged: the loss or the weights are no numbers any more; nothing is saved.
@@ -68,7 +76,7 @@ def train(
         folder / "logs" / run_name,
         label=label,
         max_epochs=epochs,
-        accelerator=accelerator,
+        device=device,
         check_val_every_n_epoch=max(1, epochs // 4),
     )
     fit(trainer, task, images)
@@ -90,7 +98,18 @@ def name_of(model: str, seed: int) -> str:
     return f"{plain}-seed{seed}"
 
 
-def progress_trainer(logs: Path, *, label: str, metric: str = "val/accuracy", **options: Any) -> Trainer:
+def trainer_device(device: torch.device) -> dict[str, Any]:
+    """The arguments by which a trainer runs on one device.
+
+    >>> trainer_device(torch.device("cuda:1"))
+    {'accelerator': 'cuda', 'devices': [1]}
+    """
+    return {"accelerator": device.type, "devices": 1 if device.index is None else [device.index]}
+
+
+def progress_trainer(
+    logs: Path, *, label: str, device: str | torch.device, metric: str = "val/accuracy", **options: Any
+) -> Trainer:
     """A trainer on one device that shows one bar with `label` and a held-out `metric`, and logs to CSV in `logs`.
 
     There is also `last.ckpt`, for the caller to remove when its result is kept: with it `fit` goes on where it was
@@ -98,7 +117,7 @@ def progress_trainer(logs: Path, *, label: str, metric: str = "val/accuracy", **
     """
     last = Checkpoints(logs, save_top_k=0, save_last=True, save_on_exception=True, enable_version_counter=False)
     return Trainer(
-        devices=1,
+        **trainer_device(torch.device(device)),
         gradient_clip_val=1.0,
         num_sanity_val_steps=0,
         callbacks=[RunProgress(label, metric), StopOnSignal(), last],
