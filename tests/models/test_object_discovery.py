@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from narrows import ObjectDiscovery, create_model, list_models, load_model
+from narrows.data import SpriteScenes
 from narrows.errors import InvalidArgument, InvalidType
 from narrows.models.object_discovery import SlotPredictor
 from narrows.models.object_parts import (
@@ -16,6 +17,7 @@ from narrows.models.object_parts import (
     PatchTransformer,
     SoftPositions,
 )
+from narrows.ops.object_hints import object_hints
 
 SMALL = {"num_slots": 3, "slot_dim": 16}
 CONVOLUTIONS = {"kind": "convolutions", "width": 8}
@@ -202,6 +204,54 @@ def test_in_any_order_a_cell_sees_those_before_it_and_no_other() -> None:
     assert torch.equal(decoder.eval()(slots, target).masks, decoder(slots, target).masks)
 
 
+@pytest.mark.parametrize(("kind", "numbers"), [("boxes", 4), ("points", 2)])
+def test_slots_begin_at_hints_and_keep_their_order(kind: str, numbers: int) -> None:
+    model, clips = build("clips", initial_slots=kind).double(), inputs("clips").double()
+    hints = torch.rand(2, 3, numbers, dtype=torch.float64, requires_grad=True)
+    found = model(clips, hints=hints)
+    begin = model.slot_attention.initial_slots
+    expected = begin.contract(begin.expand(hints).relu())
+    assert_close(found.slots, model(clips, slots=expected).slots)
+    order = [2, 0, 1]
+    swapped = model(clips, hints=hints[:, order])
+    assert_close(swapped.slots, found.slots[:, :, order])
+    assert_close(swapped.masks, found.masks[:, :, order])
+    (gradient,) = torch.autograd.grad(found.loss, hints)
+    assert (gradient.abs().sum((0, 2)) > 0).all()
+    assert model(clips, hints=torch.rand(2, 5, numbers).double()).slots.shape == (
+        2,
+        3,
+        5,
+        16,
+    )  # another number of slots
+
+
+@pytest.mark.slow
+def test_a_slot_holds_the_object_in_its_box() -> None:
+    torch.manual_seed(1)
+    options = {"size": 16, "objects": (2, 2), "radius": (0.2, 0.25)}
+    train, held_out = SpriteScenes(**options), SpriteScenes("held_out", **options)
+    model = ObjectDiscovery(
+        {"kind": "convolutions", "width": 16, "position_scale": 1.0},
+        {"kind": "broadcast", "image_size": 16, "width": 16},
+        num_slots=3,
+        slot_dim=32,
+        initial_slots="boxes",
+    )
+    optimizer = torch.optim.Adam(model.parameters(), 2e-3)
+    for step in range(1000):
+        images, labels = train.batch(range(16 * step % 6400, 16 * step % 6400 + 16))
+        optimizer.zero_grad()
+        model(images, hints=object_hints(labels, 3)).loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    images, labels = held_out.batch(range(64))
+    with torch.no_grad():
+        found = model(images, hints=object_hints(labels, 3), size=(16, 16))
+    for masks in (found.masks, found.attention):
+        assert (masks.argmax(1) == labels)[labels > 0].float().mean() > 0.75  # by chance: a third
+
+
 def test_positions_are_distances_to_the_four_borders() -> None:
     positions = SoftPositions(4, scale=2.0)
     with torch.no_grad():
@@ -269,6 +319,12 @@ def test_state_dict_keys_of_presets_are_what_they_were(name: str) -> None:
         (lambda: build("images", gradient="some"), "gradient: expected"),
         (lambda: build("images", initial_slots="zero"), "initial_slots: expected"),
         (lambda: build("images", num_slots=0), "num_slots: expected"),
+        (lambda: build("images", initial_slots="boxes")(inputs("images")), "hints: expected boxes for the slots"),
+        (lambda: build("images")(inputs("images"), hints=torch.rand(2, 3, 4)), "hints: expected None: initial slots"),
+        (
+            lambda: build("images", initial_slots="boxes")(inputs("images"), hints=torch.rand(2, 3, 2)),
+            r"hints: expected shape \[B, K, C\] with D = 4",
+        ),
         (lambda: build("clips", predictor_heads=3), "predictor_heads: expected a divisor of slot_dim = 16"),
         (lambda: ObjectDiscovery({}, MLP, **SMALL), "encoder: expected a module, or a dictionary with a 'kind'"),
         (lambda: ObjectDiscovery({"kind": "conv"}, MLP, **SMALL), r"encoder\['kind'\]: expected"),

@@ -11,18 +11,19 @@ from narrows.data.module import ObjectDataModule
 from narrows.errors import InvalidArgument
 from narrows.metrics import FGARI, MBO
 from narrows.models import ObjectDiscovery, ObjectDiscoveryOutput
+from narrows.ops.object_hints import object_hints
 from narrows.training.objects import ObjectTask, State, pixel_masks, signs_of_collapse, state_of
 from tests.training.small import small_trainer
 
 
-def task(**kwargs: object) -> ObjectTask:
+def task(initial_slots: str = "learned", **kwargs: object) -> ObjectTask:
     torch.manual_seed(0)
     model = ObjectDiscovery(
         {"kind": "convolutions", "width": 8},
         {"kind": "broadcast", "image_size": 16, "width": 8},
         num_slots=3,
         slot_dim=8,
-        initial_slots="learned",
+        initial_slots=initial_slots,
     )
     return ObjectTask(model, **kwargs)
 
@@ -129,6 +130,26 @@ def test_contrast_needs_clips(tmp_path):
     trainer.fit(found, data(frames=2))
     assert math.isfinite(trainer.callback_metrics["train/gradient_norm"])
     assert trainer.callback_metrics["train/slots_used"] >= 1
+
+
+@pytest.mark.parametrize("frames", [None, 2])
+def test_hints_are_the_boxes_of_the_first_frame(tmp_path, frames):
+    found, scenes = task("boxes"), data(frames=frames)
+    scenes.loaded.held_out._length = 8
+    trainer = small_trainer(tmp_path, max_epochs=1, enable_checkpointing=False)
+    before = found.model.slot_attention.initial_slots.expand.weight.clone()
+    trainer.fit(found, scenes)
+    assert not torch.equal(found.model.slot_attention.initial_slots.expand.weight, before)
+    (logged,) = trainer.validate(found, scenes, verbose=False)
+    images, truth = scenes.loaded.held_out.batch(range(8))
+    hints = object_hints(truth if frames is None else truth[:, 0], 3)
+    assert logged["val/loss"] == pytest.approx(found.model(images, hints=hints).loss.item(), rel=1e-5)
+
+
+def test_hints_need_masks(tmp_path):
+    images, truth = data().loaded.held_out.batch(range(8))
+    with pytest.raises(InvalidArgument, match="data: expected images with masks: the model's slots begin at the boxes"):
+        small_trainer(tmp_path).validate(task("boxes"), one(images, torch.full_like(truth, IGNORED)), verbose=False)
 
 
 def test_masks_are_resized_to_the_truth():

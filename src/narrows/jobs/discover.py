@@ -23,7 +23,7 @@ from narrows.jobs.report import Result, add_picture, machine, percent
 from narrows.metrics import adjusted_rand_index, best_overlap, count_overlaps
 from narrows.models import ObjectDiscovery
 from narrows.training.callbacks import RunProgress
-from narrows.training.objects import ObjectTask, pixel_masks, signs_of_collapse, state_of
+from narrows.training.objects import ObjectTask, find, pixel_masks, signs_of_collapse, state_of
 from narrows.training.run import fit, progress_trainer, quiet_lightning
 from narrows.validation import check_choice, check_device, check_positive
 from narrows.visualize import Cell, Report
@@ -303,7 +303,7 @@ def scores_of(
     model.eval()
     for start in range(0, len(images), batch_size):
         batch, truth = images.batch(range(start, min(start + batch_size, len(images))))
-        found = model(batch.to(place), generator=generator)
+        found = find(model, batch.to(place), truth.to(place), generator)
         states.append(state_of(found))
         for prefix, maps in zip(("", "attention_"), pixel_masks(found, truth.shape[-2:]), strict=True):
             overlaps = count_overlaps(maps.movedim(-3, 1).cpu(), truth)

@@ -13,6 +13,7 @@ from narrows.hub.models import LoadedModel, open_model
 from narrows.models import ObjectDiscovery, create_model, list_models, load_model
 from narrows.models.object_discovery import PRESETS
 from narrows.models.object_parts import BroadcastDecoder
+from narrows.training.objects import find
 from narrows.validation import check_choice
 from narrows.visualize import found_objects
 from narrows.weights import read_config
@@ -82,7 +83,8 @@ def open_object_model(folder: str | Path) -> ObjectDiscovery | None:
 def object_picture(model: ObjectDiscovery, images: Float[Tensor, "B *T C H W"], truth: Tensor | None = None) -> Any:
     """A figure of what a model finds in normalised images; of a clip, its frames."""
     place = next(model.parameters()).device
-    found = model(images.to(place), generator=torch.Generator(place).manual_seed(0), size=tuple(images.shape[-2:]))
+    generator, labels = torch.Generator(place).manual_seed(0), None if truth is None else truth.to(place)
+    found = find(model, images.to(place), labels, generator, size=tuple(images.shape[-2:]))
     pixels = isinstance(model.decoder, BroadcastDecoder)
     first = (lambda each: each[0].cpu()) if images.ndim == 5 else (lambda each: each.cpu())  # frames of the first clip
     known = first(truth) if truth is not None and (truth != IGNORED).any() else None

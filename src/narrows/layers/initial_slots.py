@@ -1,4 +1,4 @@
-"""How slots begin: drawn around one learned mean, or learned one by one."""
+"""How slots begin: drawn around one learned mean, learned one by one, or made of boxes or points."""
 
 import torch
 from jaxtyping import Bool, Float
@@ -114,6 +114,70 @@ class LearnedSlots(nn.Module):
     def extra_repr(self) -> str:
         """What `print` shows."""
         return f"num_slots={self.num_slots}, slot_dim={self.slot_dim}"
+
+
+class HintedSlots(nn.Module):
+    """Initial slots that a two-layer MLP makes of a hint for each slot, a box or a point: the slot of a hint holds its
+    object (SAVi, Kipf et al. 2022). Nothing is drawn. Slots with the same hint are the same.
+
+    `narrows.ops.object_hints.object_hints` makes hints of labelled pixels.
+
+    Args:
+        num_slots: K, of the hints a model makes of labels; a call may bring another number.
+        slot_dim: S.
+        hint_dim: C, 4 for boxes and 2 for points.
+        hidden_dim: of the MLP.
+        device: where parameters are made.
+        dtype: of the parameters.
+
+    https://arxiv.org/abs/2111.12594
+    """
+
+    def __init__(
+        self,
+        num_slots: int,
+        slot_dim: int,
+        *,
+        hint_dim: int = 4,
+        hidden_dim: int = 256,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_positive(num_slots=num_slots, slot_dim=slot_dim, hint_dim=hint_dim, hidden_dim=hidden_dim)
+        self.num_slots, self.slot_dim, self.hint_dim = int(num_slots), int(slot_dim), int(hint_dim)
+        self.expand = nn.Linear(hint_dim, hidden_dim, device=device, dtype=dtype)
+        self.contract = nn.Linear(hidden_dim, slot_dim, device=device, dtype=dtype)
+
+    def reset_parameters(self) -> None:
+        """As torch draws linear maps."""
+        reset_submodules(self)
+
+    def of(self, hints: Float[Tensor, "B K C"]) -> Float[Tensor, "B K S"]:
+        """The slots that begin at these hints."""
+        check_tokens("hints", hints, dim=self.hint_dim, layout="[B, K, C]")
+        return self.contract(self.expand(hints.to(self.expand.weight.dtype)).relu())
+
+    def forward(
+        self,
+        batch: int,
+        slots: Float[Tensor, "B K S"] | None = None,
+        num_slots: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Float[Tensor, "B K S"]:
+        """Given `slots` in the dtype of the parameters.
+
+        Raises:
+            InvalidArgument: none were given.
+        """
+        if slots is None:
+            expected = "slots that begin at hints, `initial_slots.of(hints)`"
+            raise InvalidArgument("slots", expected=expected, got=None)
+        return _given(slots, num_slots, like=self.contract.bias)
+
+    def extra_repr(self) -> str:
+        """What `print` shows."""
+        return f"num_slots={self.num_slots}, slot_dim={self.slot_dim}, hint_dim={self.hint_dim}"
 
 
 def _given(slots: Tensor, num_slots: int | None, *, like: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from narrows.errors import InvalidArgument
-from narrows.layers.initial_slots import GaussianSlots, LearnedSlots
+from narrows.layers.initial_slots import GaussianSlots, HintedSlots, LearnedSlots
 from narrows.layers.slot_attention import SlotAttention
 from narrows.models.base import SavedModel
 from narrows.models.object_parts import (
@@ -21,6 +21,7 @@ from narrows.models.object_parts import (
     MLPFeatures,
     PatchTransformer,
 )
+from narrows.ops.object_hints import HINTS
 from narrows.precision import at_least_float32
 from narrows.validation import check_choice, check_positive, check_tensor, checked
 
@@ -114,7 +115,8 @@ class ObjectDiscovery(SavedModel, pipeline_tag="image-segmentation"):
         num_iterations: of slot attention in images and in the first frame of a clip.
         later_iterations: in the other frames.
         mlp_dim: hidden width of slot attention's MLP.
-        initial_slots: "gaussian", around one learned mean, or "learned", one by one (BO-QSA).
+        initial_slots: "gaussian", around one learned mean; "learned", one by one (BO-QSA); "boxes" or "points", made of
+            hints that a call brings (SAVi).
         gradient: "full" through all iterations; "last", through the last alone (implicit differentiation, Chang et al.
             2022); "bilevel", the same and straight through to the initial slots (BO-QSA).
         predictor_heads: heads of a transformer block between frames (SAVi); None for no predictor.
@@ -155,19 +157,23 @@ class ObjectDiscovery(SavedModel, pipeline_tag="image-segmentation"):
             num_slots=num_slots, slot_dim=slot_dim, num_iterations=num_iterations, later_iterations=later_iterations
         )
         check_positive(**{name: value for name, value in sizes.items() if value is not None})
-        check_choice("initial_slots", initial_slots, ("gaussian", "learned"))
+        check_choice("initial_slots", initial_slots, ("gaussian", "learned", *HINTS))
         check_choice("gradient", gradient, GRADIENTS)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         given = {} if backbone is None else {"backbone": backbone}
         self.encoder = _part("encoder", encoder, ENCODERS, slot_dim, {**factory, **given})
         self.decoder = _part("decoder", decoder, DECODERS, slot_dim, factory)
         self.later_iterations, self.gradient = later_iterations, gradient
-        kind = GaussianSlots if initial_slots == "gaussian" else LearnedSlots
+        self.hints = initial_slots if initial_slots in HINTS else None
+        if self.hints is not None:
+            start: nn.Module = HintedSlots(num_slots, slot_dim, hint_dim=HINTS[initial_slots], **factory)
+        else:
+            start = {"gaussian": GaussianSlots, "learned": LearnedSlots}[initial_slots](num_slots, slot_dim, **factory)
         self.slot_attention = SlotAttention(
             slot_dim,
             num_iterations=num_iterations,
             mlp_dim=mlp_dim,
-            initial_slots=kind(num_slots, slot_dim, **factory),
+            initial_slots=start,
             **factory,
         )
         self.predictor = None if predictor_heads is None else SlotPredictor(slot_dim, predictor_heads, **factory)
@@ -180,6 +186,7 @@ class ObjectDiscovery(SavedModel, pipeline_tag="image-segmentation"):
         num_slots: int | None = None,
         generator: torch.Generator | None = None,
         *,
+        hints: Float[Tensor, "B K C"] | None = None,
         slot_mask: Bool[Tensor, "B K"] | None = None,
         size: tuple[int, int] | None = None,
     ) -> ObjectDiscoveryOutput:
@@ -191,12 +198,14 @@ class ObjectDiscovery(SavedModel, pipeline_tag="image-segmentation"):
             slots: initial slots, of the first frame in clips; drawn if None.
             num_slots: K of this call.
             generator: draws the initial slots.
+            hints: `[B, K, 4]` boxes or `[B, K, 2]` points, of the first frame in clips, for a model whose
+                `initial_slots` are made of them; see `narrows.ops.object_hints`.
             slot_mask: `[B, K]`, slots that are real: a sample gets what it gets with those alone.
             size: height and width of `masks` and `attention`, resized bilinearly; by default the decoder's cells and
                 the encoder's tokens.
 
         Raises:
-            InvalidArgument, InvalidType: images of the wrong shape or type.
+            InvalidArgument, InvalidType: images of the wrong shape or type, hints that are missing or not asked for.
         """
         check_tensor("images", images, expected="a tensor of images, clips or tokens")
         still = 3 if self._takes_tokens(images) else 4
@@ -210,6 +219,8 @@ class ObjectDiscovery(SavedModel, pipeline_tag="image-segmentation"):
         clips = images.ndim == still + 1
         if clips and mask is not None:
             raise InvalidArgument("mask", expected="None for clips", got=f"shape {tuple(mask.shape)}")
+        if hints is not None or (self.hints is not None and slots is None):
+            slots = self._begun_at(hints, slots)
         frames = images.shape[1] if clips else 1
         encoded: Encoded = self.encoder(images.flatten(0, 1) if clips else images)
         tokens = encoded.tokens.unflatten(0, (-1, frames))
@@ -237,6 +248,16 @@ class ObjectDiscovery(SavedModel, pipeline_tag="image-segmentation"):
         if clips:
             parts = (None if part is None else part.unflatten(0, (-1, frames)) for part in parts)
         return ObjectDiscoveryOutput(*parts)  # pyright: ignore[reportArgumentType]
+
+    def _begun_at(self, hints: Tensor | None, slots: Tensor | None) -> Tensor:
+        start = self.slot_attention.initial_slots
+        if not isinstance(start, HintedSlots):
+            expected = "None: initial slots are drawn or learned"
+            raise InvalidArgument("hints", expected=expected, got="hints", hint="Build with initial_slots='boxes'.")
+        if hints is None or slots is not None:
+            got = "none" if hints is None else "slots as well"
+            raise InvalidArgument("hints", expected=f"{self.hints} for the slots, [B, K, {start.hint_dim}]", got=got)
+        return start.of(hints)
 
     def _takes_tokens(self, images: Tensor) -> bool:
         """Whether these are cached tokens: of three axes, or of four that no image could have."""

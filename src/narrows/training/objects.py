@@ -16,6 +16,7 @@ from narrows.data import IGNORED
 from narrows.errors import InvalidArgument
 from narrows.metrics import FGARI, MBO
 from narrows.models import ObjectDiscovery, ObjectDiscoveryOutput
+from narrows.ops.object_hints import object_hints
 from narrows.ops.temporal_losses import slot_contrast_loss
 from narrows.precision import at_least_float32
 from narrows.training.task import Task
@@ -68,8 +69,8 @@ class ObjectTask(Task):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Error of the reconstruction, and the contrast of slots where it is asked for."""
-        images = batch[0]
-        found = self(images)
+        images, truth = batch
+        found = find(self.model, images, truth)  # pyright: ignore[reportArgumentType]
         loss = found.loss
         if self.contrast:
             if found.slots.ndim != 4 or found.slots.shape[1] < 2:
@@ -124,12 +125,13 @@ class ObjectTask(Task):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Int[Tensor, "B *T H W"]:
         """The slot of each pixel, by the decoder's masks."""
-        images = batch[0]
-        return pixel_masks(self(images), images.shape[-2:])[0].argmax(-3)
+        images, truth = batch[0], batch[1] if len(batch) > 1 else None
+        found = find(self.model, images, truth)  # pyright: ignore[reportArgumentType]
+        return pixel_masks(found, images.shape[-2:])[0].argmax(-3)
 
     def _judge(self, part: str, batch: Batch) -> ObjectDiscoveryOutput:
         images, truth = batch
-        found = self(images)
+        found = find(self.model, images, truth)  # pyright: ignore[reportArgumentType]
         known = (truth != IGNORED).flatten(1).any(1)
         # Padding of the last batch has no label; images without masks have none either, and count.
         counts = known if known.any() else torch.ones_like(known)
@@ -155,6 +157,33 @@ class ObjectTask(Task):
 
 
 _METRICS = {"fg_ari": FGARI, "mbo": MBO}
+
+
+def find(
+    model: ObjectDiscovery,
+    images: Tensor,
+    truth: Tensor | None,
+    generator: torch.Generator | None = None,
+    **options: Any,
+) -> ObjectDiscoveryOutput:
+    """What a model finds; one whose slots begin at hints gets them from the true objects of the first frame.
+
+    Raises:
+        InvalidArgument: hints are needed, and there are no masks to make them of.
+    """
+    if getattr(model, "hints", None) is None:
+        return model(images, generator=generator, **options)
+    first = truth[:, 0] if truth is not None and truth.ndim == 4 else truth
+    if first is None or first.ndim != 3 or (first == IGNORED).all():
+        raise InvalidArgument(
+            "data",
+            expected=f"images with masks: the model's slots begin at the {model.hints} of true objects",
+            got="images without masks",
+            hint="Or build the model with initial_slots='gaussian'.",
+        )
+    number = model.slot_attention.initial_slots.num_slots
+    hints = object_hints(first, number, kind=str(model.hints))  # pyright: ignore[reportArgumentType]
+    return model(images, generator=generator, hints=hints, **options)
 
 
 class State(NamedTuple):
