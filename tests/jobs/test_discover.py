@@ -123,7 +123,7 @@ def test_features_of_a_backbone_are_rebuilt(tmp_path: Path) -> None:
     tokens = backbone.forward_features(images)[:, 1:]
     assert found.masks.shape == (1, 3, 10, 10)
     assert torch.allclose(found.target.flatten(2).mT, tokens, atol=1e-5)
-    pooled = create_model("vit_mini", channels=3, image_size=32)
+    pooled = create_model("sepvit_mini", channels=3, image_size=32)
     pooled.save_pretrained(tmp_path / "pooled")
     with pytest.raises(InvalidArgument, match="backbone: expected a model with tokens on a grid"):
         object_model("dinosaur", image_size=32, backbone=str(tmp_path / "pooled"))
