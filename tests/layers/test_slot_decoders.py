@@ -7,7 +7,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from narrows.errors import InvalidArgument
-from narrows.layers.slot_decoders import AutoregressiveDecoder, DecoderBlock, MLPDecoder, reading_orders
+from narrows.layers.slot_decoders import (
+    AutoregressiveDecoder,
+    DecoderBlock,
+    MLPDecoder,
+    positions_on,
+    reading_orders,
+)
 
 B, K, S, D, GRID = 2, 5, 12, 16, (3, 4)
 N = GRID[0] * GRID[1]
@@ -66,7 +72,7 @@ def test_positions_of_another_grid_are_between_the_learned_ones(slots: Tensor) -
     decoder = mlp_decoder()
     with torch.no_grad():
         decoder.positions.copy_(torch.linspace(0, 1, GRID[1], dtype=torch.float64).repeat(GRID[0])[:, None])
-    wide = decoder.positions_on((3, 8)).unflatten(0, (3, 8))
+    wide = positions_on(decoder.positions, GRID, (3, 8)).unflatten(0, (3, 8))
     assert (wide[:, 1:] - wide[:, :-1] > -1e-6).all()
     assert decoder(slots, grid=(6, 8)).masks.shape == (B, K, 48)
 

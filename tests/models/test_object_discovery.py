@@ -9,7 +9,8 @@ from torch.testing import assert_close
 from narrows import ObjectDiscovery, create_model, list_models, load_model
 from narrows.data import SpriteScenes
 from narrows.errors import InvalidArgument, InvalidType
-from narrows.models.object_discovery import SlotPredictor
+from narrows.layers.slot_gate import SlotGate
+from narrows.layers.slot_mixer import SlotBlock
 from narrows.models.object_parts import (
     BroadcastDecoder,
     ConvEncoder,
@@ -29,6 +30,11 @@ BUILDS = {
     "images": (CONVOLUTIONS, BROADCAST, {}),
     "clips": (CONVOLUTIONS, BROADCAST, {"predictor_heads": 2}),
     "features": (FEATURES, MLP, {"mlp_dim": 32}),
+    "mixed clips": (
+        FEATURES,
+        {"kind": "mixer", "feature_dim": 12, "grid": [3, 3], "heads": 2, "hidden_dims": [24], "transitions": True},
+        {"mlp_dim": 0, "normed_state": True, "predictor_heads": 2, "predictor_pre_norm": True},
+    ),
     "in order": (FEATURES, TRANSFORMER, {"initial_slots": "learned", "gradient": "bilevel"}),
 }
 
@@ -41,7 +47,8 @@ def build(name: str, **options: object) -> ObjectDiscovery:
 
 def inputs(name: str, batch: int = 2) -> Tensor:
     generator = torch.Generator().manual_seed(1)
-    shape = {"images": (3, 16, 16), "clips": (3, 3, 16, 16)}.get(name, (9, 12))
+    shapes = {"images": (3, 16, 16), "clips": (3, 3, 16, 16), "mixed clips": (3, 9, 12)}
+    shape = shapes.get(name, (9, 12))
     return torch.randn(batch, *shape, generator=generator)
 
 
@@ -61,6 +68,9 @@ def test_masks_and_attention_divide_every_cell_among_the_slots(name: str) -> Non
     if found.parts is not None:
         assert_close((found.parts * found.masks.unsqueeze(-3)).sum(-4), found.reconstruction)
     assert_close(found.loss, (found.reconstruction - found.target).square().mean())
+    assert (found.transitions is None) == (name != "mixed clips")
+    if found.transitions is not None:
+        assert found.transitions.shape == (2, 3, 9, 9)
 
 
 @every_build
@@ -94,6 +104,68 @@ def test_a_sample_gets_with_masked_slots_what_it_gets_with_its_real_ones_alone(n
     assert not together.masks[0, ..., 2, :, :].any()
     nothing = model(x, slots=slots, slot_mask=torch.zeros(2, 3, dtype=torch.bool))
     assert nothing.reconstruction.isfinite().all()
+
+
+@every_build
+def test_dropped_slots_take_no_part_in_decoding(name: str) -> None:
+    model, x, slots = build(name, adaptive=True).double().eval(), inputs(name).double(), starts().double()
+    drawn = {} if name == "in order" else {"slots": slots}
+    before = build(name).double().eval()
+    before.load_state_dict(model.state_dict(), strict=False)
+    whole = before(x, **drawn)
+    with torch.no_grad():  # one half of the slots goes
+        model.gate.contract.bias -= model.gate.contract(model.gate.expand(model.gate.norm(whole.slots)).relu()).median()
+    found = model(x, **drawn)
+    assert set(found.kept.unique().tolist()) == {0.0, 1.0}
+    kept = found.kept.bool()
+    assert_close(whole.attention, found.attention)
+    assert not found.slots[~kept].any()
+    assert not found.masks[~kept].any()
+    frames, keeps = found.slots.flatten(0, -3), kept.flatten(0, -2)
+    targets = found.target.flatten(0, -4)
+    rebuilt, masks = found.reconstruction.flatten(0, -4), found.masks.flatten(0, -4)
+    for index, keep in enumerate(keeps):
+        alone = model.decoder(frames[index : index + 1, keep], targets[index : index + 1])
+        assert_close(rebuilt[index : index + 1], alone.reconstruction)
+        assert_close(masks[index : index + 1, keep], alone.masks)
+    found.loss.backward()
+    assert model.gate.contract.weight.grad.any()  # dropped or kept, the error says what it would be the other way
+
+
+def test_the_gradient_of_a_gate_is_that_of_its_share() -> None:
+    torch.manual_seed(0)
+    model = build("features").double()
+    slots, target = torch.randn(1, 3, 16).double(), torch.randn(1, 12, 3, 3).double()
+    keep = torch.tensor([[1.0, 0.0, 1.0]], dtype=torch.float64, requires_grad=True)
+    decoded = model.decoder(slots, target, keep)
+    (found,) = torch.autograd.grad(decoded.reconstruction[0, 0, 0, 0], keep)
+    every = model.decoder(slots, target)
+    weights = every.masks[0, :, 0, 0].double() * keep[0]
+    parts = torch.stack([model.decoder(slots[:, k : k + 1], target).reconstruction[0, 0, 0, 0] for k in range(3)])
+    share = every.masks[0, :, 0, 0].double() / weights.sum()
+    expected = share * (parts - (weights * parts).sum() / weights.sum())
+    assert_close(found[0], expected.detach())
+
+
+def test_a_gate_is_drawn_in_training_and_certain_in_evaluation() -> None:
+    torch.manual_seed(0)
+    gate, slots = SlotGate(8), torch.randn(400, 5, 8)
+    logits = gate.contract(gate.expand(gate.norm(slots)).relu()).squeeze(-1)
+    mask = torch.ones(400, 5, dtype=torch.bool)
+    mask[:, 4] = False
+    best = logits[:, :4].argmax(1)
+    for training in (True, False):
+        kept = gate.train(training)(slots, mask, torch.Generator().manual_seed(0))
+        assert set(kept.unique().tolist()) == {0.0, 1.0}
+        assert not kept[:, 4].any()
+        assert kept.gather(1, best[:, None]).all()
+        others = torch.ones(400, 4, dtype=torch.bool).scatter(1, best[:, None], False)
+        if training:
+            expected = logits[:, :4].sigmoid()[others].mean()
+            assert abs(kept[:, :4][others].mean() - expected) < 0.05
+            assert not torch.equal(kept, gate(slots, mask, torch.Generator().manual_seed(1)))
+        else:
+            assert torch.equal(kept[:, :4][others] > 0, logits[:, :4][others] > 0)
 
 
 @every_build
@@ -343,7 +415,7 @@ def test_errors_say_what_is_wrong(call, message) -> None:
 
 def test_the_predictor_leaves_out_masked_slots() -> None:
     torch.manual_seed(0)
-    predictor, slots = SlotPredictor(16, 2).double(), starts().double()
+    predictor, slots = SlotBlock(16, 2).double(), starts().double()
     mask = torch.tensor([[True, True, False]] * 2)
     assert_close(predictor(slots, mask)[:, :2], predictor(slots[:, :2]))
 

@@ -146,6 +146,106 @@ def test_hints_are_the_boxes_of_the_first_frame(tmp_path, frames):
     assert logged["val/loss"] == pytest.approx(found.model(images, hints=hints).loss.item(), rel=1e-5)
 
 
+CLIPS = torch.randn(2, 3, 9, 12, generator=torch.Generator().manual_seed(3))
+
+
+def of_features(kind="mixer", adaptive=False, **kwargs):
+    torch.manual_seed(0)
+    model = ObjectDiscovery(
+        {"kind": "features", "feature_dim": 12},
+        {"kind": kind, "feature_dim": 12, "grid": [3, 3], "hidden_dims": [16], "transitions": True},
+        num_slots=3,
+        slot_dim=8,
+        initial_slots="learned",
+        mlp_dim=0,
+        normed_state=True,
+        predictor_heads=2,
+        predictor_pre_norm=True,
+        adaptive=adaptive,
+    )
+    return ObjectTask(model, **kwargs)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "mixer"])
+def test_the_loss_is_the_weighted_sum_of_what_is_asked_for(kind):
+    options = {"contrast": 0.5, "similarity": 0.1, "similarity_temperature": 0.25, "contrast_temperature": 0.2}
+    found = of_features(kind, **options)
+    output = found.model(CLIPS)
+    features, logits = CLIPS, output.transitions[:, :-1]
+    cosines = F.cosine_similarity(features[:, :-1, :, None], features[:, 1:, None], dim=-1)
+    where = cosines.masked_fill(cosines < 0, -torch.inf).div(0.25).softmax(-1)
+    similarity = -(where * logits.log_softmax(-1)).sum(-1).mean()
+    unit = F.normalize(output.slots, dim=-1).transpose(0, 1).flatten(1, 2)
+    contrast = torch.stack([F.cross_entropy(unit[t] @ unit[t + 1].T / 0.2, torch.arange(6)) for t in (0, 1)]).mean()
+    losses = found._losses(output)
+    assert losses.keys() == {"reconstruction", "contrast", "similarity"}
+    torch.testing.assert_close(losses["reconstruction"], (output.reconstruction - output.target).square().mean())
+    torch.testing.assert_close(losses["contrast"], contrast)
+    torch.testing.assert_close(losses["similarity"], similarity)
+    gradients = []
+    for total in (sum(found.weights[name] * value for name, value in losses.items()),
+                  output.loss + 0.5 * contrast + 0.1 * similarity):  # fmt: skip
+        gradients.append(torch.autograd.grad(total, found.model.slot_attention.to_k.weight, retain_graph=True)[0])
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "mixer"])
+@pytest.mark.parametrize("reconstruction", [0.0, 1.0])
+def test_temporal_losses_are_trained_and_logged(tmp_path, kind, reconstruction):
+    found = of_features(kind, contrast=0.5, similarity=0.1, reconstruction=reconstruction, learning_rate=1e-2)
+    truth = torch.full((2, 3, 6, 6), IGNORED)
+    before = {name: value.clone() for name, value in found.model.named_parameters()}
+    first = found._losses(found.model(CLIPS))
+    batches = DataLoader([(CLIPS, truth)] * 30, batch_size=None)
+    trainer = small_trainer(tmp_path, max_epochs=1, limit_train_batches=30, enable_checkpointing=False)
+    trainer.fit(found, batches)
+    after = found._losses(found.model(CLIPS))
+    assert after["similarity"] < first["similarity"]
+    assert after["contrast"] < first["contrast"]
+    assert not [name for name, value in found.model.named_parameters() if torch.equal(value, before[name])]
+    logged = {name for name in trainer.callback_metrics if name.startswith("train/")}
+    assert {"train/contrast", "train/similarity"} <= logged
+    assert ("train/reconstruction" in logged) == bool(reconstruction)
+
+
+def test_held_out_clips_are_judged_by_what_is_trained(tmp_path):
+    found = of_features(similarity=0.1, reconstruction=0.5)
+    truth = torch.zeros(2, 3, 6, 6, dtype=torch.long)
+    (logged,) = small_trainer(tmp_path, limit_val_batches=1.0).validate(found, one(CLIPS, truth), verbose=False)
+    output = found.model(CLIPS)
+    expected = 0.5 * output.loss + 0.1 * found._similarity(output)
+    assert logged["val/loss"] == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_slots_are_dropped_where_that_costs_less(tmp_path):
+    found = of_features(adaptive=True, sparsity=5.0, learning_rate=1e-2)
+    truth = torch.full((2, 3, 6, 6), IGNORED)
+    with torch.no_grad():
+        found.model.gate.contract.bias.fill_(1.0)
+    assert found.model.eval()(CLIPS).kept.mean() > 0.9
+    trainer = small_trainer(tmp_path, max_epochs=1, limit_train_batches=60, enable_checkpointing=False)
+    trainer.fit(found, DataLoader([(CLIPS, truth)] * 60, batch_size=None))
+    kept = found.model.eval()(CLIPS).kept
+    assert (kept.sum(-1) == 1).all()  # one is always left
+    assert trainer.callback_metrics["train/sparsity"] < 0.9
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"similarity": 0.1}, "similarity: expected 0: the decoder predicts no transitions"),
+        ({"sparsity": 0.1}, "sparsity: expected 0: the model drops no slots"),
+        ({"reconstruction": 0.0}, "reconstruction: expected a weight above 0, of this or another loss"),
+        ({"contrast": -1.0}, "contrast: expected a number of 0 or more"),
+        ({"similarity_temperature": 0.0}, "similarity_temperature: expected a positive number"),
+        ({"contrast_temperature": math.inf}, "contrast_temperature: expected a positive number"),
+    ],
+)
+def test_losses_that_cannot_be_had_are_refused_before_training(options, message):
+    with pytest.raises(InvalidArgument, match=message):
+        task(**options)
+
+
 def test_hints_need_masks(tmp_path):
     images, truth = data().loaded.held_out.batch(range(8))
     with pytest.raises(InvalidArgument, match="data: expected images with masks: the model's slots begin at the boxes"):

@@ -42,6 +42,8 @@ COLUMNS = {
     "time": None,
 }
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true")
+LOSSES: Mapping[str, Mapping[str, float]] = {"slotcontrast": {"contrast": 0.5}, "videosaur": {"similarity": 0.1}}
+"""Weights of the losses that models are trained with, beside the reconstruction."""
 RUNS_FILE = "runs.json"
 SETTINGS_FILE = "settings.json"
 
@@ -142,7 +144,7 @@ def discover(
     Args:
         data: "sprites", "textured_sprites", "crowded_sprites", "sprite_grid", "digit_objects", "moving_sprites", or a
             folder of images, or of images and masks (docs/objects.md).
-        model: "slot_autoencoder", "dinosaur", "spot", "savi" or "slotcontrast".
+        model: "slot_autoencoder", "dinosaur", "spot", "savi", "slotcontrast" or "videosaur".
         checkpoint: folder of a model that was trained before: it is scored and drawn, and nothing is trained.
         backbone: of models that rebuild features: "timm:<name>", "hf:<name>" or a folder.
         video: clips of eight frames; by default of moving sprites, by "savi".
@@ -251,7 +253,7 @@ def _train(
     **options: Any,
 ) -> ObjectRun:
     torch.manual_seed(seed)
-    task = ObjectTask(build(), contrast=0.5 if name == "slotcontrast" else 0.0)
+    task = ObjectTask(build(), **LOSSES.get(name, {}))
     run = f"{name}-seed{seed}"
     trainer = progress_trainer(
         folder / "logs" / run,

@@ -66,7 +66,7 @@ def object_model(
         raise InvalidArgument("backbone", expected="a model with tokens on a grid", got=f"{backbone}, which pools them")
     parts["encoder"].update(feature_dim=features.shape[2])
     parts["decoder"].update(feature_dim=features.shape[2])
-    if parts["decoder"]["kind"] == "mlp":
+    if parts["decoder"]["kind"] in ("mlp", "mixer"):
         parts["decoder"].update(grid=[side, side])
     return create_model(name, backbone=tokens, **parts, **arguments)
 

@@ -94,7 +94,7 @@ class MLPDecoder(nn.Module):
     def forward(
         self,
         slots: Float[Tensor, "B K S"],
-        slot_mask: Bool[Tensor, "B K"] | None = None,
+        slot_mask: Bool[Tensor, "B K"] | Float[Tensor, "B K"] | None = None,
         *,
         grid: Grid | None = None,
         top_k: int | None = None,
@@ -104,7 +104,7 @@ class MLPDecoder(nn.Module):
 
         Args:
             slots: `[B, K, S]`.
-            slot_mask: `[B, K]`, True at real slots.
+            slot_mask: `[B, K]`, True at real slots; or zeros and ones through which gradients pass.
             grid: `(height, width)` of this call; that of the learned positions if None.
             top_k: only the slots that take most of a position in `attention` are decoded there, for memory (Didolkar et
                 al. 2024); masks are 0 at the others.
@@ -113,33 +113,25 @@ class MLPDecoder(nn.Module):
         Raises:
             InvalidArgument: `top_k` without `attention`, or more than there are slots; a mask of another shape.
         """
-        check_mask("slot_mask", slot_mask, slots.shape[:2], layout="[B, K]")
+        _check_slot_mask(slot_mask, slots)
         inputs = slots if self.slot_map is None else self.slot_map(slots)
-        placed = inputs.unsqueeze(2) + self.positions_on(self.grid if grid is None else grid)  # [B, K, N, width]
+        positions = positions_on(self.positions, self.grid, self.grid if grid is None else grid)
+        placed = inputs.unsqueeze(2) + positions  # [B, K, N, width]
         chosen = None
         if top_k is not None:
             chosen = self._most_attended(top_k, attention, slot_mask, placed.shape[1])
             placed = placed.gather(1, chosen.unsqueeze(-1).expand(-1, -1, -1, placed.shape[-1]))
         decoded = self.mlp(placed)
         made, logits = decoded[..., :-1], decoded[..., -1].float()
-        if slot_mask is None:
-            masks = logits.softmax(1)
+        if slot_mask is not None and chosen is not None:
+            present = slot_mask.unsqueeze(2).expand(-1, -1, placed.shape[2]).gather(1, chosen)
         else:
-            present = slot_mask.unsqueeze(2).expand(-1, -1, placed.shape[2])
-            present = present if chosen is None else present.gather(1, chosen)
-            masks = logits.masked_fill(~present, torch.finfo(logits.dtype).min).softmax(1) * present
+            present = slot_mask
+        masks = shares_of(logits, present)
         features = torch.einsum("bkn,bknd->bnd", masks.to(made.dtype), made)
         if chosen is not None:
             masks = masks.new_zeros(masks.shape[0], slots.shape[1], masks.shape[2]).scatter(1, chosen, masks)
         return DecodedFeatures(features, masks)
-
-    def positions_on(self, grid: Grid) -> Float[Tensor, "N width"]:
-        """The learned positions on a grid, bicubically interpolated where it is another."""
-        if tuple(grid) == self.grid:
-            return self.positions
-        image = self.positions.unflatten(0, self.grid).movedim(-1, 0).unsqueeze(0).float()
-        resized = F.interpolate(image, tuple(grid), mode="bicubic", antialias=True, align_corners=False)
-        return resized[0].flatten(1).mT.to(self.positions.dtype)
 
     def _most_attended(
         self, top_k: int, attention: Tensor | None, slot_mask: Tensor | None, slots: int
@@ -150,7 +142,7 @@ class MLPDecoder(nn.Module):
         if top_k > slots:
             raise InvalidArgument("top_k", expected=f"at most the {slots} slots", got=top_k)
         if slot_mask is not None:
-            attention = attention.masked_fill(~slot_mask.unsqueeze(2), -1)
+            attention = attention.masked_fill(slot_mask.unsqueeze(2) == 0, -1)
         return attention.topk(top_k, dim=1, sorted=False).indices
 
 
@@ -219,7 +211,7 @@ class AutoregressiveDecoder(nn.Module):
         self,
         slots: Float[Tensor, "B K S"],
         features: Float[Tensor, "B N D"],
-        slot_mask: Bool[Tensor, "B K"] | None = None,
+        slot_mask: Bool[Tensor, "B K"] | Float[Tensor, "B K"] | None = None,
         *,
         grid: Grid,
         order: int | None = None,
@@ -230,7 +222,7 @@ class AutoregressiveDecoder(nn.Module):
         Args:
             slots: `[B, K, S]`.
             features: `[B, N, D]`, the true ones (teacher forcing).
-            slot_mask: `[B, K]`, True at real slots.
+            slot_mask: `[B, K]`, True at real slots; or zeros and ones through which gradients pass.
             grid: `(height, width)` of the patches.
             order: number of the order; None draws one in training and takes 0, row by row, in evaluation.
             generator: draws it, on the CPU.
@@ -238,7 +230,7 @@ class AutoregressiveDecoder(nn.Module):
         Raises:
             InvalidArgument: a grid of another number of patches, an order that is not there, a mask of another shape.
         """
-        check_mask("slot_mask", slot_mask, slots.shape[:2], layout="[B, K]")
+        _check_slot_mask(slot_mask, slots)
         if grid[0] * grid[1] != features.shape[1]:
             raise InvalidArgument("grid", expected=f"a grid of {features.shape[1]} patches", got=grid)
         if order is None:
@@ -327,16 +319,49 @@ class Heads(nn.Module):
         """What each patch reads of the slots, and how much of each, heads averaged; 0 of masked ones."""
         query, key, value = self._split(self.to_q(text)), self._split(self.to_k(slots)), self._split(self.to_v(slots))
         logits = (query @ key.mT).float() * query.shape[-1] ** -0.5
-        if mask is None:
-            weights = logits.softmax(-1)
-        else:
-            present = mask[:, None, None]
-            weights = logits.masked_fill(~present, torch.finfo(logits.dtype).min).softmax(-1) * present
+        weights = shares_of(logits, None if mask is None else mask[:, None, None], dim=-1)
         read = (weights.to(value.dtype) @ value).transpose(1, 2).flatten(2)
         return self.to_out(read), weights.mean(1).mT
 
     def _split(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B H N E"]:
         return tokens.unflatten(2, (self.heads, -1)).transpose(1, 2)
+
+
+def shares_of(logits: Float[Tensor, "*logits"], slot_mask: Tensor | None, *, dim: int = 1) -> Float[Tensor, "*logits"]:
+    r"""Softmax over slots, among those that `slot_mask` leaves; 0 of the others, and of all where it leaves none.
+
+    A mask of zeros and ones \(z\) that is no boolean passes gradients on, to the zeros too (AdaSlot, equation 9):
+    \( z_k e^{l_k} / \sum_j z_j e^{l_j} \).
+
+    Args:
+        logits: of slots along `dim`.
+        slot_mask: `[B, K]`, or what broadcasts to the logits.
+        dim: the axis of slots.
+    """
+    if slot_mask is None:
+        return logits.softmax(dim)
+    present = slot_mask
+    while dim >= 0 and present.ndim < logits.ndim:
+        present = present.unsqueeze(-1)
+    if present.dtype == torch.bool:
+        return logits.masked_fill(~present, torch.finfo(logits.dtype).min).softmax(dim) * present
+    greatest = logits.masked_fill(present == 0, torch.finfo(logits.dtype).min).amax(dim, keepdim=True).detach()
+    weights = (logits - greatest).clamp(max=20).exp() * present  # one that is left out may have been far above
+    return weights / weights.sum(dim, keepdim=True).clamp(min=torch.finfo(logits.dtype).tiny)
+
+
+def positions_on(positions: Float[Tensor, "N width"], own: Grid, grid: Grid) -> Float[Tensor, "M width"]:
+    """Positions learned on the grid `own`, bicubically interpolated where `grid` is another."""
+    if tuple(grid) == own:
+        return positions
+    image = positions.unflatten(0, own).movedim(-1, 0).unsqueeze(0).float()
+    resized = F.interpolate(image, tuple(grid), mode="bicubic", antialias=True, align_corners=False)
+    return resized[0].flatten(1).mT.to(positions.dtype)
+
+
+def _check_slot_mask(slot_mask: Tensor | None, slots: Tensor) -> None:
+    as_bool = slot_mask > 0 if slot_mask is not None and slot_mask.is_floating_point() else slot_mask
+    check_mask("slot_mask", as_bool, slots.shape[:2], layout="[B, K]")
 
 
 def reading_orders(grid: Grid) -> Int[Tensor, "9 N"]:

@@ -12,12 +12,15 @@ from torch.nn import functional as F
 from narrows.errors import InvalidArgument
 from narrows.layers.initial_slots import GaussianSlots, HintedSlots, LearnedSlots
 from narrows.layers.slot_attention import SlotAttention
+from narrows.layers.slot_gate import SlotGate
+from narrows.layers.slot_mixer import SlotBlock
 from narrows.models.base import SavedModel
 from narrows.models.object_parts import (
     BroadcastDecoder,
     ConvEncoder,
     Encoded,
     FeatureEncoder,
+    MixedFeatures,
     MLPFeatures,
     PatchTransformer,
 )
@@ -27,7 +30,7 @@ from narrows.validation import check_choice, check_positive, check_tensor, check
 
 ENCODERS: Mapping[str, type[nn.Module]] = MappingProxyType({"convolutions": ConvEncoder, "features": FeatureEncoder})
 DECODERS: Mapping[str, type[nn.Module]] = MappingProxyType(
-    {"broadcast": BroadcastDecoder, "mlp": MLPFeatures, "transformer": PatchTransformer}
+    {"broadcast": BroadcastDecoder, "mlp": MLPFeatures, "mixer": MixedFeatures, "transformer": PatchTransformer}
 )
 GRADIENTS = ("full", "last", "bilevel")
 
@@ -64,11 +67,26 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         },
         "slotcontrast": {
             "encoder": {"kind": "features", "feature_dim": 384},
-            "decoder": {"kind": "mlp", "feature_dim": 384, "grid": [24, 24]},
+            "decoder": {"kind": "mlp", "feature_dim": 384, "grid": [24, 24], "hidden_dims": [1024, 1024, 1024]},
             "num_slots": 7,
             "slot_dim": 64,
+            "mlp_dim": 256,
+            "normed_state": True,
+            "later_iterations": 2,
             "initial_slots": "learned",
             "predictor_heads": 4,
+            "predictor_pre_norm": True,
+        },
+        "videosaur": {
+            "encoder": {"kind": "features", "feature_dim": 768},
+            "decoder": {"kind": "mixer", "feature_dim": 768, "grid": [14, 14], "depth": 3, "transitions": True},
+            "num_slots": 7,
+            "slot_dim": 64,
+            "mlp_dim": 0,
+            "normed_state": True,
+            "later_iterations": 2,
+            "predictor_heads": 4,
+            "predictor_pre_norm": True,
         },
     }
 )
@@ -84,6 +102,8 @@ class ObjectDiscoveryOutput(NamedTuple):
         reconstruction: `[B, C, h, w]`, what the decoder rebuilt.
         target: `[B, C, h, w]`, of what: images, or features of a backbone.
         parts: `[B, K, C, h, w]`, what each slot alone rebuilt; None of decoders of features.
+        transitions: `[B, N, N]`, logits of where each cell goes in a later frame; None of decoders without them.
+        kept: `[B, K]`, 1 for slots that a gate keeps and 0 for those it drops, with a gradient; None without one.
     """
 
     slots: Float[Tensor, "B *T K S"]
@@ -92,6 +112,8 @@ class ObjectDiscoveryOutput(NamedTuple):
     reconstruction: Float[Tensor, "B *T C h3 w3"]
     target: Float[Tensor, "B *T C h3 w3"]
     parts: Float[Tensor, "B *T K C h3 w3"] | None
+    transitions: Float[Tensor, "B *T N N"] | None = None
+    kept: Float[Tensor, "B *T K"] | None = None
 
     @property
     def loss(self) -> Tensor:
@@ -114,12 +136,16 @@ class ObjectDiscovery(SavedModel, pipeline_tag="image-segmentation"):
         slot_dim: S, and the width of the encoder's tokens.
         num_iterations: of slot attention in images and in the first frame of a clip.
         later_iterations: in the other frames.
-        mlp_dim: hidden width of slot attention's MLP.
+        mlp_dim: hidden width of slot attention's MLP; 0 for none.
+        normed_state: whether its GRU starts from normalised slots (VideoSAUR, SlotContrast).
         initial_slots: "gaussian", around one learned mean; "learned", one by one (BO-QSA); "boxes" or "points", made of
             hints that a call brings (SAVi).
         gradient: "full" through all iterations; "last", through the last alone (implicit differentiation, Chang et al.
             2022); "bilevel", the same and straight through to the initial slots (BO-QSA).
         predictor_heads: heads of a transformer block between frames (SAVi); None for no predictor.
+        predictor_pre_norm: whether that block normalises what it reads (VideoSAUR), not what it gives (SAVi).
+        adaptive: whether a `SlotGate` drops slots that a sample does not need before decoding (AdaSlot). Of dropped
+            slots `slots` and `masks` are 0; `attention` is that of all.
         backbone: of an encoder of features: a module from images to tokens. It is not saved.
         device, dtype: where and in what precision parameters are made.
 
@@ -144,15 +170,18 @@ class ObjectDiscovery(SavedModel, pipeline_tag="image-segmentation"):
         num_iterations: int = 3,
         later_iterations: int = 1,
         mlp_dim: int | None = None,
+        normed_state: bool = False,
         initial_slots: str = "gaussian",
         gradient: str = "full",
         predictor_heads: int | None = None,
+        predictor_pre_norm: bool = False,
+        adaptive: bool = False,
         backbone: nn.Module | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        sizes = {"mlp_dim": mlp_dim, "predictor_heads": predictor_heads}
+        sizes = {"predictor_heads": predictor_heads}
         check_positive(
             num_slots=num_slots, slot_dim=slot_dim, num_iterations=num_iterations, later_iterations=later_iterations
         )
@@ -173,10 +202,16 @@ class ObjectDiscovery(SavedModel, pipeline_tag="image-segmentation"):
             slot_dim,
             num_iterations=num_iterations,
             mlp_dim=mlp_dim,
+            normed_state=normed_state,
             initial_slots=start,
             **factory,
         )
-        self.predictor = None if predictor_heads is None else SlotPredictor(slot_dim, predictor_heads, **factory)
+        self.predictor = (
+            None
+            if predictor_heads is None
+            else SlotBlock(slot_dim, predictor_heads, pre_norm=predictor_pre_norm, **factory)
+        )
+        self.gate = SlotGate(slot_dim, **factory) if adaptive else None
 
     def forward(
         self,
@@ -236,6 +271,10 @@ class ObjectDiscovery(SavedModel, pipeline_tag="image-segmentation"):
         joined = torch.stack(found, 1).flatten(0, 1)
         if slot_mask is not None and clips:
             slot_mask = slot_mask.repeat_interleave(frames, 0)
+        kept = None
+        if self.gate is not None:
+            kept = slot_mask = self.gate(joined, slot_mask, generator)
+            joined = joined * kept.detach().unsqueeze(2).to(joined.dtype)
         decoded = self.decoder(joined, encoded.target, slot_mask)
         maps = torch.stack(attention, 1).flatten(0, 1).unflatten(2, encoded.grid)
         masks = decoded.masks
@@ -244,7 +283,10 @@ class ObjectDiscovery(SavedModel, pipeline_tag="image-segmentation"):
                 F.interpolate(at_least_float32(each), size, mode="bilinear", align_corners=False)
                 for each in (maps, masks)
             )
-        parts = (joined, masks, maps, decoded.reconstruction, encoded.target, decoded.parts)
+        parts = (
+            *(joined, masks, maps, decoded.reconstruction, encoded.target),
+            *(decoded.parts, decoded.transitions, kept),
+        )
         if clips:
             parts = (None if part is None else part.unflatten(0, (-1, frames)) for part in parts)
         return ObjectDiscoveryOutput(*parts)  # pyright: ignore[reportArgumentType]
@@ -263,7 +305,12 @@ class ObjectDiscovery(SavedModel, pipeline_tag="image-segmentation"):
         """Whether these are cached tokens: of three axes, or of four that no image could have."""
         encoder = self.encoder
         return isinstance(encoder, FeatureEncoder) and (
-            images.ndim == 3 or (images.ndim == 4 and images.shape[-1] == encoder.feature_dim and images.shape[1] != 3)
+            images.ndim == 3
+            or (
+                images.ndim == 4
+                and images.shape[-1] == encoder.feature_dim
+                and (encoder.backbone is None or images.shape[1] != 3)
+            )
         )
 
     def _attend(
@@ -290,36 +337,6 @@ class ObjectDiscovery(SavedModel, pipeline_tag="image-segmentation"):
         if self.gradient == "bilevel":
             settled = settled + (start - start.detach())
         return attend(tokens, mask, settled, num_iterations=1, slot_mask=slot_mask)
-
-
-class SlotPredictor(nn.Module):
-    """A transformer block on the slots of a frame, which predicts those of the next (SAVi).
-
-    Args:
-        dim: S.
-        heads: of attention.
-        device, dtype: where and in what precision parameters are made.
-    """
-
-    def __init__(self, dim: int, heads: int, **factory: Any) -> None:
-        super().__init__()
-        if dim % heads:
-            raise InvalidArgument("predictor_heads", expected=f"a divisor of slot_dim = {dim}", got=heads)
-        self.heads = heads
-        self.to_qkv, self.to_out = nn.Linear(dim, 3 * dim, **factory), nn.Linear(dim, dim, **factory)
-        self.norm_attention, self.norm_mlp = (nn.LayerNorm(dim, **factory) for _ in range(2))
-        self.expand, self.contract = nn.Linear(dim, 4 * dim, **factory), nn.Linear(4 * dim, dim, **factory)
-
-    def forward(
-        self, slots: Float[Tensor, "B K S"], slot_mask: Bool[Tensor, "B K"] | None = None
-    ) -> Float[Tensor, "B K S"]:
-        """The slots with which the next frame begins. LayerNorm comes after what is added, as in SAVi."""
-        parts = self.to_qkv(slots).chunk(3, -1)
-        queries, keys, values = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
-        visible = None if slot_mask is None else slot_mask[:, None, None]
-        read = F.scaled_dot_product_attention(queries, keys, values, attn_mask=visible)
-        slots = self.norm_attention(slots + self.to_out(read.transpose(1, 2).flatten(2)))
-        return self.norm_mlp(slots + self.contract(self.expand(slots).relu()))
 
 
 def _part(

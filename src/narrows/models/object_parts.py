@@ -1,5 +1,6 @@
 """What object discovery is built of: encoders from images to tokens, decoders from slots to images."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -10,10 +11,14 @@ from torch.nn import functional as F
 
 from narrows.errors import InvalidArgument
 from narrows.layers.initialisation import reset_submodules
-from narrows.layers.slot_decoders import AutoregressiveDecoder, DecodedFeatures, MLPDecoder
+from narrows.layers.slot_decoders import AutoregressiveDecoder, DecodedFeatures, MLPDecoder, shares_of
+from narrows.layers.slot_mixer import SlotMixer
 from narrows.models.base import check_images
 from narrows.precision import at_least_float32
 from narrows.validation import check_positive, check_tokens
+
+SlotMask = Bool[Tensor, "B K"] | Float[Tensor, "B K"] | None
+"""True at real slots; or zeros and ones through which gradients pass."""
 
 
 class Encoded(NamedTuple):
@@ -37,11 +42,13 @@ class Decoded(NamedTuple):
         reconstruction: `[B, C, h, w]`.
         masks: `[B, K, h, w]`, the share of each slot in each cell; sums to 1 over the slots.
         parts: `[B, K, C, h, w]`, what each slot alone puts there; None of a decoder that has no such parts.
+        transitions: `[B, N, N]`, logits of where each cell goes in a later frame; None of a decoder without them.
     """
 
     reconstruction: Float[Tensor, "B C h w"]
     masks: Float[Tensor, "B K h w"]
     parts: Float[Tensor, "B K C h w"] | None
+    transitions: Float[Tensor, "B N N"] | None = None
 
 
 class SoftPositions(nn.Module):
@@ -256,9 +263,7 @@ class BroadcastDecoder(nn.Module):
         """Draw every parameter anew."""
         reset_submodules(self)
 
-    def forward(
-        self, slots: Float[Tensor, "B K S"], target: Tensor, slot_mask: Bool[Tensor, "B K"] | None = None
-    ) -> Decoded:
+    def forward(self, slots: Float[Tensor, "B K S"], target: Tensor, slot_mask: SlotMask = None) -> Decoded:
         """Every slot's own image and its share of each pixel; the shares are a softmax over slots."""
         batch, number, _ = slots.shape
         if target.shape[-2:] != (self.image_size, self.image_size):
@@ -273,20 +278,49 @@ class BroadcastDecoder(nn.Module):
 
 
 class MLPFeatures(MLPDecoder):
-    """`MLPDecoder` on the grid of the features it has to rebuild."""
+    """`MLPDecoder` on the grid of the features it has to rebuild.
+
+    Args:
+        transitions: whether it predicts, beside the features, where each cell goes in a later frame (VideoSAUR): a
+            logit for each cell of its grid, which then has to be that of the features.
+    """
+
+    def __init__(
+        self, slot_dim: int, feature_dim: int, *, grid: Sequence[int], transitions: bool = False, **options: Any
+    ) -> None:
+        super().__init__(slot_dim, feature_dim + _cells(grid) * transitions, grid=grid, **options)
+        self.transitions = transitions
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, slots: Float[Tensor, "B K S"], target: Tensor, slot_mask: Bool[Tensor, "B K"] | None = None
+        self, slots: Float[Tensor, "B K S"], target: Tensor, slot_mask: SlotMask = None
     ) -> Decoded:
         """The features of every cell, and each slot's share of it."""
-        return _on_grid(super().forward(slots, slot_mask, grid=(target.shape[-2], target.shape[-1])), target)
+        grid = _grid_of(target, self.grid if self.transitions else None)
+        return _on_grid(super().forward(slots, slot_mask, grid=grid), target)
+
+
+class MixedFeatures(SlotMixer):
+    """`SlotMixer` on the grid of the features it has to rebuild; `transitions` as of `MLPFeatures`."""
+
+    def __init__(
+        self, slot_dim: int, feature_dim: int, *, grid: Sequence[int], transitions: bool = False, **options: Any
+    ) -> None:
+        super().__init__(slot_dim, feature_dim + _cells(grid) * transitions, grid=grid, **options)
+        self.transitions = transitions
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, slots: Float[Tensor, "B K S"], target: Tensor, slot_mask: SlotMask = None
+    ) -> Decoded:
+        """The features of every cell, and how much of each slot it reads."""
+        grid = _grid_of(target, self.grid if self.transitions else None)
+        return _on_grid(super().forward(slots, slot_mask, grid=grid), target)
 
 
 class PatchTransformer(AutoregressiveDecoder):
     """`AutoregressiveDecoder` of the features it has to rebuild, each from the true ones before it."""
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, slots: Float[Tensor, "B K S"], target: Tensor, slot_mask: Bool[Tensor, "B K"] | None = None
+        self, slots: Float[Tensor, "B K S"], target: Tensor, slot_mask: SlotMask = None
     ) -> Decoded:
         """The features of every cell, and what each reads of the slots in the last block."""
         features = target.flatten(2).mT.to(self.first.dtype)
@@ -294,17 +328,28 @@ class PatchTransformer(AutoregressiveDecoder):
         return _on_grid(super().forward(slots, features, slot_mask, grid=grid), target)
 
 
+def _cells(grid: Sequence[int]) -> int:
+    return grid[0] * grid[1] if len(grid) == 2 else 0
+
+
+def _grid_of(target: Tensor, own: tuple[int, int] | None) -> tuple[int, int]:
+    """The grid of the features; `own`, if it is given, has to be the same."""
+    grid = target.shape[-2], target.shape[-1]
+    if own is not None and own != grid:
+        expected = f"features on the {own[0]} x {own[1]} cells whose transitions the decoder predicts"
+        raise InvalidArgument("images", expected=expected, got=f"{grid[0]} x {grid[1]}")
+    return grid
+
+
 def _on_grid(found: DecodedFeatures, target: Tensor) -> Decoded:
-    height, width = target.shape[-2:]
-    features = at_least_float32(found.features).mT.unflatten(2, (height, width))
-    return Decoded(features, found.masks.unflatten(2, (height, width)), None)
+    """What was decoded on the grid of the features; what is decoded beyond their width are transitions."""
+    grid, width = (target.shape[-2], target.shape[-1]), target.shape[1]
+    features = at_least_float32(found.features)
+    transitions = features[..., width:] if features.shape[-1] > width else None
+    return Decoded(features[..., :width].mT.unflatten(2, grid), found.masks.unflatten(2, grid), None, transitions)
 
 
-def mixed(
-    parts: Float[Tensor, "B K C h w"], logits: Float[Tensor, "B K h w"], slot_mask: Bool[Tensor, "B K"] | None
-) -> Decoded:
+def mixed(parts: Float[Tensor, "B K C h w"], logits: Float[Tensor, "B K h w"], slot_mask: SlotMask) -> Decoded:
     """Every slot's part, weighted by a softmax over the slots and added."""
-    if slot_mask is not None:
-        logits = logits.masked_fill(~slot_mask[:, :, None, None], -torch.inf)
-    masks = logits.softmax(1).nan_to_num()  # a scene without any slot
+    masks = shares_of(logits, slot_mask)
     return Decoded((parts * masks.unsqueeze(2)).sum(1), masks, parts)

@@ -49,7 +49,7 @@ def create_model(  # pyright: ignore[reportOverlappingOverload]
 
 @overload
 def create_model(  # pyright: ignore[reportOverlappingOverload]
-    name: Literal["slot_autoencoder", "dinosaur", "spot", "savi", "slotcontrast"], **kwargs: Any
+    name: Literal["slot_autoencoder", "dinosaur", "spot", "savi", "slotcontrast", "videosaur"], **kwargs: Any
 ) -> object_discovery.ObjectDiscovery: ...
 
 

@@ -15,13 +15,14 @@ from torch.utils.hooks import RemovableHandle
 
 from narrows.data.positions import keys, uniforms
 from narrows.layers.initial_slots import GaussianSlots
+from narrows.layers.slot_gate import SlotGate
 from narrows.layers.token_sampling import AdaptiveTokenSampler
 from narrows.models.sepvit import DropPath
 from narrows.ops.token_sampling import TokenSample
 
 
 class DrawnBySample:
-    """Hooks on the modules of a model that draw for each sample: initial slots, Gumbel noise, stochastic depth.
+    """Hooks on the modules of a model that draw for each sample: initial slots, gates, Gumbel noise, stochastic depth.
 
     Dropout and mixing are drawn by process: a mask has as many numbers as a feature map, and mixing is between samples
     of a batch. In a graph of `torch.compile` everything is.
@@ -37,6 +38,8 @@ class DrawnBySample:
         for number, module in enumerate(model.modules()):
             if isinstance(module, GaussianSlots):
                 hook = module.register_forward_pre_hook(self._on(number, self._slots), with_kwargs=True)
+            elif isinstance(module, SlotGate):
+                hook = module.register_forward_pre_hook(self._on(number, self._gate), with_kwargs=True)
             elif isinstance(module, AdaptiveTokenSampler) and module.sampling == "gumbel":
                 hook = module.register_forward_hook(self._on(number, self._sample), with_kwargs=True)
             elif isinstance(module, DropPath) and module.rate > 0:
@@ -85,6 +88,16 @@ class DrawnBySample:
         normal = np.sqrt(-2 * np.log1p(-even[:, 0])) * np.cos(2 * np.pi * even[:, 1])  # Box and Muller (1958)
         noise = torch.from_numpy(normal.astype(np.float32)).to(module.mean.device, module.mean.dtype)
         return (batch, module.mean + module.log_scale.exp() * noise, count), kwargs
+
+    def _gate(
+        self, rows: NDArray[np.uint64], module: SlotGate, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], Mapping[str, Any]] | None:
+        slots, mask, generator = (*args, None, None)[:3]
+        frames, rest = divmod(len(slots), len(rows))  # frames of a clip lie one after another
+        if not module.training or generator is not None or kwargs or rest:
+            return None
+        even = uniforms(rows, frames * slots.shape[1]).reshape(len(slots), slots.shape[1])
+        return (slots, mask), {"noise": torch.from_numpy(even).to(slots.device)}
 
     def _sample(
         self,

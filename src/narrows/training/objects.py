@@ -17,7 +17,7 @@ from narrows.errors import InvalidArgument
 from narrows.metrics import FGARI, MBO
 from narrows.models import ObjectDiscovery, ObjectDiscoveryOutput
 from narrows.ops.object_hints import object_hints
-from narrows.ops.temporal_losses import slot_contrast_loss
+from narrows.ops.temporal_losses import feature_transitions, slot_contrast_loss, temporal_similarity_loss
 from narrows.precision import at_least_float32
 from narrows.training.task import Task
 from narrows.validation import check_not_negative
@@ -31,6 +31,10 @@ log = logging.getLogger("narrows")
 class ObjectTask(Task):
     """Trains a model that finds objects, with the error of its reconstruction, and scores it where masks are known.
 
+    The loss is a weighted sum: of the reconstruction's error; in clips, of the contrast of slots between frames and of
+    the similarity of features between frames, which a decoder with transitions predicts; and of the share of slots that
+    a gate keeps.
+
     Logged are `train/loss`, `val/loss`, and of the masks of decoder and attention `val/fg_ari`, `val/mbo`,
     `val/attention_fg_ari`, `val/attention_mbo`; the same of `test`. A clip is scored as one sample. Scores are not
     logged where no pixel has a label. What `state_of` finds is logged as `train/slots_used`, `train/entropy`,
@@ -39,7 +43,13 @@ class ObjectTask(Task):
 
     Args:
         model: maps images to `ObjectDiscoveryOutput`.
-        contrast: weight of the contrast between slots of one frame and the next in clips (SlotContrast).
+        reconstruction: weight of the reconstruction's error. VideoSAUR on MOVi does without, by 0.
+        contrast: weight of the contrast between slots of one frame and the next in clips (SlotContrast: 0.5).
+        contrast_temperature: divides the cosines of slots.
+        similarity: weight of the cross entropy between where cells go in the next frame by their features, and what the
+            decoder predicts (VideoSAUR: 0.1). It needs a decoder with `transitions`.
+        similarity_temperature: divides the cosines of features (VideoSAUR: 0.075 on MOVi, 0.25 on YouTube-VIS).
+        sparsity: weight of the share of slots that are kept, of models with `adaptive=True` (AdaSlot: 0.1).
         options: those of `Task`; by default no weight decay and a peak learning rate of 1e-3.
     """
 
@@ -47,16 +57,42 @@ class ObjectTask(Task):
         self,
         model: ObjectDiscovery,
         *,
+        reconstruction: float = 1.0,
         contrast: float = 0.0,
+        contrast_temperature: float = 0.1,
+        similarity: float = 0.0,
+        similarity_temperature: float = 0.075,
+        sparsity: float = 0.0,
         learning_rate: float = 1e-3,
         weight_decay: float = 0.0,
         warmup: float = 0.06,
         betas: tuple[float, float] = (0.9, 0.999),
     ) -> None:
-        check_not_negative(contrast=contrast)
+        weights = {"reconstruction": reconstruction, "contrast": contrast, "similarity": similarity}
+        check_not_negative(**weights, sparsity=sparsity)
+        if not any(weights.values()):
+            raise InvalidArgument("reconstruction", expected="a weight above 0, of this or another loss", got=0)
+        temperatures = {
+            "contrast_temperature": contrast_temperature,
+            "similarity_temperature": similarity_temperature,
+        }
+        for name, value in temperatures.items():
+            if not 0 < value < math.inf:
+                raise InvalidArgument(name, expected="a positive number", got=value)
+        if similarity and not getattr(getattr(model, "decoder", None), "transitions", False):
+            raise InvalidArgument(
+                "similarity",
+                expected="0: the decoder predicts no transitions",
+                got=similarity,
+                hint='Build it with "transitions": true; "mlp" and "mixer" can.',
+            )
+        if sparsity and getattr(model, "gate", None) is None:
+            expected = "0: the model drops no slots"
+            raise InvalidArgument("sparsity", expected=expected, got=sparsity, hint="Build it with adaptive=True.")
         super().__init__(model, learning_rate=learning_rate, weight_decay=weight_decay, warmup=warmup, betas=betas)
         self.save_hyperparameters(ignore=["model"])
-        self.contrast = contrast
+        self.weights = {**weights, "sparsity": sparsity}
+        self.contrast_temperature, self.similarity_temperature = contrast_temperature, similarity_temperature
         parts = ("val", "test")
         self.losses = torch.nn.ModuleDict({part: MeanMetric() for part in parts})
         self.scores = torch.nn.ModuleDict(
@@ -68,20 +104,41 @@ class ObjectTask(Task):
         return self.model(images)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Error of the reconstruction, and the contrast of slots where it is asked for."""
+        """The weighted sum of the losses that are asked for."""
         images, truth = batch
         found = find(self.model, images, truth)  # pyright: ignore[reportArgumentType]
-        loss = found.loss
-        if self.contrast:
-            if found.slots.ndim != 4 or found.slots.shape[1] < 2:
-                got = f"batches of shape {tuple(images.shape)}"
-                raise InvalidArgument("contrast", expected="0 for images: it compares frames of clips", got=got)
-            loss = loss + self.contrast * slot_contrast_loss(found.slots)
+        losses = self._losses(found)
+        loss = torch.stack([self.weights[name] * value for name, value in losses.items()]).sum()
         self.log("train/loss", loss, prog_bar=True)
         if self._logs:
+            for name, value in losses.items() if len(losses) > 1 else ():
+                self.log(f"train/{name}", value)
             for name, value in state_of(found)._asdict().items():
                 self.log(f"train/{name}", value)
         return loss
+
+    def _losses(self, found: ObjectDiscoveryOutput) -> dict[str, Tensor]:
+        """Each loss that has a weight, before it is weighted."""
+        losses: dict[str, Tensor] = {}
+        for name in ("contrast", "similarity"):
+            if self.weights[name] and (found.slots.ndim != 4 or found.slots.shape[1] < 2):
+                got = f"slots of shape {tuple(found.slots.shape)}"
+                raise InvalidArgument(name, expected="0 for images: it compares frames of clips", got=got)
+        if self.weights["reconstruction"]:
+            losses["reconstruction"] = found.loss
+        if self.weights["contrast"]:
+            losses["contrast"] = slot_contrast_loss(found.slots, temperature=self.contrast_temperature)
+        if self.weights["similarity"]:
+            losses["similarity"] = self._similarity(found)
+        if self.weights["sparsity"] and found.kept is not None:
+            losses["sparsity"] = found.kept.mean()
+        return losses
+
+    def _similarity(self, found: ObjectDiscoveryOutput) -> Tensor:
+        assert found.transitions is not None
+        features = found.target.flatten(3).mT
+        where = feature_transitions(features, temperature=self.similarity_temperature)
+        return temporal_similarity_loss(found.transitions[:, :-1], where)
 
     @property
     def _logs(self) -> bool:
@@ -136,6 +193,9 @@ class ObjectTask(Task):
         # Padding of the last batch has no label; images without masks have none either, and count.
         counts = known if known.any() else torch.ones_like(known)
         error = (found.reconstruction - found.target).float().square().flatten(1).mean(1)
+        if self.weights["similarity"] and found.slots.ndim == 4 and found.slots.shape[1] > 1:
+            one_by_one = [self._similarity(_sample(found, index)) for index in range(len(error))]
+            error = self.weights["reconstruction"] * error + self.weights["similarity"] * torch.stack(one_by_one)
         loss: Any = self.losses[part]
         loss.update(error, weight=counts.to(error.dtype))
         self.log(f"{part}/loss", loss, on_step=False, on_epoch=True)
@@ -157,6 +217,10 @@ class ObjectTask(Task):
 
 
 _METRICS = {"fg_ari": FGARI, "mbo": MBO}
+
+
+def _sample(found: ObjectDiscoveryOutput, index: int) -> ObjectDiscoveryOutput:
+    return ObjectDiscoveryOutput(*(None if part is None else part[index : index + 1] for part in found))  # pyright: ignore[reportArgumentType]
 
 
 def find(
