@@ -110,7 +110,9 @@ def read_file(path: str | Path, *, argument: str = "checkpoint") -> Mapping[Any,
         raise InvalidArgument(argument, expected=expected, got=f"{str(path)!r}: {reason}") from error
     if isinstance(found, Mapping):
         return found
-    raise InvalidArgument(argument, expected="tensors by name", got=f"a {type(found).__name__} in {str(path)!r}")
+    kind = found.name if isinstance(found, Ignored) else type(found).__name__
+    got = f"an object of class {kind} in {str(path)!r}"
+    raise InvalidArgument(argument, expected="tensors by name", got=got, hint="Save module.state_dict().")
 
 
 def _read_safetensors(path: str | Path) -> dict[str, Tensor]:

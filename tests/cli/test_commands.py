@@ -163,7 +163,7 @@ def test_reduce_passes_its_options_on(asked, capsys):
             1,
             "data: expected 'digits', 'small_digits' or a folder of images, got 'no/such/folder', which is no folder",
         ),
-        ("--data TEXT", 1, "images: expected files ending in"),
+        ("--data TEXT", 1, "data: expected a folder with images (.jpg,"),
         ("--checkpoint no.pth", 1, "checkpoint: expected a file with weights, got 'no.pth', which does not exist"),
         ("--export model.pt", 1, "export: expected a file name ending in .onnx"),
     ],

@@ -2,6 +2,7 @@
 
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub.constants
 import pytest
@@ -97,7 +98,7 @@ def test_a_checkpoint_without_a_head_gives_features(tmp_path: Path) -> None:
         "The checkpoint has no head: the model gives features",
         "Left out, since only training uses it: decoder_blocks, mask_token",
     )
-    with pytest.raises(InvalidArgument, match="num_classes: expected None: there is no head in the file, or 0"):
+    with pytest.raises(InvalidArgument, match=r"num_classes: expected none \(there is no head in the file\), or 0"):
         open_model("timm:test_vit", file, num_classes=5)
     ours = {name: value for name, value in create_model("vit_mini").state_dict().items() if "head" not in name}
     torch.save(ours, file)
@@ -169,13 +170,46 @@ def test_transformers_without_classes_gives_features(tmp_path: Path) -> None:
         ("resnet50", "A model of timm's is called timm:resnet50"),
         ("timm/vit_small", "A model of timm's is called timm:vit_small, with a colon"),
         ("timm:vit_smal_patch16_224", "model: expected a model of timm's, .*Did you mean vit_small_patch16_224"),
-        ("timm:test_vit", "pretrained weights of timm's test_vit could not be downloaded .*--checkpoint"),
-        ("hf:nobody/nothing", "nobody/nothing could not be downloaded from the hub .*give the folder as hf:<folder>"),
+        ("timm:test_vit", r"timm/test_vit.r160_in1k is not here, and the hub does not answer \(.*with --checkpoint"),
+        ("timm:hf-hub:nobody/nothing", r"nobody/nothing is not here, and the hub does not answer"),
+        ("hf:nobody/nothing", r"nobody/nothing is not here, .*hf download nobody/nothing --local-dir <folder>"),
+        ("hf:a b", "a b could not be downloaded from the hub"),
     ],
 )
 def test_what_cannot_be_opened_says_what_to_do(name: str, message: str) -> None:
-    with pytest.raises(NarrowsError, match=message):
+    with pytest.raises(NarrowsError, match=message) as told:
         open_model(name)
+    assert "\n" not in str(told.value)
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    asked, session = [], huggingface_hub.utils.get_session()
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        asked.append(kwargs.get("url"))
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(type(session), "request", refuse)
+    monkeypatch.setattr("time.sleep", lambda _: pytest.fail("it waits to ask again"))
+    for name in ("timm:resnet50", "hf:nobody/nothing"):
+        with pytest.raises(NarrowsError, match=r"is not here, and the hub does not answer \(no network\)"):
+            open_model(name)
+    assert sum("/resolve/" in str(url) for url in asked) == 2
+
+
+def test_what_is_random_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timm = pytest.importorskip("timm")
+    create = timm.create_model
+    monkeypatch.setattr("narrows.hub.models._check_timms_weights", lambda _: None)
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **rest: create(name, pretrained=False, **rest))
+    assert open_model("timm:test_vit", num_classes=5).notes == (
+        "The head for 5 classes is new: its weights are random",
+    )
+    assert open_model("timm:test_vit").notes == open_model("timm:test_vit", num_classes=1000).notes == ()
+    assert open_model("timm:test_vit", num_classes=0).notes == ()
+    assert open_model("vit_mini").notes == ("The weights of vit_mini are random: nothing has trained them",)
+    assert open_model(save_ours(tmp_path)).notes == ()
 
 
 def test_a_model_of_transformers_has_all_of_its_weights(tmp_path: Path) -> None:
@@ -230,6 +264,7 @@ def test_a_model_of_transformers_takes_no_arguments(tmp_path: Path) -> None:
 def test_a_model_of_timms_is_fine_tuned_and_saved_for_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     timm = pytest.importorskip("timm")
     create = timm.create_model
+    monkeypatch.setattr("narrows.hub.models._check_timms_weights", lambda _: None)
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **rest: create(name, pretrained=False, **rest))
     model = open_model("timm:test_vit", num_classes=3, image_size=32, channels=1).module.train()
     images = torch.randn(2, 1, 32, 32)
@@ -255,19 +290,46 @@ def test_a_model_of_neither_narrows_nor_timm_is_not_saved(tmp_path: Path) -> Non
         save_model(torch.nn.Linear(2, 2), tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["ChineseCLIP", "MetaClip2"])
-def test_of_a_model_of_two_towers_the_one_that_sees_is_opened(kind: str, tmp_path: Path) -> None:
+def _two_towers(kind: str, of: str, folder: Path) -> torch.nn.Module:
+    """A saved model of transformers with a tower for images and one for text."""
     transformers = pytest.importorskip("transformers")
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    text = {**sizes, "vocab_size": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    text = {
+        **sizes,
+        "vocab_size": 40,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "word_embed_proj_dim": 32,
+    }
     vision = {**sizes, "image_size": 32, "patch_size": 8}
-    whole = getattr(transformers, f"{kind}Config")(vision_config=vision, text_config=text, projection_dim=16)
-    model = getattr(transformers, f"{kind}Model")(whole).eval()
-    model.save_pretrained(tmp_path)
-    transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    querying = {"qformer_config": {**text, "encoder_hidden_size": 32}} if of == "Blip2" else {}
+    whole = getattr(transformers, f"{of}Config")(vision_config=vision, text_config=text, projection_dim=16, **querying)
+    model = getattr(transformers, kind)(whole).eval()
+    model.save_pretrained(folder)
+    transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize(
+    "of", ["AltCLIP", "Blip", "Blip2", "ChineseCLIP", "CLIP", "CLIPSeg", "MetaClip2", "OwlViT", "Owlv2", "Siglip"]
+)
+def test_of_a_model_of_two_towers_the_one_that_sees_is_opened(of: str, tmp_path: Path) -> None:
+    model: Any = _two_towers(f"{of}Model", of, tmp_path)
     opened, images = open_model(f"hf:{tmp_path}"), torch.rand(2, 3, 32, 32)
-    assert type(opened.module).__name__ == f"{kind}VisionModel"
+    assert type(opened.module).__name__ == f"{of}VisionModel"
     assert torch.equal(opened.outputs(images), model.vision_model(images).pooler_output)
+    with narrows.reduce_tokens(opened.module, method="topk", budget=0.5) as reduction:
+        opened.outputs(images)
+        assert reduction.routing[-1].maps().amax(1).sum((1, 2)).tolist() == [8, 8]
+
+
+def test_a_classifier_on_one_of_two_towers_keeps_its_classes(tmp_path: Path) -> None:
+    model: Any = _two_towers("CLIPForImageClassification", "CLIP", tmp_path)
+    opened, images = open_model(f"hf:{tmp_path}"), torch.rand(2, 3, 32, 32)
+    assert (opened.num_classes, opened.size) == (2, (32, 32))
+    assert torch.equal(opened.outputs(images), model(images).logits)
 
 
 def test_a_model_of_videos_is_refused(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ def test_any_number_of_images_of_any_size(tmp_path: Path) -> None:
     assert max(found.differences.values()) <= 1e-4
     assert "under tome 0.5, for any number of images of any size" in str(found)
     assert "Checked in ONNX Runtime" in str(found)
+    assert "The checkpoint has 2 classes, not 1000." in str(found)
 
 
 @pytest.mark.compiled
@@ -79,6 +80,8 @@ def test_a_model_of_one_size_is_refused_any_size(tmp_path: Path) -> None:
         ("OURS model.onnx --method topk --budget half", 1, "budget: expected a share (0.5 or 50%)"),
         ("OURS model.onnx --method topk --budget 17", 1, "budget: expected a count of 1 to 16 tokens, got 17"),
         ("OURS model.onnx --device tpu", 1, "device: expected 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps', got 'tpu'"),
+        ("OURS model.onnx --budget 0", 1, "budget: expected a method that it is the budget of, got '0'. Add --method."),
+        ("OURS model.onnx --checkpoint-key ema", 1, "checkpoint_key: expected a checkpoint that it is a part of"),
         ("OURS model.onnx --checkpoint no.pth", 1, "'no.pth', which does not exist"),
         ("OURS model.onnx --any", 2, "narrows export: unrecognized arguments: --any"),
         ("OURS", 2, "output"),

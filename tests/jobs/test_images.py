@@ -98,7 +98,7 @@ def test_what_is_no_folder_is_refused(data: str, error: type[NarrowsError], mess
 
 def test_folders_without_readable_images_are_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("no picture")
-    with pytest.raises(InvalidArgument, match=r"images: expected files ending in \.jpg.*got none"):
+    with pytest.raises(InvalidArgument, match=r"data: expected a folder with images \(\.jpg, .*got .*, which has none"):
         load_images(tmp_path, THEIRS, limit=1)
     truncate(write_image(tmp_path / "broken.png"))
     with pytest.raises(DataError, match="none of the images can be read"):

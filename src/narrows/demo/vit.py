@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,21 +34,25 @@ def cache_folder() -> Path:
     return Path(os.environ.get("NARROWS_CACHE") or Path.home() / ".cache" / "narrows")
 
 
-def open_scenes_vit(epochs: int = EPOCHS, *, device: str = "auto") -> LoadedModel:
+def open_scenes_vit(
+    epochs: int = EPOCHS, *, device: str = "auto", check: Callable[[LoadedModel], object] = bool
+) -> LoadedModel:
     """The vision transformer of digit scenes: kept in `cache_folder()`, and trained where it is not.
 
     Args:
         epochs: passes over the training scenes; weights of another number are other weights.
         device: where it is trained.
+        check: called with the model before it is trained, to raise where it will not do.
     """
     folder = cache_folder() / f"{NAME}-{SIZE}-pixels-{epochs}-epochs"
     place = check_device(device)
-    model = kept(folder, lambda: _train(folder, epochs, place), lambda: open_model(str(folder)))
+    model = kept(folder, lambda: _train(folder, epochs, place, check), lambda: open_model(str(folder)))
     return replace(model, name="vision transformer of digit scenes")
 
 
-def _train(folder: Path, epochs: int, device: torch.device) -> None:
+def _train(folder: Path, epochs: int, device: torch.device, check: Callable[[LoadedModel], object]) -> None:
     """Train in a folder beside, where an interrupted training goes on, and move the model when it is complete."""
+    check(open_model("vit_mini", image_size=SIZE, channels=1, **MODEL))
     tqdm.write(f"Training a small vision transformer on digit scenes, once; it is kept in {folder}")
     images = ImageDataModule(DATA, image_size=SIZE)
     work = folder.with_name(f"{folder.name}.training")

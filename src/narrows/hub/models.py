@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, cast
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub import PyTorchModelHubMixin, get_hf_file_metadata, hf_hub_url, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -28,14 +29,11 @@ if TYPE_CHECKING:
 
 SPELLINGS = "timm:<name>, hf:<name or folder>, a folder written by save_pretrained, or a registry name of narrows"
 
-# Models of transformers with an image and a text tower: the class of the image tower.
-_IMAGE_TOWERS = {
-    "chinese_clip": "ChineseCLIPVisionModel",
-    "clip": "CLIPVisionModel",
-    "metaclip_2": "MetaClip2VisionModel",
-    "siglip": "SiglipVisionModel",
-    "siglip2": "Siglip2VisionModel",
-}
+_WITHOUT_HUB = (
+    "Give a file of weights with --checkpoint, or copy the folder that HF_HOME names from where there is a network."
+)
+FETCH = "fetch it where there is a network (hf download {} --local-dir <folder>) and name the folder"
+"""What to do without a network."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +181,7 @@ class Checkpoint(NamedTuple):
         leaves = [f"{name}.{leaf}" for name in names for leaf in ("weight", "bias")]
         given = next((len(weights[leaf]) for leaf in leaves if leaf in weights and weights[leaf].ndim), 0)
         if num_classes and num_classes != given:
-            expected = f"{given}, as the head in {self.path!r} has" if given else "None: there is no head in the file"
+            expected = f"{given}, as the head in {self.path!r} has" if given else "none (there is no head in the file)"
             raise InvalidArgument("num_classes", expected=f"{expected}, or 0 for features", got=num_classes)
         if num_classes == 0:
             weights = weights.without(leaves)
@@ -308,7 +306,11 @@ def _open_timm(name: str, checkpoint: Checkpoint | None, arguments: Mapping[str,
     notes: tuple[str, ...] = ()
     try:
         if checkpoint is None:
+            _check_timms_weights(name)
             model = timm.create_model(name, pretrained=True, **options)
+            classes = options.get("num_classes") or 0
+            if classes and classes != model.pretrained_cfg.get("num_classes", classes):  # pyright: ignore
+                notes = (f"The head for {classes} classes is new: its weights are random",)
         else:
 
             def build(classes: int | None) -> nn.Module:
@@ -330,11 +332,7 @@ def _open_timm(name: str, checkpoint: Checkpoint | None, arguments: Mapping[str,
             raise InvalidArgument(
                 "model", expected=f"one that takes {refused}", got=f"timm:{name} ({reason})"
             ) from error
-        raise NarrowsError(
-            f"The pretrained weights of timm's {name} could not be downloaded ({reason}). Give a file with "
-            f"--checkpoint; or download them where there is a network, with timm.create_model({name!r}, "
-            "pretrained=True) and bring the folder that HF_HOME names here."
-        ) from error
+        raise NarrowsError(f"The weights of timm:{name} could not be downloaded ({reason}). {_WITHOUT_HUB}") from error
     if side is not None:
         try:
             with torch.no_grad():
@@ -357,6 +355,17 @@ def _open_timm(name: str, checkpoint: Checkpoint | None, arguments: Mapping[str,
         prepare=create_transform(**config, is_training=False),  # pyright: ignore[reportArgumentType]
         notes=notes,
     )
+
+
+def _check_timms_weights(name: str) -> None:
+    """Raise unless the hub or the cache has what `timm.create_model` will ask for."""
+    from timm.models import get_pretrained_cfg
+
+    source, _, rest = name.rpartition(":")
+    found = None if source else get_pretrained_cfg(name)
+    repository = (found.hf_hub_id if found else rest if source.startswith("hf") else None) or ""
+    if "/" in repository:
+        check_hub(repository.partition("@")[0], hint=_WITHOUT_HUB)
 
 
 def _timm_heads(model: nn.Module) -> Sequence[str]:
@@ -392,11 +401,14 @@ def _open_transformers(name: str, checkpoint: Checkpoint | None, arguments: Mapp
     if arguments:
         expected = "a model of timm or of narrows: those of transformers are opened as they are"
         raise InvalidArgument("model", expected=expected, got=f"{f'hf:{name}'!r} with {dict(arguments)}")
+    if not Path(name).is_dir():
+        check_hub(name, hint=f"If it is a folder, check the path; else {FETCH.format(name)}.")
     config, processor = _read(name, AutoConfig), _read(name, AutoImageProcessor)
     architecture = (config.architectures or [""])[0]
     kind: Any = AutoModelForImageClassification if architecture.endswith("ForImageClassification") else AutoModel
-    kind = getattr(transformers, _IMAGE_TOWERS[config.model_type]) if config.model_type in _IMAGE_TOWERS else kind
     classifies = kind is AutoModelForImageClassification
+    if hasattr(config, "vision_config") and not classifies:  # of several towers the one that sees
+        kind = getattr(transformers, f"{type(config).__name__.removesuffix('Config')}VisionModel", kind)
     notes: tuple[str, ...] = ()
     if checkpoint is None:
         model, notes = _read_model(name, kind)
@@ -416,7 +428,7 @@ def _open_transformers(name: str, checkpoint: Checkpoint | None, arguments: Mapp
 
         model, notes = checkpoint.fill(build, size, lambda _: ("classifier",) if classifies else (), None)
         classifies = classifies and hasattr(model, "classifier")
-    side = getattr(model.config, "image_size", None)
+    side = getattr(getattr(model.config, "vision_config", model.config), "image_size", None)
     if hasattr(model.config, "tubelet_size"):
         raise InvalidArgument(
             "model", expected="a model of images", got=f"a {type(model).__name__}, which takes videos"
@@ -442,8 +454,20 @@ def _prepare(processor: Any, image: "Image.Image") -> Tensor:
 
 def _read_model(name: str, kind: Any) -> tuple[Any, tuple[str, ...]]:
     """A model with all of its weights: transformers draws what is missing at random, and only warns."""
-    model, report = _read(name, kind, output_loading_info=True)
-    missing = sorted(report["missing_keys"])
+    from transformers import AutoModel
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # else every weight of the other tower is listed
+    try:
+        model, report = _read(name, kind, output_loading_info=True)
+        missing = sorted(report["missing_keys"])
+        if missing and hasattr(kind, "config_class"):  # a tower that only the whole finds its weights for
+            whole, report = _read(name, AutoModel, output_loading_info=True)
+            missing = [key for key in report["missing_keys"] if key.startswith("vision_model.")]
+            model = whole.vision_model
+    finally:
+        logging.set_verbosity(verbosity)
     if missing and all("pooler." in key for key in missing):
         model, _ = _read(name, kind, output_loading_info=True, add_pooling_layer=False)
         return model, ("The saved weights have no pooler: features are those of the first token",)
@@ -463,6 +487,26 @@ def _read(name: str, kind: Any, **options: Any) -> Any:
             expected = "a folder with config.json, preprocessor_config.json and weights"
             raise InvalidArgument("model", expected=expected, got=f"{name!r} ({reason})") from error
         raise NarrowsError(
-            f"{name} could not be downloaded from the hub ({reason}). If it is a folder, check the path; else download "
-            f"it where there is a network (`hf download {name}`) and give the folder as hf:<folder>."
+            f"{name} could not be downloaded from the hub ({reason}). If it is a folder, check the path; else "
+            f"{FETCH.format(name)}."
         ) from error
+
+
+def check_hub(repository: str, *, hint: str) -> None:
+    """Ask the hub once for a repository of which nothing is in the cache: its client asks again for half a minute.
+
+    Raises:
+        NarrowsError: no answer.
+    """
+    try:
+        snapshot_download(repository, local_files_only=True)
+    except LocalEntryNotFoundError:
+        try:
+            get_hf_file_metadata(hf_hub_url(repository, "config.json"))
+        except HfHubHTTPError:  # an answer, if no file
+            return
+        except Exception as error:  # by the version of the client, any of its network's
+            reason = str(error).splitlines()[0][:80] if str(error) else type(error).__name__
+            raise NarrowsError(f"{repository} is not here, and the hub does not answer ({reason}). {hint}") from error
+    except HFValidationError:  # no name of a repository, which is said elsewhere
+        return

@@ -26,7 +26,7 @@ from narrows.data.documents import (
 from narrows.data.folder import image_transform
 from narrows.errors import InvalidArgument, MissingExtra
 from narrows.files import replacing_folder, write_text
-from narrows.hub.models import LoadedModel, open_model
+from narrows.hub.models import FETCH, LoadedModel, check_hub, open_model
 from narrows.models import ImageClassifier
 from narrows.validation import check_choice
 from narrows.weights import config_text, misfits, read_config, write_safetensors
@@ -110,6 +110,8 @@ def open_language_model(name: str | Path, *, dtype: str | None = None) -> tuple[
             raise MissingExtra("gguf", extra="gguf", purpose="open a GGUF file")
         options["gguf_file"] = file
         weights = {"dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)} | weights
+    if not Path(place).is_dir():
+        check_hub(place, hint=f"If it is a folder, check the path; else {FETCH.format(place)}.")
     try:
         with without_bars():
             tokenizer = AutoTokenizer.from_pretrained(place, **options)

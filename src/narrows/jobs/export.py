@@ -3,8 +3,8 @@
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
@@ -68,7 +68,7 @@ def export(
     num_classes: int | None = None,
     image_size: int | None = None,
     method: str | None = None,
-    budget: str = "0.5",
+    budget: str | None = None,
     any_size: bool = False,
     device: str = "auto",
 ) -> Exported:
@@ -85,7 +85,7 @@ def export(
         image_size: side of the images, for models that take any.
         method: a token reduction that is put in first: "ats", "topk", "evit", "tome" or "random".
         budget: how many tokens it keeps: a share (0.5 or 50%), a count (98), MACs per image (2.9G), or shares block by
-            block (3:0.7/6:0.49).
+            block (3:0.7/6:0.49); half of them by default.
         any_size: take images of other heights and widths too, where the model does.
         device: "auto", "cpu", "cuda", "cuda:1" or "mps": where the model is traced.
 
@@ -99,7 +99,10 @@ def export(
     place = check_device(device)
     if method is not None:
         check_choice("method", method, tuple(token_reduction.METHODS))
-    asked = parse_budget(budget)
+    elif budget is not None:
+        expected = "a method that it is the budget of"
+        raise InvalidArgument("budget", expected=expected, got=repr(budget), hint="Add --method.")
+    asked = parse_budget(budget or "0.5")
     given = {"checkpoint_key": checkpoint_key, "num_classes": num_classes, "image_size": image_size}
     given = {name: value for name, value in given.items() if value is not None}
     loaded = open_model(model, checkpoint, **given)
@@ -109,10 +112,11 @@ def export(
         except InvalidArgument:  # said below, in terms of what was asked for
             any_size = _refuse_size(loaded)
     loaded.module.to(place)
-    if method is None:
-        return write_program(loaded, output, any_size=any_size)
-    with reduce_tokens(loaded.module, method=method, budget=asked):
-        return write_program(loaded, output, what=f"{loaded.name} under {method} {budget}", any_size=any_size)
+    reduced = nullcontext() if method is None else reduce_tokens(loaded.module, method=method, budget=asked)
+    what = f"{loaded.name} under {method} {budget or '0.5'}" if method is not None else loaded.name
+    with reduced:
+        found = write_program(loaded, output, what=what, any_size=any_size)
+    return replace(found, notes=(*(f"{note}." for note in loaded.notes), *found.notes))
 
 
 def check_file(path: str | Path) -> None:

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from narrows.data import IGNORED, ImageSet, load
+from narrows.data.decoding import EXTENSIONS
 from narrows.data.folder import FolderImages, find_unreadable
 from narrows.data.listing import PARTS, find_images, list_folder, say_left_out, walk
 from narrows.data.scenes import SCENES
@@ -101,7 +102,9 @@ def check_data(data: str | Path) -> None:
     if not root.is_dir():
         expected = f"{', '.join(map(repr, SCENES))} or a folder of images"
         raise InvalidArgument("data", expected=expected, got=f"{str(data)!r}, which is no folder")
-    find_images([root])
+    if not walk(root).files:
+        expected = f"a folder with images ({', '.join(EXTENSIONS)})"
+        raise InvalidArgument("data", expected=expected, got=f"{str(data)!r}, which has none")
 
 
 def evenly_spaced(count: int, limit: int) -> tuple[int, ...]:

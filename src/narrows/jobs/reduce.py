@@ -1,8 +1,9 @@
 """`narrows reduce`: a model untouched and under several token reductions, and what each costs and keeps."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import fmean
@@ -207,9 +208,12 @@ def reduce(
         check_writable(save)
     check_writable(output, folder=True)
     opening = {"checkpoint_key": checkpoint_key, "num_classes": num_classes, "image_size": image_size}
-    loaded = _open(
-        model, data, checkpoint, {name: value for name, value in opening.items() if value is not None}, device
-    )
+    opening = {name: value for name, value in opening.items() if value is not None}
+
+    def check(untrained: LoadedModel) -> None:
+        _reduced(untrained, method, budget, torch.rand(2, untrained.channels, *untrained.size))
+
+    loaded = _open(model, data, checkpoint, opening, partial(vit.open_scenes_vit, device=device, check=check))
     for note in loaded.notes:
         tqdm.write(f"{note}.")
     images = load_images(vit.DATA if data is None else data, loaded, limit=limit)
@@ -237,7 +241,11 @@ def reduce(
 
 
 def _open(
-    model: str | None, data: str | Path | None, checkpoint: str | Path | None, opening: Mapping[str, Any], device: str
+    model: str | None,
+    data: str | Path | None,
+    checkpoint: str | Path | None,
+    opening: Mapping[str, Any],
+    by_default: Callable[[], LoadedModel],
 ) -> LoadedModel:
     """The model, after everything that it needs was looked at: nothing is trained or downloaded for a mistyped path."""
     if data is not None:
@@ -253,7 +261,7 @@ def _open(
                 got="none",
                 hint="The model that narrows trains for itself reads digit scenes only. Add --model timm:<name>, say.",
             )
-        return vit.open_scenes_vit(device=device)
+        return by_default()
     if data is None:
         raise InvalidArgument("data", expected="a folder of images to judge by", got="none", hint="Add --data.")
     return open_model(model, checkpoint, **opening)

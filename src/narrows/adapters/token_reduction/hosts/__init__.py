@@ -47,7 +47,7 @@ def recognise(model: nn.Module) -> HostModel:
             got=f"{type(model).__module__}.{type(model).__qualname__}{refused}",
             hint="To support another model, pass a `HostModel` of it (narrows.adapters.token_reduction.hosts)."
             if why is None
-            else "Take a plain vision transformer, or give this one smaller images.",
+            else "Take a plain vision transformer.",
         )
     if len(found) > 1:
         raise InvalidArgument(

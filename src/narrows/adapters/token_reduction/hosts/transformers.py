@@ -77,6 +77,7 @@ _CLIP = Parts(
     dropout="dropout",
 )
 _BLIP = _CLIP._replace(qkv=("qkv",), update=("self_attn.projection",))
+_BLIP2 = _BLIP._replace(dropout="attention_dropout")
 
 
 class Family(NamedTuple):
@@ -134,6 +135,14 @@ FAMILIES = {
     "altclip.modeling_altclip.AltCLIPVisionEmbeddings": Family("AltCLIPEncoderLayer", _CLIP, 1),
     "chinese_clip.modeling_chinese_clip.ChineseCLIPVisionEmbeddings": Family("ChineseCLIPVisionLayer", _CLIP, 1),
     "blip.modeling_blip.BlipVisionEmbeddings": Family("BlipEncoderLayer", _BLIP, 1, takes_bias=False),
+    "blip_2.modeling_blip_2.Blip2VisionEmbeddings": Family("Blip2EncoderLayer", _BLIP2, 1, takes_bias=False),
+    "instructblip.modeling_instructblip.InstructBlipVisionEmbeddings": Family(
+        "InstructBlipEncoderLayer", _BLIP2, 1, takes_bias=False
+    ),
+    "clipseg.modeling_clipseg.CLIPSegVisionEmbeddings": Family("CLIPSegEncoderLayer", _CLIP, 1),
+    "git.modeling_git.GitVisionEmbeddings": Family("GitVisionEncoderLayer", _CLIP, 1),
+    "owlvit.modeling_owlvit.OwlViTVisionEmbeddings": Family("OwlViTEncoderLayer", _CLIP, 1),
+    "owlv2.modeling_owlv2.Owlv2VisionEmbeddings": Family("Owlv2EncoderLayer", _CLIP, 1),
     "siglip.modeling_siglip.SiglipVisionEmbeddings": Family("SiglipEncoderLayer", _CLIP, 0),
     "siglip2.modeling_siglip2.Siglip2VisionEmbeddings": Family("Siglip2EncoderLayer", _CLIP, 0),
     "idefics3.modeling_idefics3.Idefics3VisionEmbeddings": Family("Idefics3EncoderLayer", _CLIP, 0),
