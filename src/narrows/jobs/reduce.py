@@ -3,12 +3,12 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -213,7 +213,7 @@ def reduce(
     def check(untrained: LoadedModel) -> None:
         _reduced(untrained, method, budget, torch.rand(2, untrained.channels, *untrained.size))
 
-    loaded = _open(model, data, checkpoint, opening, partial(vit.open_scenes_vit, device=device, check=check))
+    loaded = _open(model, data, checkpoint, opening, lambda: vit.open_scenes_vit(device=device, check=check))
     for note in loaded.notes:
         tqdm.write(f"{note}.")
     images = load_images(vit.DATA if data is None else data, loaded, limit=limit)
