@@ -161,6 +161,136 @@ class Spot:
         return maps.proj_o((weights @ v).transpose(1, 2).flatten(2)), weights  # pyright: ignore
 
 
+class Video:
+    """The modules of VideoSAUR (slot mixer, no MLP of slots) and of SlotContrast (MLP decoder, learned slots)."""
+
+    HEADS, OUT = 4, D + N
+
+    def __init__(self, kind: str) -> None:
+        torch.manual_seed(2)
+        mixer = kind == "VideoSAUR"
+        maps = {f"to_{name}": nn.Linear(S, S, bias=False) for name in "qkv"}
+        corrector = named(**maps, gru=nn.GRUCell(S, S), norm_features=nn.LayerNorm(S), norm_slots=nn.LayerNorm(S))
+        if not mixer:
+            corrector.mlp = named(layers=mlp(S, HIDDEN, S, norm=True))
+        predictor = named(blocks=nn.ModuleList([self.block()]))
+        decoder = named(mlp=named(layers=mlp(S, 32, 32, D + 1)), pos_emb=nn.Parameter(torch.randn(1, 1, N, S)))
+        if mixer:
+            decoder = named(
+                allocator=named(blocks=nn.ModuleList([self.block(), self.block()])),
+                to_q=nn.Linear(S, S, bias=False),
+                to_k=nn.Linear(S, S, bias=False),
+                **{f"norm_{name}": nn.LayerNorm(S) for name in ("q", "k", "memory")},
+                renderer=named(layers=nn.Sequential(nn.Linear(S, 32), nn.ReLU(), nn.Linear(32, 40), nn.ReLU())),
+                output_transform=nn.Linear(40, self.OUT),
+                pos_emb=nn.Parameter(torch.randn(1, N, S)),
+            )
+        start = {"mean": nn.Parameter(torch.randn(1, 1, S)), "log_std": nn.Parameter(torch.randn(1, 1, S))}
+        self.root = named(
+            initializer=named(**start) if mixer else named(slots=nn.Parameter(torch.randn(1, K, S))),
+            encoder=named(
+                module=named(
+                    backbone=named(model=nn.Linear(2, 3)), output_transform=named(layers=mlp(D, 2 * D, S, norm=True))
+                )
+            ),
+            processor=named(module=named(corrector=corrector, predictor=predictor)),
+            decoder=named(module=decoder),
+        )
+        for parameter in self.root.parameters():  # biases and norms away from 0 and 1
+            parameter.data += 0.2 * torch.randn_like(parameter)
+
+    @staticmethod
+    def block() -> nn.Module:
+        return named(
+            self_attn=named(qkv=nn.Linear(S, 3 * S), out_proj=nn.Linear(S, S)),
+            linear1=nn.Linear(S, 4 * S), linear2=nn.Linear(4 * S, S), norm1=nn.LayerNorm(S), norm2=nn.LayerNorm(S),
+        )  # fmt: skip
+
+    @classmethod
+    def through(cls, block: Any, x: Tensor, memory: Tensor | None = None) -> Tensor:
+        """Norms come first; logits are multiplied by the root of the heads' width."""
+        rows = block.norm1(x)
+        weight, bias = block.self_attn.qkv.weight.chunk(3), block.self_attn.qkv.bias.chunk(3)
+        read = rows if memory is None else memory
+        q, k, v = (F.linear(y, w, b) for y, w, b in zip((rows, read, read), weight, bias, strict=True))
+        width, heads = S // cls.HEADS, []
+        for h in range(cls.HEADS):
+            part = slice(h * width, (h + 1) * width)
+            heads.append((q[..., part] @ k[..., part].mT * width**0.5).softmax(-1) @ v[..., part])
+        x = x + block.self_attn.out_proj(torch.cat(heads, -1))
+        return x + block.linear2(F.relu(block.linear1(block.norm2(x))))
+
+    def slots(self, tokens: Tensor, slots: Tensor, iterations: int) -> Tensor:
+        it = cast(Any, self.root).processor.module.corrector
+        tokens = it.norm_features(tokens)
+        for _ in range(iterations):
+            slots = it.norm_slots(slots)  # and the GRU starts from these
+            attention = (it.to_q(slots) @ it.to_k(tokens).mT / S**0.5).softmax(1) + 1e-8
+            updates = attention / attention.sum(-1, keepdim=True) @ it.to_v(tokens)
+            slots = it.gru(updates.flatten(0, 1), slots.flatten(0, 1)).view_as(slots)
+            slots = slots + it.mlp.layers(slots) if hasattr(it, "mlp") else slots
+        return slots
+
+    def decode(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        it = cast(Any, self.root).decoder.module
+        if hasattr(it, "mlp"):
+            made = it.mlp.layers(slots.unsqueeze(2) + it.pos_emb)
+            masks = made[..., -1:].softmax(1)
+            return (made[..., :-1] * masks).sum(1), masks.squeeze(-1)
+        positions, memory = it.pos_emb.expand(len(slots), -1, -1), it.norm_memory(slots)
+        x = positions
+        for block in it.allocator.blocks:
+            x = self.through(block, x, memory)
+        shares = (it.to_q(it.norm_q(x)) @ it.to_k(it.norm_k(slots)).mT / S**0.5).softmax(-1)
+        return it.output_transform(it.renderer.layers(shares @ slots + positions)), shares.mT
+
+
+@pytest.mark.parametrize("kind", ["VideoSAUR", "SlotContrast"])
+def test_videosaur_computes_what_it_did(kind: str) -> None:
+    theirs, (features, slots) = Video(kind), inputs()
+    state = theirs.root.state_dict()
+    parts = read_objects({"state_dict": state, "epoch": 3})
+    assert parts.family == "VideoSAUR"
+    assert set(parts.encoder) == {"backbone.model.weight", "backbone.model.bias"}
+    root = cast(Any, theirs.root)
+    if kind == "SlotContrast":
+        slots = root.initializer.slots.expand(2, -1, -1)
+        torch.testing.assert_close(parts.slots.initial_slots(2), slots)
+    tokens = root.encoder.module.output_transform.layers(features)
+    torch.testing.assert_close(parts.features(features), tokens, rtol=1e-4, atol=1e-5)
+    first = theirs.slots(tokens, slots, 3)
+    found = parts.slots(tokens, slots=slots).slots
+    torch.testing.assert_close(found, first, rtol=1e-4, atol=1e-5)
+    predicted = theirs.through(root.processor.module.predictor.blocks[0], first)
+    torch.testing.assert_close(parts.predictor(first), predicted, rtol=1e-4, atol=1e-5)  # pyright: ignore
+    second = theirs.slots(tokens.flip(1), predicted, 2)
+    found = parts.slots(tokens.flip(1), slots=predicted, num_iterations=2).slots
+    torch.testing.assert_close(found, second, rtol=1e-4, atol=1e-5)
+    decoded, expected = parts.decoder(second), theirs.decode(second)  # pyright: ignore
+    torch.testing.assert_close(decoded.features, expected[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(decoded.masks, expected[1], rtol=1e-4, atol=1e-5)
+    of_images = {name.replace(".module.", "."): value for name, value in state.items() if ".predictor." not in name}
+    without = read_objects(of_images)
+    assert without.predictor is None
+    torch.testing.assert_close(without.slots(tokens, slots=slots).slots, first, rtol=1e-4, atol=1e-5)
+
+
+def test_a_weight_of_videosaur_that_does_not_fit_is_named() -> None:
+    state = Video("VideoSAUR").root.state_dict()
+    for missing in ("processor.module.corrector.gru.bias_ih", "decoder.module.norm_k.weight"):
+        ours = {"processor.module.corrector.gru.bias_ih": "gru.bias_ih", "decoder.module.norm_k.weight": "norm_slots"}
+        with pytest.raises(InvalidArgument, match=f"no {ours[missing]}"):
+            read_objects({name: value for name, value in state.items() if name != missing})
+    more = state | {"processor.module.predictor.blocks.1.linear1.weight": torch.zeros(2, 2)}
+    with pytest.raises(InvalidArgument, match=r"processor\.module\.predictor\.blocks\.1\.linear1\.weight"):
+        read_objects(more)
+    wrong = state | {"decoder.module.to_q.weight": torch.zeros(3, 3)}
+    with pytest.raises(InvalidArgument, match=r"decoder\.module\.to_q\.weight"):
+        read_objects(wrong)
+    with pytest.raises(InvalidArgument, match="16 positions"):
+        read_objects(state, grid=(4, 5))
+
+
 def inputs() -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(5)
     return torch.randn(2, N, D, generator=generator), torch.randn(2, K, S, generator=generator)

@@ -1,4 +1,4 @@
-"""Published object-centric models: slot attention, what stands before it and the decoder, by the names they have."""
+"""Published object-centric models: slot attention, what stands around it and the decoder, by the names they have."""
 
 import re
 from collections.abc import Mapping
@@ -14,6 +14,7 @@ from narrows.errors import InvalidArgument
 from narrows.layers.initial_slots import GaussianSlots, LearnedSlots
 from narrows.layers.slot_attention import SlotAttention
 from narrows.layers.slot_decoders import AutoregressiveDecoder, MLPDecoder
+from narrows.layers.slot_mixer import SlotBlock, SlotMixer
 from narrows.validation import check_positive
 
 # Their names and ours, applied one after the other. Ours begin with the part: features, slots, decoder, encoder.
@@ -69,6 +70,31 @@ _SPOT = (
     (r"\.ffn\.0\.", ".expand."),
     (r"\.ffn\.2\.", ".contract."),
 )
+_VIDEO = (
+    (r"^(encoder|processor|decoder|target_encoder)\.module\.", r"\1."),  # of clips; models of images go without
+    (r"^target_encoder\.", "encoder.target_"),
+    (r"^encoder\.output_transform\.layers\.", "features."),
+    (r"^initializer\.log_std$", "slots.initial_slots.log_scale"),
+    (r"^initializer\.", "slots.initial_slots."),
+    (r"^processor\.corrector\.", "slots."),
+    (r"^slots\.norm_features\.", "slots.norm_tokens."),
+    (r"^slots\.mlp\.layers\.0\.", "slots.mlp.norm."),
+    (r"^slots\.mlp\.layers\.1\.", "slots.mlp.expand."),
+    (r"^slots\.mlp\.layers\.3\.", "slots.mlp.contract."),
+    (r"^processor\.predictor\.blocks\.0\.", "predictor."),
+    (r"^decoder\.allocator\.blocks\.", "decoder.blocks."),
+    (r"^decoder\.renderer\.layers\.", "decoder.mlp."),
+    (r"^decoder\.mlp\.layers\.", "decoder.mlp."),
+    (r"^decoder\.pos_emb$", "decoder.positions"),
+    (r"^decoder\.norm_q\.", "decoder.norm_positions."),
+    (r"^decoder\.norm_k\.", "decoder.norm_slots."),
+    (r"\.self_attn\.qkv\.", ".to_qkv."),
+    (r"\.self_attn\.out_proj\.", ".to_out."),
+    (r"\.linear1\.", ".expand."),
+    (r"\.linear2\.", ".contract."),
+    (r"\.norm1\.", ".norm_attention."),
+    (r"\.norm2\.", ".norm_mlp."),
+)
 _KERAS = (
     (r"/\.ATTRIBUTES/VARIABLE_VALUE$|:0$", ""),
     (r"/", "."),
@@ -89,8 +115,9 @@ _MARKS = {
     "FT-DINOSAUR": r"^slot_attention\.slot_attention\.to_q\.weight$",
     "OCLF": r"^models\.perceptual_grouping\.slot_attention\.to_q\.weight$",
     "Google": r"slot_attention[/.]project_q[/.]kernel",
+    "VideoSAUR": r"^processor\.(module\.)?corrector\.to_q\.weight$",
 }
-_HEADS = 6
+_HEADS = {"SPOT": 6, "VideoSAUR": 4}
 _KERAS_EPS = 1e-3
 
 
@@ -98,18 +125,20 @@ class ObjectParts(NamedTuple):
     """The parts of a published object-centric model.
 
     Args:
-        family: "SPOT", "FT-DINOSAUR", "OCLF" or "Google".
+        family: "SPOT", "FT-DINOSAUR", "OCLF", "Google", or "VideoSAUR", whose names SlotContrast has too.
         features: what features of the encoder go through before slot attention; empty where a family has nothing.
         slots: slot attention with its initial slots.
         decoder: of features from slots; None where the checkpoint has none of these.
         encoder: weights of the vision encoder, by the names they have there.
+        predictor: of the slots of the next frame; None where the checkpoint has none.
     """
 
     family: str
     features: nn.Sequential
     slots: SlotAttention
-    decoder: MLPDecoder | AutoregressiveDecoder | None
+    decoder: MLPDecoder | AutoregressiveDecoder | SlotMixer | None
     encoder: dict[str, Tensor]
+    predictor: SlotBlock | None = None
 
 
 def read_objects(
@@ -118,31 +147,33 @@ def read_objects(
     grid: tuple[int, int] | None = None,
     num_slots: int = 7,
     num_iterations: int = 3,
-    heads: int = _HEADS,
+    heads: int | None = None,
     cross_heads: int | None = None,
 ) -> ObjectParts:
-    """Slot attention and decoder of a checkpoint of SPOT, FT-DINOSAUR, OCLF or Google's code, with its weights.
+    """Slot attention and decoder of a checkpoint of SPOT, FT-DINOSAUR, OCLF, VideoSAUR, SlotContrast or Google's code.
 
     Widths and depths are read from shapes. What no state dict tells is an argument; the defaults are those of the
-    published models.
+    published models. What the decoder of VideoSAUR gives beyond the features are logits of transitions. Its attention
+    multiplies logits by the root of the heads' width where others divide by it; the weights of queries make up for it.
 
     Args:
         state: their state dict, what holds it under "state_dict" or "model", or a file of either; of Google's code, a
             TensorFlow checkpoint saved as `.npz` by its variables' names.
         grid: `(height, width)` of the patches that an MLP decoder was trained on; a square if None.
         num_slots: of models whose slots are drawn.
-        num_iterations: of slot attention.
-        heads: of SPOT's transformer.
+        num_iterations: of slot attention, in the first frame of clips; VideoSAUR and SlotContrast take 2 in others.
+        heads: of SPOT's transformer, 6 if None, or of VideoSAUR's predictor and slot mixer, 4 if None.
         cross_heads: of its attention to slots, from the second block on.
 
     Raises:
         InvalidArgument: names of no known family; a weight that is missing, left over or of another shape, by name.
 
     https://github.com/gkakogeorgiou/spot, https://github.com/rw-ocrl/ftdinosaur-inference,
+    https://github.com/martius-lab/videosaur, https://github.com/martius-lab/slotcontrast,
     https://github.com/amazon-science/object-centric-learning-framework,
     https://github.com/google-research/google-research/tree/master/slot_attention
     """
-    check_positive(num_slots=num_slots, num_iterations=num_iterations, heads=heads)
+    check_positive(num_slots=num_slots, num_iterations=num_iterations, heads=1 if heads is None else heads)
     given = _weights(state)
     family = next((name for name, mark in _MARKS.items() if any(re.search(mark, key) for key in given)), None)
     if family is None:
@@ -151,19 +182,27 @@ def read_objects(
         raise InvalidArgument("state", expected=f"the weights of a model of {known}", got=f"names like {first}")
     if family == "Google":
         return _of_google(given, num_slots, num_iterations)
-    rules = {"SPOT": _SPOT, "FT-DINOSAUR": _DINOSAUR, "OCLF": (*_OCLF, *_DINOSAUR)}[family]
+    rules = {"SPOT": _SPOT, "FT-DINOSAUR": _DINOSAUR, "OCLF": (*_OCLF, *_DINOSAUR), "VideoSAUR": _VIDEO}[family]
+    heads = _HEADS.get(family, 1) if heads is None else heads
     # SPOT saves its causal masks as parameters.
     weights = Renamed({k: v for k, v in given.items() if not k.endswith("self_attn_mask")}, rules, argument="state")
     encoder = {name: weights.pop(name) for name in list(weights) if re.match(r"(second_)?encoder\.", name)}
-    features, decoder = weights.under("features."), weights.under("decoder.")
-    unknown = [name for name in weights if not re.match(r"(features|slots|decoder)\.", name)]
+    features, decoder, predictor = (weights.under(f"{part}.") for part in ("features", "decoder", "predictor"))
+    unknown = [name for name in weights if not re.match(r"(features|slots|decoder|predictor)\.", name)]
     if unknown:
         names = ", ".join(repr(weights.names[name]) for name in unknown[:3])
         raise InvalidArgument("state", expected=f"the weights of a model of {family}", got=f"also {names}")
-    slots = _slot_attention(weights.under("slots."), num_slots, num_iterations)
+    of_video = family == "VideoSAUR"
+    slots = _slot_attention(weights.under("slots."), num_slots, num_iterations, of_video=of_video)
     before = _feature_map(features) if features else nn.Sequential()
-    made = _decoder(decoder, slots, grid, heads, cross_heads) if decoder else None
-    return ObjectParts(family, before, slots, made, {name.partition(".")[2]: value for name, value in encoder.items()})
+    made = _decoder(decoder, slots, grid, heads, cross_heads, of_video=of_video) if decoder else None
+    vision = {name.partition(".")[2]: value for name, value in encoder.items()}
+    if not predictor:
+        return ObjectParts(family, before, slots, made, vision)
+    _scale_queries(predictor, "", heads)
+    block = SlotBlock(slots.to_q.in_features, heads, pre_norm=True)
+    fill(block, predictor)
+    return ObjectParts(family, before, slots, made, vision, block)
 
 
 def _weights(state: str | Path | Mapping[str, Any]) -> dict[str, Tensor]:
@@ -179,14 +218,18 @@ def _weights(state: str | Path | Mapping[str, Any]) -> dict[str, Tensor]:
     return read_weights(state)
 
 
-def _slot_attention(weights: Renamed, num_slots: int, num_iterations: int) -> SlotAttention:
+def _slot_attention(weights: Renamed, num_slots: int, num_iterations: int, *, of_video: bool = False) -> SlotAttention:
     for name in ("initial_slots.mean", "initial_slots.log_scale"):
         if name in weights:
             weights[name] = weights[name].flatten()
     query, key, hidden = (weights.get(name) for name in ("to_q.weight", "to_k.weight", "mlp.expand.weight"))
+    if of_video and not any(name.startswith("mlp.") for name in weights):
+        hidden = ()
     if query is None or key is None or hidden is None:
         raise InvalidArgument("state", expected="maps of slot attention and its MLP", got=f"{list(weights)[:5]}")
     slot_dim, learned = query.shape[1], weights.get("initial_slots.slots")
+    if learned is not None:
+        learned = weights["initial_slots.slots"] = learned.flatten(0, -2)
     start = GaussianSlots(num_slots, slot_dim) if learned is None else LearnedSlots(len(learned), slot_dim)
     layer = SlotAttention(
         key.shape[1],
@@ -194,6 +237,7 @@ def _slot_attention(weights: Renamed, num_slots: int, num_iterations: int) -> Sl
         slot_dim=slot_dim,
         qkv_bias="to_q.bias" in weights,
         mlp_dim=len(hidden),
+        normed_state=of_video,
         initial_slots=start,
     )
     fill(layer, weights)
@@ -208,10 +252,63 @@ def _feature_map(weights: Renamed) -> nn.Sequential:
     return made
 
 
+def _scale_queries(weights: Renamed, prefix: str, heads: int) -> None:
+    """Give queries the factor d that makes d^-1/2 q k of what was d^1/2 q k, where heads are d wide."""
+    for name in (f"{prefix}to_qkv.weight", f"{prefix}to_qkv.bias"):
+        if name in weights:
+            width = len(weights[name]) // 3
+            factor = torch.ones(len(weights[name]), dtype=weights[name].dtype)
+            factor[:width] = width / heads
+            weights[name] = weights[name] * factor.view(-1, *[1] * (weights[name].ndim - 1))
+
+
+def _grid(positions: Tensor, grid: tuple[int, int] | None) -> tuple[int, int]:
+    side = round(len(positions) ** 0.5)
+    grid = (side, side) if grid is None else grid
+    if grid[0] * grid[1] != len(positions):
+        raise InvalidArgument("grid", expected=f"a grid of the {len(positions)} positions", got=grid)
+    return grid
+
+
+def _mixer(weights: Renamed, slot_dim: int, grid: tuple[int, int] | None, heads: int) -> SlotMixer:
+    numbers = sorted(int(name.split(".")[1]) for name in weights if re.fullmatch(r"mlp\.\d+\.bias", name))
+    last = numbers[-1] + 2 if numbers else 0
+    for part in ("weight", "bias"):
+        name = f"output_transform.{part}"
+        if name in weights:
+            weights[f"mlp.{last}.{part}"], weights.names[f"mlp.{last}.{part}"] = weights.pop(name), weights.names[name]
+    positions = weights.get("positions")
+    bias = weights.get(f"mlp.{last}.bias")
+    if positions is None or bias is None or not numbers:
+        raise InvalidArgument("state", expected="positions, a renderer and an output", got=f"{list(weights)[:5]}")
+    positions = weights["positions"] = positions.flatten(0, -2)
+    depth = count_numbered(weights, r"^blocks\.(\d+)\.", argument="state")
+    for index in range(depth):
+        _scale_queries(weights, f"blocks.{index}.", heads)
+    made = SlotMixer(
+        slot_dim,
+        len(bias),
+        grid=_grid(positions, grid),
+        depth=depth,
+        heads=heads,
+        hidden_dims=[len(weights[f"mlp.{number}.bias"]) for number in numbers],
+    )
+    fill(made, weights)
+    return made
+
+
 def _decoder(
-    weights: Renamed, slots: SlotAttention, grid: tuple[int, int] | None, heads: int, cross_heads: int | None
-) -> MLPDecoder | AutoregressiveDecoder:
+    weights: Renamed,
+    slots: SlotAttention,
+    grid: tuple[int, int] | None,
+    heads: int,
+    cross_heads: int | None,
+    *,
+    of_video: bool,
+) -> MLPDecoder | AutoregressiveDecoder | SlotMixer:
     slot_dim = slots.to_q.in_features
+    if of_video and any(name.startswith("blocks.") for name in weights):
+        return _mixer(weights, slot_dim, grid, heads)
     if any(name.startswith("blocks.") for name in weights):
         if "first" in weights:
             weights["first"] = weights["first"].flatten(0, -2)
@@ -232,16 +329,12 @@ def _decoder(
     if positions is None or not numbers:
         raise InvalidArgument("state", expected="positions and an MLP of the decoder", got=f"{list(weights)[:5]}")
     positions = weights["positions"] = positions.flatten(0, -2)
-    side = round(len(positions) ** 0.5)
-    grid = (side, side) if grid is None else grid
-    if grid[0] * grid[1] != len(positions):
-        raise InvalidArgument("grid", expected=f"a grid of the {len(positions)} positions", got=grid)
     widths = [len(weights[f"mlp.{number}.bias"]) for number in numbers]
     mapped = "slot_map.weight" in weights
     made = MLPDecoder(
         slot_dim,
         widths[-1] - 1,
-        grid=grid,
+        grid=_grid(positions, grid),
         hidden_dims=widths[:-1],
         input_dim=positions.shape[1] if mapped else None,
     )

@@ -42,7 +42,7 @@ COLUMNS = {
     "time": None,
 }
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true")
-LOSSES: Mapping[str, Mapping[str, float]] = {"slotcontrast": {"contrast": 0.5}, "videosaur": {"similarity": 0.1}}
+LOSSES: Mapping[str, Mapping[str, Any]] = {"slotcontrast": {"contrast": 0.5}, "videosaur": {"similarity": 0.1}}
 """Weights of the losses that models are trained with, beside the reconstruction."""
 RUNS_FILE = "runs.json"
 SETTINGS_FILE = "settings.json"

@@ -92,7 +92,8 @@ class DrawnBySample:
     def _gate(
         self, rows: NDArray[np.uint64], module: SlotGate, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[tuple[Any, ...], Mapping[str, Any]] | None:
-        slots, mask, generator = (*args, None, None)[:3]
+        slots: Tensor = args[0]
+        mask, generator = (*args[1:], None, None)[:2]
         frames, rest = divmod(len(slots), len(rows))  # frames of a clip lie one after another
         if not module.training or generator is not None or kwargs or rest:
             return None
