@@ -368,8 +368,9 @@ def _of_google(given: Mapping[str, Tensor], num_slots: int, num_iterations: int)
     for name in ("gru.weight_ih", "gru.weight_hh", "gru.bias_ih", "gru.bias_hh"):
         weights.names.setdefault(name, name)
     slots = _slot_attention(weights, num_slots, num_iterations)
-    for norm in (slots.norm_tokens, slots.norm_slots, slots.mlp.norm):
-        norm.eps = _KERAS_EPS
+    for norm in slots.modules():
+        if isinstance(norm, nn.LayerNorm):
+            norm.eps = _KERAS_EPS
     return ObjectParts("Google", nn.Sequential(), slots, None, {})
 
 
