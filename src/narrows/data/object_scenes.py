@@ -12,6 +12,7 @@ from torch import Tensor
 from narrows.data.images import IGNORED, MEAN_AND_STD, ImageData, ImageSet
 from narrows.data.positions import keys, uniforms
 from narrows.data.scenes import SegmentedDigits
+from narrows.data.tabletop import TabletopScenes
 from narrows.errors import InvalidArgument
 from narrows.validation import check_choice, check_positive
 
@@ -244,7 +245,7 @@ class DigitObjects(SegmentedDigits):
 
 
 class _Kind(NamedTuple):
-    images: type[SpriteScenes] | type[DigitObjects]
+    images: type[SpriteScenes] | type[DigitObjects] | type[TabletopScenes]
     image_size: int
     options: Mapping[str, Any] = MappingProxyType({})
 
@@ -259,6 +260,8 @@ OBJECT_SCENES: Mapping[str, _Kind] = MappingProxyType(
         "sprite_grid": _Kind(SpriteScenes, 32, {"objects": (2, 3), "cells": 3, "radius": (0.12, 0.15)}),
         "moving_sprites": _Kind(SpriteScenes, 32, {"frames": 8}),
         "digit_objects": _Kind(DigitObjects, 64),
+        "tabletop": _Kind(TabletopScenes, 64),
+        "moving_tabletop": _Kind(TabletopScenes, 64, {"frames": 8}),
     }
 )
 """Scenes with the masks of their objects, by name: what draws them, their size, and its options."""
@@ -276,13 +279,14 @@ def load_object_scenes(
 
     Args:
         name: one of `OBJECT_SCENES`.
-        image_size: side of the square images; by default 64 for "crowded_sprites" and "digit_objects", 32 for others.
-        frames: T, of clips; by default 8 for "moving_sprites", and images for others.
+        image_size: side of the square images; by default 32 for scenes of two to four sprites, 64 for others.
+        frames: T, of clips; by default 8 for "moving_sprites" and "moving_tabletop", and images for others.
         length: training scenes in an epoch.
         seed: of the training scenes. Held-out scenes do not depend on it.
 
     Raises:
         InvalidArgument: no such scenes, scenes that do not move where frames are asked for, or a size too small.
+        MissingExtra: tabletop scenes without pybullet.
     """
     check_choice("data", name, tuple(OBJECT_SCENES))
     kind = OBJECT_SCENES[name]

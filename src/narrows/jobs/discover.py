@@ -142,8 +142,8 @@ def discover(
     written to `<output>/<time>/`. `narrows show` takes a model from there.
 
     Args:
-        data: "sprites", "textured_sprites", "crowded_sprites", "sprite_grid", "digit_objects", "moving_sprites", or a
-            folder of images, or of images and masks (docs/objects.md).
+        data: "sprites", "textured_sprites", "crowded_sprites", "sprite_grid", "digit_objects", "moving_sprites",
+            "tabletop", "moving_tabletop", or a folder of images, or of images and masks (docs/objects.md).
         model: "slot_autoencoder", "dinosaur", "spot", "savi", "slotcontrast" or "videosaur".
         checkpoint: folder of a model that was trained before: it is scored and drawn, and nothing is trained.
         backbone: of models that rebuild features: "timm:<name>", "hf:<name>" or a folder.
