@@ -6,7 +6,7 @@ import torch
 
 from narrows.data.documents import Document, questions_of
 from narrows.data.scene_documents import CELLS, ShapeChats
-from narrows.demo.shapes import cell_loss, examine_descriptions, shapes_vision_encoder
+from narrows.demo.shapes import examine_descriptions, shapes_vision_encoder, token_loss
 from narrows.hub.readers import Reader, open_vision_encoder
 
 CHATS = ShapeChats("held_out", length=12)
@@ -36,16 +36,24 @@ def test_objects_count_where_place_colour_and_shape_are_right_together():
     assert f"shape together: {1 - 12 / objects:.1%}" in str(erring)
 
 
-def test_the_encoder_is_judged_by_what_each_cell_shows():
+def test_each_token_is_judged_by_where_it_stands_and_what_its_cell_shows():
     scenes = CHATS.scenes.render(range(12))
-    cells = torch.zeros(12, CELLS, 1 + 5 + 8)
+    tokens = torch.zeros(12, 6, 6, 1 + 5 + 8 + CELLS)
+    for y in range(6):
+        for x in range(6):
+            tokens[:, y, x, 14 + y // 2 * 3 + x // 2] = 1
+    tokens[..., 0] = -1
     for row, (centres, shapes, colours) in enumerate(zip(scenes.centres, scenes.shapes, scenes.colours, strict=True)):
-        cells[row, :, 0] = -1
-        for (x, y), shape, colour in zip(centres, shapes, colours, strict=True):
+        for (x, y), shape, colour in zip((centres * 3).long().tolist(), shapes, colours, strict=True):
             if shape >= 0:
-                cells[row, int(y * 3) * 3 + int(x * 3), [0, 1 + shape, 6 + colour]] = 1
-    assert cell_loss(cells * 20, scenes) < 1e-3
-    assert cell_loss(cells.roll(1, 1) * 20, scenes) > 5
+                cell = tokens[row, 2 * y : 2 * y + 2, 2 * x : 2 * x + 2]
+                cell[..., 0] = cell[..., 1 + shape] = cell[..., 6 + colour] = 1
+    assert token_loss(tokens * 20, scenes) < 1e-3
+    elsewhere, other = tokens.clone(), tokens.roll(1, 0)
+    elsewhere[..., 14:] = tokens[..., 14:].roll(1, 2)
+    other[..., 14:] = tokens[..., 14:]
+    assert token_loss(elsewhere * 20, scenes) > 5
+    assert token_loss(other * 20, scenes) > 5
 
 
 def test_the_encoder_is_trained_once_and_opens(tmp_path):

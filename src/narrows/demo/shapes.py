@@ -24,16 +24,16 @@ from narrows.models.vit import TransformerClassifier
 from narrows.training.task import parameter_groups, warmup_schedule
 
 FOLDER = Path("runs") / "flamingo_shapes"
-STEPS, BATCH = 2000, 64
+STEPS, BATCH = 1200, 64
 SIZES = {"dim": 96, "depth": 4, "heads": 4, "mlp_dim": 192}
-_ANSWERS = 1 + len(SHAPES) + len(COLOURS)
+_ANSWERS = 1 + len(SHAPES) + len(COLOURS) + CELLS
 
 
 def shapes_vision_encoder(folder: Path = FOLDER, *, steps: int = STEPS) -> Path:
     """The folder of a vision transformer of shape scenes, trained from scratch unless it is there.
 
-    Its head reads the mean of the tokens of each cell, and says whether something is there, its shape and colour: so
-    tokens say what stands where they do.
+    Its head says of each token where it stands, and of the mean over the tokens of a cell whether something is there,
+    its shape and colour. A reader of tokens needs the place as much as what stands there.
     """
     saved = folder / "vision_encoder"
 
@@ -44,10 +44,10 @@ def shapes_vision_encoder(folder: Path = FOLDER, *, steps: int = STEPS) -> Path:
         optimizer = torch.optim.AdamW(parameter_groups(model, 0.05), lr=2e-3, betas=(0.9, 0.98))
         schedule = warmup_schedule(optimizer, warmup_steps=max(1, steps // 10), total_steps=steps)
         pause = 0.5 if sys.stderr.isatty() else 10
-        bar = tqdm(range(steps), desc="vision encoder, on cells", unit="step", dynamic_ncols=True, mininterval=pause)
+        bar = tqdm(range(steps), desc="vision encoder, on tokens", unit="step", dynamic_ncols=True, mininterval=pause)
         for step in bar:
             shown = scenes.render(range(step * BATCH, (step + 1) * BATCH))
-            loss = cell_loss(cell_logits(model, normalised(shown.images)), shown)
+            loss = token_loss(token_logits(model, normalised(shown.images)), shown)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -61,24 +61,29 @@ def shapes_vision_encoder(folder: Path = FOLDER, *, steps: int = STEPS) -> Path:
     return saved
 
 
-def cell_logits(model: TransformerClassifier, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B cells answers"]:
-    """What the head says of the tokens of each cell of the grid of three by three."""
-    tokens = model.forward_tokens(images).transpose(1, 2).unflatten(2, model.token_grid(images))
-    cells = F.adaptive_avg_pool2d(tokens, math.isqrt(CELLS)).flatten(2).transpose(1, 2)
-    return model.forward_head(cells.flatten(0, 1)).unflatten(0, (len(images), CELLS))
+def token_logits(model: TransformerClassifier, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B h w answers"]:
+    """What the head says of each token."""
+    tokens = model.forward_tokens(images)
+    return model.forward_head(tokens.flatten(0, 1)).unflatten(0, (len(images), *model.token_grid(images)))
 
 
-def cell_loss(logits: Float[Tensor, "B cells answers"], scenes: ObjectScene) -> Tensor:
-    """Cross-entropies of whether each cell is taken, and of shape and colour where it is."""
-    there, shapes, colours = logits.split((1, len(SHAPES), len(COLOURS)), -1)
+def token_loss(logits: Float[Tensor, "B h w answers"], scenes: ObjectScene) -> Tensor:
+    """Cross-entropies of each token's cell, of whether a cell is taken, and of shape and colour where it is."""
+    what, where = logits.split((_ANSWERS - CELLS, CELLS), -1)
+    side = math.isqrt(CELLS)
+    rows, columns = (torch.arange(count) * side // count for count in logits.shape[1:3])
+    places = (rows[:, None] * side + columns).expand(logits.shape[:3])
+    cells = F.adaptive_avg_pool2d(what.movedim(-1, 1), side).flatten(2).transpose(1, 2)
+    there, shapes, colours = cells.split((1, len(SHAPES), len(COLOURS)), -1)
     counts = scenes.shapes != IGNORED
-    rows, cells = torch.arange(len(logits))[:, None].expand_as(counts)[counts], cells_of(scenes)[counts]
-    taken = torch.zeros(len(logits), CELLS)
-    taken[rows, cells] = 1.0
+    batch, taken = torch.arange(len(logits))[:, None].expand_as(counts)[counts], cells_of(scenes)[counts]
+    full = torch.zeros(len(logits), CELLS)
+    full[batch, taken] = 1.0
     return (
-        F.binary_cross_entropy_with_logits(there[..., 0], taken)
-        + F.cross_entropy(shapes[rows, cells], scenes.shapes[counts])
-        + F.cross_entropy(colours[rows, cells], scenes.colours[counts])
+        F.cross_entropy(where.flatten(0, 2), places.flatten())
+        + F.binary_cross_entropy_with_logits(there[..., 0], full)
+        + F.cross_entropy(shapes[batch, taken], scenes.shapes[counts])
+        + F.cross_entropy(colours[batch, taken], scenes.colours[counts])
     )
 
 
