@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from narrows.cli import main
+from narrows.cli.training import OPTIONS
 from narrows.data import ImageDataModule
 from narrows.models import load_model
 from narrows.training.classification import Classification
@@ -37,6 +38,13 @@ def narrows(tmp_path, monkeypatch, folder):
 def _only(found):
     (path,) = found
     return path
+
+
+def test_a_checkpoint_of_another_task_is_named(narrows, tmp_path, capsys):
+    torch.save({OPTIONS: {"model": {"model": "vit_mini", "num_classes": 2}, "data": {}}}, tmp_path / "other.ckpt")
+    assert main(["validate", "--task", "objects", "--ckpt_path", "other.ckpt", *QUIET]) == 1
+    expected = "ckpt_path: expected a checkpoint of objects, got one of another task, whose model has num_classes."
+    assert expected in capsys.readouterr().err
 
 
 def test_fit_leaves_a_run_that_every_other_command_takes(narrows, tmp_path, capsys):

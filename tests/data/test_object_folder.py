@@ -214,6 +214,32 @@ def test_a_mask_of_another_size_is_named(tmp_path: Path) -> None:
         ObjectImages(clips, image_size=8).batch([0])
 
 
+def test_every_mask_is_compared_with_its_image_before_training(tmp_path: Path) -> None:
+    names = [f"{n}.png" for n in range(12)]
+    root = write(tmp_path / "pairs", names, [f"{n}_mask.png" for n in range(12)])
+    load_object_folder(root, image_size=8)
+    Image.new("L", (5, 4)).save(root / "7_mask.png")
+    with pytest.raises(DataError, match=r"7\.png: the mask of frame 0 is 5 x 4 pixels, the image 24 x 16"):
+        load_object_folder(root, image_size=8)
+    (root / "7_mask.png").write_bytes(b"no mask")
+    with pytest.raises(DataError, match=r"7_mask\.png is no PNG"):
+        load_object_folder(root, image_size=8)
+    coco = write_coco(tmp_path / "coco")
+    index = coco / "annotations" / "instances_train2017.json"
+    index.write_text(index.read_text().replace('"height": 16', '"height": 15'))
+    with pytest.raises(DataError, match="24 x 15"):
+        load_object_folder(coco, image_size=8)
+
+
+def test_a_photograph_that_is_stored_turned_fits_its_mask(tmp_path: Path) -> None:
+    root = write(tmp_path, [], [f"{n}_mask.png" for n in range(6)])
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    for number in range(6):
+        Image.new("RGB", (16, 24)).save(root / f"{number}.jpg", exif=exif)
+    load_object_folder(root, image_size=8)
+
+
 def test_a_short_clip_is_named(tmp_path: Path) -> None:
     clips = list_objects(write_davis(tmp_path, frames=2), clips=True).parts["training"]
     with pytest.raises(DataError, match="bear has 2 frames, and 3 are asked for"):

@@ -391,6 +391,13 @@ def test_state_dict_keys_of_presets_are_what_they_were(name: str) -> None:
         (lambda: build("images", gradient="some"), "gradient: expected"),
         (lambda: build("images", initial_slots="zero"), "initial_slots: expected"),
         (lambda: build("images", num_slots=0), "num_slots: expected"),
+        (lambda: build("features", num_slots=10), "num_slots: expected at most the 9 positions of the decoder, got 10"),
+        (lambda: build("mixed clips", num_slots=10), "num_slots: expected at most the 9 positions of the decoder"),
+        (lambda: build("images", num_slots=65), "num_slots: expected at most the 64 positions of the decoder"),
+        (
+            lambda: build("in order", num_slots=10)(inputs("in order")),
+            "num_slots: expected at most the 9 positions of the decoder",
+        ),
         (lambda: build("images", initial_slots="boxes")(inputs("images")), "hints: expected boxes for the slots"),
         (lambda: build("images")(inputs("images"), hints=torch.rand(2, 3, 4)), "hints: expected None: initial slots"),
         (

@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
@@ -13,6 +14,7 @@ from narrows.metrics import FGARI, MBO
 from narrows.models import ObjectDiscovery, ObjectDiscoveryOutput
 from narrows.ops.object_hints import object_hints
 from narrows.training.objects import ObjectTask, State, pixel_masks, signs_of_collapse, state_of
+from tests.data.object_folders import write
 from tests.training.small import small_trainer
 
 
@@ -250,6 +252,17 @@ def test_hints_need_masks(tmp_path):
     images, truth = data().loaded.held_out.batch(range(8))
     with pytest.raises(InvalidArgument, match="data: expected images with masks: the model's slots begin at the boxes"):
         small_trainer(tmp_path).validate(task("boxes"), one(images, torch.full_like(truth, IGNORED)), verbose=False)
+
+
+def test_what_needs_masks_is_refused_before_training_where_there_are_none(tmp_path):
+    write(tmp_path / "photos", [f"{number}.png" for number in range(6)])
+    photos = ObjectDataModule(str(tmp_path / "photos"), image_size=16, batch_size=2)
+    options = {"max_epochs": 1, "callbacks": [ModelCheckpoint(tmp_path, monitor="val/attention_fg_ari", mode="max")]}
+    with pytest.raises(InvalidArgument, match=r"monitor: expected val/loss: .*photos has no masks to score with"):
+        small_trainer(tmp_path, **options).fit(task(), photos)
+    with pytest.raises(InvalidArgument, match="data: expected images with masks"):
+        small_trainer(tmp_path, max_epochs=1).fit(task("boxes"), photos)
+    small_trainer(tmp_path, max_epochs=1, enable_checkpointing=False).fit(task(), photos)
 
 
 def test_masks_are_resized_to_the_truth():

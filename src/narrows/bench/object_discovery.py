@@ -1,5 +1,7 @@
 """A training step of DINOSAUR on cached features against the same step with slot-attention's layer."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -36,7 +38,9 @@ def dinosaur(batch: int, side: int, *, hidden_dims: tuple[int, ...], device: str
         decoder = {"kind": "mlp", "feature_dim": 384, "grid": [side, side], "hidden_dims": list(hidden_dims)}
         model = create_model("dinosaur", decoder=decoder).to(device)
         theirs = slot_attention.SlotAttention(7, 256, hidden_dim=1024).to(device)
-        model.slot_attention = from_upstream(theirs)
+        layer: Any = from_upstream(theirs)
+        model.slot_attention = layer
+        encoder: Any = model.encoder
         features = torch.randn(batch, side * side, 384, device=device)
 
         def call(module: nn.Module) -> Tensor:
@@ -46,7 +50,7 @@ def dinosaur(batch: int, side: int, *, hidden_dims: tuple[int, ...], device: str
             return (found.reconstruction - found.target).square().flatten(1).mean(1)
 
         rival = Dinosaur(model.encoder, theirs, model.decoder)
-        return Contest(model, rival, call, (model.encoder.head.expand.weight,), others=(features,))
+        return Contest(model, rival, call, (encoder.head.expand.weight,), others=(features,))
 
     name = f"object_discovery/dinosaur/{batch}x{side * side}/hidden{'x'.join(map(str, hidden_dims))}"
     return BenchCase(name, "slot_attention.SlotAttention", prepare, NEVER_SLOWER, device=device)

@@ -210,6 +210,12 @@ class TrainingCLI(LightningCLI):
                     got=repr(_plain(value)),
                     hint="Leave it out to go on with the checkpoint, or begin another run with --model <run>/model.",
                 )
+        unknown = [name for name in trained.get("model", {}) if name not in vars(self.config[command].model)]
+        if unknown:
+            got = f"one of another task, whose model has {', '.join(unknown[:3])}"
+            raise InvalidArgument(
+                "ckpt_path", expected=f"a checkpoint of {self.task}", got=got, hint="Give its --task."
+            )
         given = {part: {**trained[part], **_plain(asked.get(part) or {})} for part in trained}
         self.config = self.parser.parse_object({command: given}, self.config)
 

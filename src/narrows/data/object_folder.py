@@ -31,7 +31,7 @@ from torch import Tensor
 from narrows.data.folder import UNREADABLE_SHARE, find_unreadable
 from narrows.data.images import IGNORED, MEAN_AND_STD, ImageData, ImageSet
 from narrows.data.listing import HELD_OUT_SHARE, part_called, path_hash, printable, say_left_out, walk
-from narrows.data.object_files import Clip, CocoClip, FileClip, list_movi
+from narrows.data.object_files import Clip, CocoClip, FileClip, MoviClip, list_movi
 from narrows.data.positions import keys, uniforms
 from narrows.errors import DataError, InvalidArgument
 from narrows.validation import check_positive
@@ -183,11 +183,7 @@ class ObjectImages(ImageSet):
         if not clip.has_masks:
             return pixels, np.full(size, IGNORED)
         mask = clip.mask(frame)
-        if mask.shape != image.size[::-1]:
-            raise DataError(
-                f"{clip.name}: the mask of frame {frame} is {mask.shape[1]} x {mask.shape[0]} pixels, the image "
-                f"{image.width} x {image.height}. A mask has the size of its image."
-            )
+        _check_size(clip, frame, mask.shape[::-1], image.size)
         nearest = ((np.arange(self.image_size) + 0.5) * side / self.image_size).astype(int)
         return pixels, mask[(top + nearest)[:, None], left + nearest]
 
@@ -204,7 +200,7 @@ def load_object_folder(
 ) -> ImageData:
     """A folder of images, or of clips, with the masks of their objects; see `list_objects` and `ObjectImages`.
 
-    Every image file is opened once; the first mask of each part is compared with its image.
+    Every image file is opened once, and the size of every mask file compared with that of its image.
 
     Raises:
         DataError: what `list_objects` finds, too many unreadable images, or masks that do not fit the images.
@@ -222,6 +218,8 @@ def load_object_folder(
         if not clips:
             raise DataError(f"{root}: no readable image among the {part} images.")
         part_images.batch([0])
+        for clip in clips:
+            _check_sizes(clip)
         return part_images
 
     held_out = [images(part) for part in ("validation", "test") if part in found.parts]
@@ -238,6 +236,32 @@ def load_object_folder(
         skipped=tuple(sorted(skipped)),
         left_out=found.left_out,
     )
+
+
+def _check_sizes(clip: Clip) -> None:
+    """Raise where a mask has another size than its image; files are read where their heads differ alone."""
+    if isinstance(clip, MoviClip) or not clip.has_masks:
+        return
+    for frame, image in enumerate(clip.frames):
+        known = clip.size[::-1] if isinstance(clip, CocoClip) else _size_of(clip.masks[frame])
+        if known is None or known != _size_of(image):  # a photograph may be stored turned
+            _check_size(clip, frame, clip.mask(frame).shape[::-1], clip.image(frame).size)
+
+
+def _size_of(file: Path) -> tuple[int, int] | None:
+    try:
+        with Image.open(file) as head:
+            return head.size
+    except Exception:  # a broken file makes decoders raise anything; reading it says what is wrong
+        return None
+
+
+def _check_size(clip: Clip, frame: int, mask: tuple[int, ...], image: tuple[int, int]) -> None:
+    if tuple(mask) != image:
+        raise DataError(
+            f"{clip.name}: the mask of frame {frame} is {mask[0]} x {mask[1]} pixels, the image {image[0]} x "
+            f"{image[1]}. A mask has the size of its image."
+        )
 
 
 def _hold_out(found: ObjectFolder) -> None:

@@ -23,6 +23,7 @@ from narrows.models.object_parts import (
     MixedFeatures,
     MLPFeatures,
     PatchTransformer,
+    cells_of,
 )
 from narrows.ops.object_hints import HINTS
 from narrows.precision import at_least_float32
@@ -192,6 +193,7 @@ class ObjectDiscovery(SavedModel, pipeline_tag="image-segmentation"):
         given = {} if backbone is None else {"backbone": backbone}
         self.encoder = _part("encoder", encoder, ENCODERS, slot_dim, {**factory, **given})
         self.decoder = _part("decoder", decoder, DECODERS, slot_dim, factory)
+        _check_number(num_slots, cells_of(self.decoder))
         self.later_iterations, self.gradient = later_iterations, gradient
         self.hints = initial_slots if initial_slots in HINTS else None
         if self.hints is not None:
@@ -240,7 +242,8 @@ class ObjectDiscovery(SavedModel, pipeline_tag="image-segmentation"):
                 the encoder's tokens.
 
         Raises:
-            InvalidArgument, InvalidType: images of the wrong shape or type, hints that are missing or not asked for.
+            InvalidArgument, InvalidType: images of the wrong shape or type, hints that are missing or not asked for,
+                more slots than the decoder has positions.
         """
         check_tensor("images", images, expected="a tensor of images, clips or tokens")
         still = 3 if self._takes_tokens(images) else 4
@@ -269,6 +272,7 @@ class ObjectDiscovery(SavedModel, pipeline_tag="image-segmentation"):
             found.append(new)
             attention.append(weights)
         joined = torch.stack(found, 1).flatten(0, 1)
+        _check_number(joined.shape[1], cells_of(self.decoder) or encoded.target.shape[-2] * encoded.target.shape[-1])
         if slot_mask is not None and clips:
             slot_mask = slot_mask.repeat_interleave(frames, 0)
         kept = None
@@ -337,6 +341,11 @@ class ObjectDiscovery(SavedModel, pipeline_tag="image-segmentation"):
         if self.gradient == "bilevel":
             settled = settled + (start - start.detach())
         return attend(tokens, mask, settled, num_iterations=1, slot_mask=slot_mask)
+
+
+def _check_number(slots: int, cells: int | None) -> None:
+    if cells is not None and slots > cells:
+        raise InvalidArgument("num_slots", expected=f"at most the {cells} positions of the decoder", got=slots)
 
 
 def _part(

@@ -328,6 +328,13 @@ class PatchTransformer(AutoregressiveDecoder):
         return _on_grid(super().forward(slots, features, slot_mask, grid=grid), target)
 
 
+def cells_of(decoder: nn.Module) -> int | None:
+    """Positions that a decoder was built with; None where they are those of what it is given."""
+    if isinstance(decoder, BroadcastDecoder):
+        return decoder.start**2
+    return _cells(decoder.grid) if isinstance(decoder, MLPFeatures | MixedFeatures) else None
+
+
 def _cells(grid: Sequence[int]) -> int:
     return grid[0] * grid[1] if len(grid) == 2 else 0
 

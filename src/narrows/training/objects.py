@@ -99,6 +99,25 @@ class ObjectTask(Task):
             {f"{part}_{masks}_{name}": kind() for part in parts for masks in MASKS for name, kind in _METRICS.items()}
         )
 
+    def setup(self, stage: str) -> None:
+        """Check that there are masks where they are needed: for hints, and for scores that a callback watches.
+
+        Raises:
+            InvalidArgument: there are none.
+        """
+        super().setup(stage)
+        trainer: Any = self.trainer
+        images = getattr(getattr(trainer, "datamodule", None), "loaded", None)
+        if images is None or getattr(images.train, "has_masks", True):
+            return
+        if getattr(self.model, "hints", None) is not None:
+            raise _without_masks(self.model)  # pyright: ignore[reportArgumentType]
+        watched = [getattr(callback, "monitor", None) or "" for callback in trainer.callbacks]
+        scores = [name for name in watched if name.rpartition("/")[2].removeprefix("attention_") in _METRICS]
+        if scores and stage == "fit":
+            expected = f"val/loss: {images.name} has no masks to score with"
+            raise InvalidArgument("monitor", expected=expected, got=repr(scores[0]))
+
     def forward(self, images: Tensor) -> ObjectDiscoveryOutput:
         """Objects of images or clips."""
         return self.model(images)
@@ -219,6 +238,15 @@ class ObjectTask(Task):
 _METRICS = {"fg_ari": FGARI, "mbo": MBO}
 
 
+def _without_masks(model: ObjectDiscovery) -> InvalidArgument:
+    return InvalidArgument(
+        "data",
+        expected=f"images with masks: the model's slots begin at the {model.hints} of true objects",
+        got="images without masks",
+        hint="Or build the model with initial_slots='gaussian'.",
+    )
+
+
 def _sample(found: ObjectDiscoveryOutput, index: int) -> ObjectDiscoveryOutput:
     return ObjectDiscoveryOutput(*(None if part is None else part[index : index + 1] for part in found))  # pyright: ignore[reportArgumentType]
 
@@ -239,12 +267,7 @@ def find(
         return model(images, generator=generator, **options)
     first = truth[:, 0] if truth is not None and truth.ndim == 4 else truth
     if first is None or first.ndim != 3 or (first == IGNORED).all():
-        raise InvalidArgument(
-            "data",
-            expected=f"images with masks: the model's slots begin at the {model.hints} of true objects",
-            got="images without masks",
-            hint="Or build the model with initial_slots='gaussian'.",
-        )
+        raise _without_masks(model)
     number = model.slot_attention.initial_slots.num_slots
     hints = object_hints(first, number, kind=str(model.hints))  # pyright: ignore[reportArgumentType]
     return model(images, generator=generator, hints=hints, **options)
