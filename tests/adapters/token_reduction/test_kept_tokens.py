@@ -101,6 +101,113 @@ def test_the_language_model_gives_what_embeddings_by_hand_give(method: str, left
         assert_close(logits[row, mask.bool()], one)
 
 
+SEES = {"image_token_id": IMAGE, "text_config": dict(TEXT)}
+VISION = {**TOWER, **SIZES}
+PINPOINTS = {"image_grid_pinpoints": [[32, 32], [32, 64]]}
+
+
+def seeing(kind: str, config: str = "", **options: Any) -> Any:
+    """A small vision-language model by the name of its class, without "ForConditionalGeneration"."""
+    torch.manual_seed(0)
+    made = getattr(transformers, f"{config or kind}Config")(**{**SEES, **options})
+    return getattr(transformers, f"{kind}ForConditionalGeneration")(made).eval()
+
+
+def paligemma() -> Any:
+    vision = transformers.SiglipVisionConfig(**VISION, projection_dim=32)
+    text = transformers.GemmaConfig(**TEXT, head_dim=8)
+    return seeing("PaliGemma", vision_config=vision, text_config=text, projection_dim=32, hidden_size=32)
+
+
+ONE_BY_ONE = {
+    "llava of siglip": lambda: llava(
+        vision_config=transformers.SiglipVisionConfig(**VISION),
+        vision_feature_select_strategy="full",
+        vision_feature_layer=-1,
+    ),
+    "llava of dinov2": lambda: seeing(
+        "Llava",
+        text_config=transformers.LlamaConfig(**TEXT),
+        vision_config=transformers.Dinov2Config(
+            hidden_size=32, mlp_ratio=2, num_hidden_layers=4, num_attention_heads=4, **SIZES
+        ),
+    ),
+    "vip-llava": lambda: seeing(
+        "VipLlava",
+        vision_config=transformers.CLIPVisionConfig(**VISION),
+        text_config=transformers.LlamaConfig(**TEXT),
+        vision_feature_layer=[-2, -3],
+    ),
+    "paligemma": paligemma,
+}
+
+
+def seen(model: Any) -> dict[str, Tensor]:
+    """Two texts with an image each, as the model takes them."""
+    ids = torch.tensor([[5, 6, *[IMAGE] * 16, 7, 8], [9, *[IMAGE] * 16, 10, 7, 8]])
+    inputs = {"input_ids": ids, "pixel_values": torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))}
+    return inputs | ({"token_type_ids": (ids == IMAGE).long()} if "Gemma" in type(model).__name__ else {})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ONE_BY_ONE)
+def test_language_models_that_read_one_feature_for_each_token(name: str) -> None:
+    model = ONE_BY_ONE[name]()
+    inputs = seen(model)
+    with reduce_tokens(model, method="topk", budget={1: 0.5}) as reduction:
+        features = model.get_image_features(inputs["pixel_values"], return_dict=True).pooler_output
+        kept = reduction.kept_tokens(**inputs)
+        logits = model(**kept.inputs).logits
+        embeddings = model.get_input_embeddings()(kept.prompt["input_ids"])
+    assert [len(ids) for ids in kept.kept] == [8, 8]
+    places = kept.prompt["input_ids"] == IMAGE
+    embeddings[places] = torch.cat([feature[ids] for feature, ids in zip(features, kept.kept, strict=True)])
+    given = {argument: value for argument, value in kept.prompt.items() if argument != "input_ids"}
+    assert_close(logits, model(inputs_embeds=embeddings, **given).logits)
+    assert kept.prompt["position_ids"][:, -1].tolist() == [19, 19]
+
+
+@torch.no_grad()
+def test_features_in_one_tensor_need_as_many_of_every_image() -> None:
+    model, message = ONE_BY_ONE["vip-llava"](), "method: expected as many tokens of every image, as VipLlavaFor"
+    for layer in model.model.vision_tower.encoder.layers:
+        layer.self_attn.q_proj.weight.mul_(2000)
+    inputs = seen(model)
+    with reduce_tokens(model, method="ats", budget={1: 10}) as reduction, pytest.raises(InvalidArgument, match=message):
+        reduction.kept_tokens(**inputs)
+
+
+OTHERWISE = {
+    "LlavaNext": {"vision_config": transformers.CLIPVisionConfig(**VISION), **PINPOINTS},
+    "LlavaOnevision": {"vision_config": transformers.SiglipVisionConfig(**VISION), **PINPOINTS},
+    "Idefics3": {"vision_config": dict(VISION), "scale_factor": 2},
+    "Gemma3": {"vision_config": transformers.SiglipVisionConfig(**VISION), "mm_tokens_per_image": 4},
+    "AyaVision": {"vision_config": transformers.SiglipVisionConfig(**VISION), "downsample_factor": 2},
+    "InternVL": {
+        "vision_config": transformers.InternVLVisionConfig(**{**VISION, "image_size": [32, 32], "patch_size": [8, 8]}),
+        "downsample_ratio": 0.5,
+    },
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", OTHERWISE)
+def test_language_models_that_read_features_otherwise_are_refused(kind: str) -> None:
+    texts = {"Gemma3": "Gemma3TextConfig", "AyaVision": "CohereConfig", "InternVL": "Qwen2Config"}
+    text = getattr(transformers, texts.get(kind, "LlamaConfig"))(**TEXT)
+    model = seeing(kind, **OTHERWISE[kind], text_config=text)
+    inputs = seen(model)
+    if "image_grid_pinpoints" in OTHERWISE[kind]:
+        inputs |= {"pixel_values": torch.randn(2, 2, 3, 32, 32), "image_sizes": torch.tensor([[32, 32], [32, 32]])}
+    if kind == "Idefics3":
+        inputs["pixel_values"] = inputs["pixel_values"][:, None]
+    with (
+        reduce_tokens(model, method="topk", budget={1: 0.5}) as reduction,
+        pytest.raises(InvalidType, match="model: expected a language model that reads one feature for each token"),
+    ):
+        reduction.kept_tokens(**inputs)
+
+
 @torch.no_grad()
 def test_images_may_keep_different_numbers_of_tokens() -> None:
     model, inputs = llava(), prompts()

@@ -35,12 +35,14 @@ class KeptTokens:
         features: of each image, of all texts in order, the kept tokens as the language model takes them, `[k, D]`.
         kept: of each image, which of its tokens they are, counted from the first that the language model would read.
         others: arguments that are passed on as they came.
+        stacked: whether the model takes the features of all images in one tensor.
     """
 
     prompt: Mapping[str, Tensor]
     features: Sequence[Float[Tensor, "_ D"]]
     kept: Sequence[Int[Tensor, "_"]]
     others: Mapping[str, Any] = field(default_factory=dict)
+    stacked: bool = False
 
     @property
     def inputs(self) -> dict[str, Any]:
@@ -48,7 +50,8 @@ class KeptTokens:
         from transformers.modeling_outputs import BaseModelOutputWithPooling
 
         # A new record each time: with beams, `generate` repeats the features in it.
-        encoded: Any = BaseModelOutputWithPooling(pooler_output=list(self.features))  # pyright: ignore
+        features: Any = torch.stack(list(self.features)) if self.stacked else list(self.features)
+        encoded: Any = BaseModelOutputWithPooling(pooler_output=features)
         return {**self.others, **self.prompt, "mm_encoder_outputs": {"image": encoded}}
 
     def next_turn(
@@ -113,7 +116,7 @@ def shorten(
     alone = projector is not None and inputs.get("image_sizes") is None
     widths: list[int] = []
     with _narrowed(projector, kept, host.prefix, widths) if alone and projector is not None else nullcontext():
-        features = encode(model, inputs)
+        features, stacked = encode(model, inputs)
     masks = kept()
     if len(masks) != len(features):
         raise _not_one_by_one(f"{len(features)} images whose tower makes {len(masks)}")
@@ -127,7 +130,14 @@ def shorten(
         rows.append(ids)
         found.append(feature[: len(ids)] if widths else feature[ids])
         stays.append(mask[-count:])
-    return KeptTokens(without(inputs, torch.cat(stays), token, model), found, rows, _others(inputs))
+    if stacked and len({len(ids) for ids in rows}) > 1:
+        raise InvalidArgument(
+            "method",
+            expected=f"as many tokens of every image, as {type(model).__name__} reads them in one tensor",
+            got=f"{', '.join(str(len(ids)) for ids in rows[:4])} of the first images",
+            hint="Take 'topk', say, or give one image at a time.",
+        )
+    return KeptTokens(without(inputs, torch.cat(stays), token, model), found, rows, _others(inputs), stacked)
 
 
 def downsample(
@@ -148,7 +158,8 @@ def downsample(
     token = check_prompt(model, inputs)
     check_share(share=share)
     found, rows, stays = [], [], []
-    for feature in encode(model, inputs):
+    features, stacked = encode(model, inputs)
+    for feature in features:
         side = int(len(feature) ** 0.5)
         if side * side != len(feature):
             raise InvalidArgument("inputs", expected="square grids of features", got=f"{len(feature)} of an image")
@@ -161,7 +172,7 @@ def downsample(
     prompt = without(inputs, torch.cat(stays), token, model)
     if not keep_positions:
         prompt = {**prompt, "position_ids": _positions(prompt["attention_mask"])}
-    return KeptTokens(prompt, found, rows, _others(inputs))
+    return KeptTokens(prompt, found, rows, _others(inputs), stacked)
 
 
 def check_prompt(model: nn.Module, inputs: Mapping[str, Any]) -> int:
@@ -192,14 +203,14 @@ def check_prompt(model: nn.Module, inputs: Mapping[str, Any]) -> int:
     return token
 
 
-def encode(model: Any, inputs: Mapping[str, Any]) -> Sequence[Float[Tensor, "_ D"]]:
-    """What the language model would read of each image."""
+def encode(model: Any, inputs: Mapping[str, Any]) -> tuple[Sequence[Float[Tensor, "_ D"]], bool]:
+    """What the language model would read of each image, and whether it does in one tensor."""
     takes = inspect.signature(model.base_model.get_image_features).parameters
     given = {name: value for name, value in inputs.items() if name in takes and value is not None}
     encoded = model.get_image_features(**given, return_dict=True)
     if getattr(encoded, "deepstack_features", None) is not None:
         raise InvalidType("model", expected="features of one depth", got=f"deepstack of {type(model).__name__}")
-    return list(encoded.pooler_output)
+    return list(encoded.pooler_output), isinstance(encoded.pooler_output, Tensor)
 
 
 def without(
