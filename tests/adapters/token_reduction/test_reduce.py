@@ -305,3 +305,69 @@ def test_measure_counts_the_tokens_that_were_kept() -> None:
             assert counts[0] != counts[1]
             each = [stem + block(65, 65) + block(65, kept) + 2 * block(kept, kept) for kept in counts]
             assert narrows.measure(model, images(2), repeats=1).macs == sum(each) / 2
+
+
+class Reads(nn.Module):
+    """Somebody's head on a tower.
+
+    Args:
+        how: it reads the tokens.
+        more: its forward takes something beside images.
+    """
+
+    def __init__(self, how: str, more: bool = False) -> None:
+        super().__init__()
+        self.tower, self.how, self.more = vit(), how, more
+        self.maps = nn.Conv2d(48, 4, 3, padding=1)
+
+    def forward(self, images: Tensor, times: Tensor | None = None) -> Tensor:
+        """Something of each image."""
+        if self.more:
+            assert times is not None
+            images = images * times
+        tokens = self.tower.forward_features(images)
+        maps = tokens[:, 1:].transpose(1, 2).unflatten(2, (8, 8))
+        return {
+            "mean": lambda: tokens[:, 1:].mean(1),
+            "maximum": lambda: tokens.amax(1),
+            "attention": lambda: (tokens.softmax(1) * tokens).sum(1),
+            "class token": lambda: tokens[:, 0],
+            "grid": lambda: self.maps(maps),
+            "mean of maps": lambda: self.maps(maps).relu().mean((2, 3)),
+            "logits": lambda: self.tower.forward_head(tokens),
+        }[self.how]()
+
+
+POOLS = ("mean", "maximum", "attention")
+OTHERS = ("class token", "grid", "mean of maps", "logits")
+
+
+@pytest.mark.parametrize("more", [False, True])
+@pytest.mark.parametrize("how", [*POOLS, *OTHERS])
+def test_a_wrapper_that_pools_dropped_tokens_is_named(how: str, more: bool, recwarn: Any) -> None:
+    model = Reads(how, more).eval()
+    drawn = torch.get_rng_state()
+    example = {"images": images(2), "times": torch.ones(())} if more else None
+    with reduce_tokens(model, method="topk", budget=0.5, example=example) as reduction:
+        assert not reduction.routing, "the trial is not the last call"
+    told = [str(warning.message) for warning in recwarn if "may average" in str(warning.message)]
+    assert len(told) == (how in POOLS)
+    assert all(message.startswith("Reads may average over tokens") for message in told)
+    assert torch.equal(torch.get_rng_state(), drawn)
+    recwarn.clear()
+    with reduce_tokens(model, method="tome", budget=0.5, example=example):  # merged tokens stand everywhere
+        assert not [warning for warning in recwarn if "may average" in str(warning.message)]
+
+
+def test_a_wrapper_that_needs_more_than_images_is_not_called_without_an_example(recwarn: Any) -> None:
+    with reduce_tokens(Reads("mean", more=True).eval(), method="topk", budget=0.5):
+        assert not [warning for warning in recwarn if "may average" in str(warning.message)]
+
+
+@pytest.mark.filterwarnings("error:.*may average")
+def test_a_warning_that_is_an_error_leaves_the_model_as_it_was() -> None:
+    model = Reads("mean").eval()
+    before = state(model)
+    with pytest.raises(UserWarning, match="Reads may average"):
+        reduce_tokens(model, method="topk", budget=0.5)
+    assert state(model) == before

@@ -59,14 +59,6 @@ def reduce_tokens(
     host = model if isinstance(model, HostModel) else recognise(model)
     outer = host.module if isinstance(model, HostModel) else model
     _check_state(outer, host)
-    stale = host.stale_heads(outer)
-    if stale:
-        warnings.warn(
-            f"{', '.join(stale)} may average over tokens, which narrows cannot make see kept ones only: it gets the "
-            "whole grid, with dropped tokens in the last state they had. Read the class token, or average over the "
-            "positions of reduction.routing[-1].",
-            stacklevel=2,
-        )
     budget = as_plain(budget)
     error: float | None = None
 
@@ -80,12 +72,32 @@ def reduce_tokens(
         reduction.error, reduction.example = error, example
         return reduction.attach()
 
-    if not isinstance(budget, Target):
-        return attempt(budget)
-    solution = budget.solve(attempt)
-    reduction = attempt(solution.budget)
-    reduction.target = solution.note
+    if isinstance(budget, Target):
+        solution = budget.solve(attempt)
+        reduction = attempt(solution.budget)
+        reduction.target = solution.note
+    else:
+        reduction = attempt(budget)
+    try:
+        _warn_of_stale_tokens(reduction, example)
+    except BaseException:  # a warning may be made an error
+        reduction.remove()
+        raise
     return reduction
+
+
+def _warn_of_stale_tokens(reduction: Reduction, example: Any) -> None:
+    model = reduction.model
+    stale = ", ".join(reduction.host.stale_heads(model))
+    if not stale and self_test.pools_dropped(reduction, example):
+        stale = type(model).__name__
+    if stale:
+        warnings.warn(
+            f"{stale} may average over tokens, or attend to them wherever they stand, and narrows cannot make it see "
+            "kept ones only: it gets the whole grid, with dropped tokens in the last state they had. Read the class "
+            "token, or average over the positions of reduction.routing[-1].",
+            stacklevel=3,
+        )
 
 
 def _method(method: str | ReductionMethod) -> ReductionMethod:

@@ -1,5 +1,6 @@
 """A check that the adapter computes what the model computes: with every token kept, outputs must not change."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
@@ -7,12 +8,20 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from narrows.adapters.token_reduction.block import ReducedBlock, in_order
 from narrows.adapters.token_reduction.calls import drive, release
 from narrows.adapters.token_reduction.methods import Merge, Merging, Pruning, Signals
 from narrows.adapters.token_reduction.reduction import Reduction
-from narrows.adapters.token_reduction.tokens import Call, Padded, TokenState, with_state
+from narrows.adapters.token_reduction.tokens import (
+    Call,
+    Padded,
+    TokenState,
+    copy_kept_mask,
+    kept_mask_of,
+    with_state,
+)
 from narrows.costs import evaluating
 from narrows.errors import NarrowsError
 from narrows.ops.token_sampling import TokenSample
@@ -105,6 +114,81 @@ def _call_of(reduction: Reduction, example: Any) -> Callable[[], object]:
     if isinstance(example, Mapping):
         return partial(reduction.model, **example)
     return partial(reduction.model, *(example if isinstance(example, tuple | list) else (example,)))
+
+
+def pools_dropped(reduction: Reduction, example: Any = None) -> bool:
+    """Whether something around the vision transformer pools all tokens, dropped ones too.
+
+    What the model returns then depends on them, and not on their order. What reads the class token does not depend on
+    them, what reads the grid as a grid depends on their order. A model that cannot be called with images alone is not
+    called without an example.
+
+    Args:
+        reduction: attached.
+        example: what the whole model is called with.
+    """
+    model, host = reduction.model, reduction.host
+    if example is None and model is host.module:  # narrows knows what it does with its tokens
+        return False
+    images = {} if example is not None else host.example(2)
+    named = images.keys() <= inspect.signature(model.forward).parameters.keys()
+    if not named and len(images) > 1:
+        return False
+    run = partial(model, **images) if named else partial(model, *images.values())
+    run = run if example is None else _call_of(reduction, example)
+    with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        try:
+            changes = (lambda rows, _: rows, _replaced, _turned)
+            as_is, other, turned = (_leaves(reduction, run, change) for change in changes)
+        except Exception:
+            if example is not None:
+                raise
+            return False
+        finally:
+            reduction.forget()
+    return any(_pooled(*tensors) for tensors in zip(as_is, other, turned, strict=True))
+
+
+def _leaves(
+    reduction: Reduction, run: Callable[[], object], change: Callable[[Tensor, Tensor], Tensor]
+) -> list[Tensor]:
+    """What the model returns where dropped tokens are changed after the last block."""
+    block = reduction.blocks[-1].host
+
+    def changed(module: nn.Module, _: Any, result: Any) -> Any:
+        rows = in_order(block, block.tokens(result))
+        kept = kept_mask_of(rows)
+        if kept is None:
+            return result
+        others = change(rows, ~kept)
+        copy_kept_mask(module, (rows,), others)
+        return block.with_tokens(result, in_order(block, others))
+
+    hook = block.module.register_forward_hook(changed)
+    try:
+        leaves = tree_leaves(run())
+    finally:
+        hook.remove()
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def _replaced(rows: Tensor, dropped: Tensor) -> Tensor:
+    noise = torch.randn(rows.shape, generator=torch.Generator().manual_seed(0)).to(rows)
+    return torch.where(dropped[..., None], noise * rows.std(), rows)
+
+
+def _turned(rows: Tensor, dropped: Tensor) -> Tensor:
+    turned = _replaced(rows, dropped)
+    for image, of_image in zip(turned, dropped, strict=True):
+        image[of_image] = image[of_image].flip(0)
+    return turned
+
+
+def _pooled(as_is: Tensor, other: Tensor, turned: Tensor) -> bool:
+    scale = other.abs().max().item() if other.numel() else 0.0
+    depends, ordered = ((each - other).abs().max().item() if scale else 0.0 for each in (as_is, turned))
+    roundings = ROUNDINGS * 2 * torch.finfo(other.dtype).eps * scale
+    return depends > 4 * roundings and ordered <= roundings
 
 
 def _calls(blocks: dict[int, nn.Module], run: Callable[[], object]) -> dict[int, _Call]:
