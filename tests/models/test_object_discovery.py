@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.testing import assert_close
 
 from narrows import ObjectDiscovery, create_model, list_models, load_model
@@ -130,6 +131,53 @@ def test_dropped_slots_take_no_part_in_decoding(name: str) -> None:
         assert_close(masks[index : index + 1, keep], alone.masks)
     found.loss.backward()
     assert model.gate.contract.weight.grad.any()  # dropped or kept, the error says what it would be the other way
+
+
+@pytest.mark.parametrize("name", ["images", "clips", "in order"])
+def test_preheated_slots_are_guessed_from_the_tokens_of_the_first_frame(name: str) -> None:
+    model, x = build(name, preheated=True).double(), inputs(name).double()
+    model.eval()
+    found = model(x, generator=torch.Generator().manual_seed(0))
+    again = model(x, slots=found.guess.detach())  # given slots are taken as they are
+    assert again.guess is None
+    assert_close(found.slots, again.slots)
+    (of_tokens, block) = model.encoder(x.flatten(0, 1) if name == "clips" else x).tokens, model.preheat
+    first = of_tokens.unflatten(0, (2, -1))[:, 0] if name == "clips" else of_tokens
+    begin = model.slot_attention.initial_slots(2, generator=torch.Generator().manual_seed(0))
+    memory = F.linear(first, block.to_memory.weight, block.to_memory.bias)
+
+    def read(heads: nn.Module, rows: Tensor, of: Tensor) -> Tensor:
+        parts = []
+        for h in range(4):
+            part = slice(4 * h, 4 * h + 4)
+            q, k, v = (
+                F.linear(y, to.weight[part]) for to, y in ((heads.to_q, rows), (heads.to_k, of), (heads.to_v, of))
+            )
+            parts.append((q @ k.mT / 2).softmax(-1) @ v)
+        return F.linear(torch.cat(parts, -1), heads.to_out.weight)
+
+    guess = begin + read(block.tokens, begin, memory)
+    normed = F.layer_norm(guess, (16,), block.norm_slots.weight)
+    guess = guess + read(block.slots, normed, normed)
+    hidden = F.gelu(F.linear(F.layer_norm(guess, (16,), block.norm_mlp.weight), block.expand.weight))
+    assert_close(found.guess, guess + F.linear(hidden, block.contract.weight), rtol=1e-5, atol=1e-5)
+
+
+def test_preheating_learns_by_distillation_alone() -> None:
+    model, x = build("features", preheated=True).double().train(), inputs("features").double()
+    found = model(x, generator=torch.Generator().manual_seed(0))
+    found.loss.backward(retain_graph=True)
+    own = [value for key, value in model.preheat.named_parameters() if key != "log_scale"]
+    assert all(value.grad is None or not value.grad.any() for value in own)
+    assert model.preheat.log_scale.grad.any()  # of the noise, through slot attention
+    model.zero_grad()
+    F.mse_loss(found.guess, found.slots.detach()).backward()
+    assert all(value.grad.any() for value in own)
+    assert all(value.grad is None for value in model.encoder.parameters())
+    assert all(value.grad is None for key, value in model.slot_attention.named_parameters() if "initial" not in key)
+    other = model(x, generator=torch.Generator().manual_seed(1))
+    assert not torch.allclose(other.slots, found.slots)
+    assert model(x, hints=None, slots=starts().double()).guess is None
 
 
 def test_the_gradient_of_a_gate_is_that_of_its_share() -> None:

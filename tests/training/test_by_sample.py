@@ -6,6 +6,8 @@ from lightning.pytorch import seed_everything
 from torch.testing import assert_close
 
 from narrows.layers.initial_slots import GaussianSlots
+from narrows.layers.slot_gate import SlotGate
+from narrows.layers.slot_preheat import SlotPreheat
 from narrows.layers.token_sampling import AdaptiveTokenSampler
 from narrows.models import create_model
 from narrows.models.sepvit import DropPath
@@ -14,9 +16,17 @@ from narrows.training.classification import Classification
 from tests.training.small import SMALL, small_data, small_trainer
 
 SCORES = torch.ones(12, 9)
+SLOTS = torch.randn(1, 5, 8, generator=torch.Generator().manual_seed(0))  # of which one is the best by far
 MODULES = {
     "slots": lambda: (GaussianSlots(3, 4), lambda module, rows: (module(len(rows)),)),
     "gumbel": lambda: (AdaptiveTokenSampler(4, sampling="gumbel"), lambda module, rows: module(SCORES[: len(rows)])),
+    "gate": lambda: (SlotGate(8), lambda module, rows: (module(SLOTS.expand(len(rows), -1, -1), None, None),)),
+    "preheat": lambda: (
+        SlotPreheat(8),
+        lambda module, rows: (
+            module(torch.zeros(len(rows), 3, 8), torch.zeros(len(rows), 4, 8), None, None, None).start,
+        ),
+    ),
     "depth": lambda: (DropPath(0.5), lambda module, rows: (module(torch.ones(len(rows), 2)),)),
 }  # fmt: skip
 

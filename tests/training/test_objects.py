@@ -151,7 +151,7 @@ def test_hints_are_the_boxes_of_the_first_frame(tmp_path, frames):
 CLIPS = torch.randn(2, 3, 9, 12, generator=torch.Generator().manual_seed(3))
 
 
-def of_features(kind="mixer", adaptive=False, **kwargs):
+def of_features(kind="mixer", adaptive=False, preheated=False, **kwargs):
     torch.manual_seed(0)
     model = ObjectDiscovery(
         {"kind": "features", "feature_dim": 12},
@@ -164,6 +164,7 @@ def of_features(kind="mixer", adaptive=False, **kwargs):
         predictor_heads=2,
         predictor_pre_norm=True,
         adaptive=adaptive,
+        preheated=preheated,
     )
     return ObjectTask(model, **kwargs)
 
@@ -208,6 +209,20 @@ def test_temporal_losses_are_trained_and_logged(tmp_path, kind, reconstruction):
     logged = {name for name in trainer.callback_metrics if name.startswith("train/")}
     assert {"train/contrast", "train/similarity"} <= logged
     assert ("train/reconstruction" in logged) == bool(reconstruction)
+
+
+def test_preheated_slots_come_closer_to_what_they_become(tmp_path):
+    found = of_features(preheated=True, learning_rate=1e-2)
+    first = found._losses(found.model.eval()(CLIPS))["distillation"]
+    batches = DataLoader([(CLIPS, torch.full((2, 3, 6, 6), IGNORED))] * 40, batch_size=None)
+    trainer = small_trainer(tmp_path, max_epochs=1, limit_train_batches=40, enable_checkpointing=False)
+    trainer.fit(found, batches)
+    output = found.model.eval()(CLIPS)
+    assert found._losses(output)["distillation"] < 0.5 * first
+    assert "train/distillation" in trainer.callback_metrics
+    torch.testing.assert_close(
+        found._losses(output)["distillation"], (output.guess - output.slots[:, 0]).square().mean()
+    )
 
 
 def test_held_out_clips_are_judged_by_what_is_trained(tmp_path):

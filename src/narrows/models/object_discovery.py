@@ -14,6 +14,7 @@ from narrows.layers.initial_slots import GaussianSlots, HintedSlots, LearnedSlot
 from narrows.layers.slot_attention import SlotAttention
 from narrows.layers.slot_gate import SlotGate
 from narrows.layers.slot_mixer import SlotBlock
+from narrows.layers.slot_preheat import SlotPreheat
 from narrows.models.base import SavedModel
 from narrows.models.object_parts import (
     BroadcastDecoder,
@@ -105,6 +106,7 @@ class ObjectDiscoveryOutput(NamedTuple):
         parts: `[B, K, C, h, w]`, what each slot alone rebuilt; None of decoders of features.
         transitions: `[B, N, N]`, logits of where each cell goes in a later frame; None of decoders without them.
         kept: `[B, K]`, 1 for slots that a gate keeps and 0 for those it drops, with a gradient; None without one.
+        guess: `[B, K, S]`, what preheated slots were guessed to become, in the first frame of clips; None without that.
     """
 
     slots: Float[Tensor, "B *T K S"]
@@ -115,6 +117,7 @@ class ObjectDiscoveryOutput(NamedTuple):
     parts: Float[Tensor, "B *T K C h3 w3"] | None
     transitions: Float[Tensor, "B *T N N"] | None = None
     kept: Float[Tensor, "B *T K"] | None = None
+    guess: Float[Tensor, "B K S"] | None = None
 
     @property
     def loss(self) -> Tensor:
@@ -145,6 +148,8 @@ class ObjectDiscovery(SavedModel, pipeline_tag="image-segmentation"):
             2022); "bilevel", the same and straight through to the initial slots (BO-QSA).
         predictor_heads: heads of a transformer block between frames (SAVi); None for no predictor.
         predictor_pre_norm: whether that block normalises what it reads (VideoSAUR), not what it gives (SAVi).
+        preheated: whether a `SlotPreheat` guesses from the tokens what initial slots will become, where slot attention
+            then begins (SmoothSA); not where a call gives `slots`.
         adaptive: whether a `SlotGate` drops slots that a sample does not need before decoding (AdaSlot). Of dropped
             slots `slots` and `masks` are 0; `attention` is that of all.
         backbone: of an encoder of features: a module from images to tokens. It is not saved.
@@ -176,6 +181,7 @@ class ObjectDiscovery(SavedModel, pipeline_tag="image-segmentation"):
         gradient: str = "full",
         predictor_heads: int | None = None,
         predictor_pre_norm: bool = False,
+        preheated: bool = False,
         adaptive: bool = False,
         backbone: nn.Module | None = None,
         device: torch.device | str | None = None,
@@ -213,6 +219,7 @@ class ObjectDiscovery(SavedModel, pipeline_tag="image-segmentation"):
             if predictor_heads is None
             else SlotBlock(slot_dim, predictor_heads, pre_norm=predictor_pre_norm, **factory)
         )
+        self.preheat = SlotPreheat(slot_dim, **factory) if preheated else None
         self.gate = SlotGate(slot_dim, **factory) if adaptive else None
 
     def forward(
@@ -257,11 +264,16 @@ class ObjectDiscovery(SavedModel, pipeline_tag="image-segmentation"):
         clips = images.ndim == still + 1
         if clips and mask is not None:
             raise InvalidArgument("mask", expected="None for clips", got=f"shape {tuple(mask.shape)}")
-        if hints is not None or (self.hints is not None and slots is None):
+        cold = slots is None
+        if hints is not None or (self.hints is not None and cold):
             slots = self._begun_at(hints, slots)
         frames = images.shape[1] if clips else 1
         encoded: Encoded = self.encoder(images.flatten(0, 1) if clips else images)
         tokens = encoded.tokens.unflatten(0, (-1, frames))
+        guess = None
+        if self.preheat is not None and cold:
+            begin = self.slot_attention.initial_slots(len(tokens), slots, num_slots, generator)
+            guess, slots = self.preheat(begin, tokens[:, 0], mask, slot_mask, generator)
         found: list[Tensor] = []
         attention: list[Tensor] = []
         for frame in range(frames):
@@ -293,7 +305,7 @@ class ObjectDiscovery(SavedModel, pipeline_tag="image-segmentation"):
         )
         if clips:
             parts = (None if part is None else part.unflatten(0, (-1, frames)) for part in parts)
-        return ObjectDiscoveryOutput(*parts)  # pyright: ignore[reportArgumentType]
+        return ObjectDiscoveryOutput(*parts, guess)  # pyright: ignore[reportArgumentType]
 
     def _begun_at(self, hints: Tensor | None, slots: Tensor | None) -> Tensor:
         start = self.slot_attention.initial_slots

@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from narrows.data.positions import keys, uniforms
 from narrows.layers.initial_slots import GaussianSlots
 from narrows.layers.slot_gate import SlotGate
+from narrows.layers.slot_preheat import SlotPreheat
 from narrows.layers.token_sampling import AdaptiveTokenSampler
 from narrows.models.sepvit import DropPath
 from narrows.ops.token_sampling import TokenSample
@@ -38,6 +39,8 @@ class DrawnBySample:
         for number, module in enumerate(model.modules()):
             if isinstance(module, GaussianSlots):
                 hook = module.register_forward_pre_hook(self._on(number, self._slots), with_kwargs=True)
+            elif isinstance(module, SlotPreheat):
+                hook = module.register_forward_pre_hook(self._on(number, self._preheat), with_kwargs=True)
             elif isinstance(module, SlotGate):
                 hook = module.register_forward_pre_hook(self._on(number, self._gate), with_kwargs=True)
             elif isinstance(module, AdaptiveTokenSampler) and module.sampling == "gumbel":
@@ -84,10 +87,16 @@ class DrawnBySample:
         if slots is not None or generator is not None or kwargs or batch != len(rows):
             return None
         shape = (batch, module.num_slots if count is None else count, module.slot_dim)
-        even = uniforms(rows, 2 * shape[1] * shape[2]).astype(np.float64).reshape(batch, 2, *shape[1:])
-        normal = np.sqrt(-2 * np.log1p(-even[:, 0])) * np.cos(2 * np.pi * even[:, 1])  # Box and Muller (1958)
-        noise = torch.from_numpy(normal.astype(np.float32)).to(module.mean.device, module.mean.dtype)
+        noise = _normal(rows, shape).to(module.mean.device, module.mean.dtype)
         return (batch, module.mean + module.log_scale.exp() * noise, count), kwargs
+
+    def _preheat(
+        self, rows: NDArray[np.uint64], module: SlotPreheat, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], Mapping[str, Any]] | None:
+        slots: Tensor = args[0]
+        if not module.training or args[4] is not None or kwargs or len(slots) != len(rows):
+            return None
+        return args, {"noise": _normal(rows, tuple(slots.shape)).to(slots.device)}
 
     def _gate(
         self, rows: NDArray[np.uint64], module: SlotGate, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -127,3 +136,10 @@ class DrawnBySample:
             return None
         kept = torch.from_numpy(uniforms(rows, 1) >= module.rate).to(branch.device, branch.dtype)
         return branch * (kept.view(-1, *(1 for _ in branch.shape[1:])) / (1 - module.rate))
+
+
+def _normal(rows: NDArray[np.uint64], shape: tuple[int, ...]) -> Tensor:
+    """Normal numbers of a shape `[B, K, S]`, those of a sample a function of its row (Box and Muller 1958)."""
+    even = uniforms(rows, 2 * shape[1] * shape[2]).astype(np.float64).reshape(shape[0], 2, *shape[1:])
+    normal = np.sqrt(-2 * np.log1p(-even[:, 0])) * np.cos(2 * np.pi * even[:, 1])
+    return torch.from_numpy(normal.astype(np.float32))

@@ -32,8 +32,8 @@ class ObjectTask(Task):
     """Trains a model that finds objects, with the error of its reconstruction, and scores it where masks are known.
 
     The loss is a weighted sum: of the reconstruction's error; in clips, of the contrast of slots between frames and of
-    the similarity of features between frames, which a decoder with transitions predicts; and of the share of slots that
-    a gate keeps.
+    the similarity of features between frames, which a decoder with transitions predicts; of the share of slots that a
+    gate keeps; and of how far preheated slots were from those that came out.
 
     Logged are `train/loss`, `val/loss`, and of the masks of decoder and attention `val/fg_ari`, `val/mbo`,
     `val/attention_fg_ari`, `val/attention_mbo`; the same of `test`. A clip is scored as one sample. Scores are not
@@ -50,6 +50,7 @@ class ObjectTask(Task):
             decoder predicts (VideoSAUR: 0.1). It needs a decoder with `transitions`.
         similarity_temperature: divides the cosines of features (VideoSAUR: 0.075 on MOVi, 0.25 on YouTube-VIS).
         sparsity: weight of the share of slots that are kept, of models with `adaptive=True` (AdaSlot: 0.1).
+        distillation: weight of the mean square error of guessed slots, of models with `preheated=True` (SmoothSA: 100).
         options: those of `Task`; by default no weight decay and a peak learning rate of 1e-3.
     """
 
@@ -63,13 +64,14 @@ class ObjectTask(Task):
         similarity: float = 0.0,
         similarity_temperature: float = 0.075,
         sparsity: float = 0.0,
+        distillation: float = 100.0,
         learning_rate: float = 1e-3,
         weight_decay: float = 0.0,
         warmup: float = 0.06,
         betas: tuple[float, float] = (0.9, 0.999),
     ) -> None:
         weights = {"reconstruction": reconstruction, "contrast": contrast, "similarity": similarity}
-        check_not_negative(**weights, sparsity=sparsity)
+        check_not_negative(**weights, sparsity=sparsity, distillation=distillation)
         if not any(weights.values()):
             raise InvalidArgument("reconstruction", expected="a weight above 0, of this or another loss", got=0)
         temperatures = {
@@ -91,7 +93,7 @@ class ObjectTask(Task):
             raise InvalidArgument("sparsity", expected=expected, got=sparsity, hint="Build it with adaptive=True.")
         super().__init__(model, learning_rate=learning_rate, weight_decay=weight_decay, warmup=warmup, betas=betas)
         self.save_hyperparameters(ignore=["model"])
-        self.weights = {**weights, "sparsity": sparsity}
+        self.weights = {**weights, "sparsity": sparsity, "distillation": distillation}
         self.contrast_temperature, self.similarity_temperature = contrast_temperature, similarity_temperature
         parts = ("val", "test")
         self.losses = torch.nn.ModuleDict({part: MeanMetric() for part in parts})
@@ -151,6 +153,9 @@ class ObjectTask(Task):
             losses["similarity"] = self._similarity(found)
         if self.weights["sparsity"] and found.kept is not None:
             losses["sparsity"] = found.kept.mean()
+        if self.weights["distillation"] and found.guess is not None:
+            first = found.slots if found.slots.ndim == 3 else found.slots[:, 0]
+            losses["distillation"] = F.mse_loss(found.guess, first.detach())
         return losses
 
     def _similarity(self, found: ObjectDiscoveryOutput) -> Tensor:
