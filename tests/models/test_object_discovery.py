@@ -12,6 +12,7 @@ from narrows.data import SpriteScenes
 from narrows.errors import InvalidArgument, InvalidType
 from narrows.layers.slot_gate import SlotGate
 from narrows.layers.slot_mixer import SlotBlock
+from narrows.layers.slot_transition import SlotTransition
 from narrows.models.object_parts import (
     BroadcastDecoder,
     ConvEncoder,
@@ -178,6 +179,58 @@ def test_preheating_learns_by_distillation_alone() -> None:
     other = model(x, generator=torch.Generator().manual_seed(1))
     assert not torch.allclose(other.slots, found.slots)
     assert model(x, hints=None, slots=starts().double()).guess is None
+
+
+def test_a_transition_reads_the_slots_before_and_the_tokens_of_the_frame() -> None:
+    torch.manual_seed(0)
+    layer = SlotTransition(8, 2, window=4).double().eval()
+    slots, tokens = torch.randn(2, 5, 3, 8).double(), torch.randn(2, 6, 9, 8).double()
+
+    def read(heads: nn.Module, rows: torch.Tensor, of: torch.Tensor) -> torch.Tensor:
+        parts = []
+        for h in range(2):
+            part = slice(4 * h, 4 * h + 4)
+            maps = ((heads.to_q, rows), (heads.to_k, of), (heads.to_v, of))
+            q, k, v = (F.linear(y, to.weight[part]) for to, y in maps)
+            parts.append((q @ k.mT / 2).softmax(-1) @ v)
+        return F.linear(torch.cat(parts, -1), heads.to_out.weight)
+
+    def expected(sample: int, of_slots: int, of_tokens: int) -> torch.Tensor:
+        x = slots[sample, of_slots] + layer.lag.weight[5 - of_slots]
+        memory = layer.to_memory(tokens[sample, of_tokens]) + layer.lag.weight[5 - of_tokens]
+        x = layer.norm_slots(x + read(layer.slots, x, x))
+        x = layer.norm_tokens(x + read(layer.tokens, x, memory))
+        return layer.norm_mlp(x + layer.contract(F.gelu(layer.expand(x))))
+
+    found = layer(slots, tokens)
+    for sample in range(2):
+        assert_close(found[sample], expected(sample, 4, 5), rtol=1e-5, atol=1e-5)
+    layer.dropout = 0.0
+    noise = torch.tensor(
+        [[0.0, 0.0], [0.99, 0.5]]
+    )  # of the three frames in the window; tokens of those after the first
+    found = layer.train()(slots, tokens, noise=noise)
+    assert_close(found[0], expected(0, 2, 3), rtol=1e-5, atol=1e-5)
+    assert_close(found[1], expected(1, 4, 4), rtol=1e-5, atol=1e-5)
+    with pytest.raises(InvalidArgument, match="tokens: expected 6 frames, got 5"):
+        layer(slots, tokens[:, 1:])
+
+
+def test_clips_with_a_transition_train_without_a_gradient_through_time() -> None:
+    model, x = build("clips", predictor_window=3).double().train(), inputs("clips").double()
+    found = model(x, slots=starts().double(), generator=torch.Generator().manual_seed(0))
+    assert found.slots.shape == (2, 3, 3, 16)
+    (early,) = torch.autograd.grad(found.slots[:, 2].sum(), model.predictor.lag.weight, retain_graph=True)
+    assert early.any()
+    found.loss.backward()
+    assert all(value.grad is not None and value.grad.any() for value in model.predictor.parameters())
+    model.eval()
+    again = [model(x, slots=starts().double()).slots for _ in range(2)]
+    assert torch.equal(*again)
+    longer = torch.cat((x, x), 1)  # past the window
+    assert model(longer, slots=starts().double()).slots.shape == (2, 6, 3, 16)
+    with pytest.raises(InvalidArgument, match="predictor_window: expected 2 frames at least, got 1"):
+        build("clips", predictor_window=1)
 
 
 def test_the_gradient_of_a_gate_is_that_of_its_share() -> None:

@@ -8,6 +8,7 @@ from torch.testing import assert_close
 from narrows.layers.initial_slots import GaussianSlots
 from narrows.layers.slot_gate import SlotGate
 from narrows.layers.slot_preheat import SlotPreheat
+from narrows.layers.slot_transition import SlotTransition
 from narrows.layers.token_sampling import AdaptiveTokenSampler
 from narrows.models import create_model
 from narrows.models.sepvit import DropPath
@@ -16,6 +17,7 @@ from narrows.training.classification import Classification
 from tests.training.small import SMALL, small_data, small_trainer
 
 SCORES = torch.ones(12, 9)
+FRAMES = torch.randn(1, 9, 3, 8, generator=torch.Generator().manual_seed(1))
 SLOTS = torch.randn(1, 5, 8, generator=torch.Generator().manual_seed(0))  # of which one is the best by far
 MODULES = {
     "slots": lambda: (GaussianSlots(3, 4), lambda module, rows: (module(len(rows)),)),
@@ -25,6 +27,14 @@ MODULES = {
         SlotPreheat(8),
         lambda module, rows: (
             module(torch.zeros(len(rows), 3, 8), torch.zeros(len(rows), 4, 8), None, None, None).start,
+        ),
+    ),
+    "transition": lambda: (
+        SlotTransition(8, 2, window=9, dropout=0.0),
+        lambda module, rows: (
+            module(FRAMES[:, :8].expand(len(rows), -1, -1, -1), FRAMES.expand(len(rows), -1, -1, -1), None, None).round(
+                decimals=4
+            ),
         ),
     ),
     "depth": lambda: (DropPath(0.5), lambda module, rows: (module(torch.ones(len(rows), 2)),)),

@@ -15,6 +15,7 @@ from narrows.layers.slot_attention import SlotAttention
 from narrows.layers.slot_gate import SlotGate
 from narrows.layers.slot_mixer import SlotBlock
 from narrows.layers.slot_preheat import SlotPreheat
+from narrows.layers.slot_transition import SlotTransition
 from narrows.models.base import SavedModel
 from narrows.models.object_parts import (
     BroadcastDecoder,
@@ -148,6 +149,8 @@ class ObjectDiscovery(SavedModel, pipeline_tag="image-segmentation"):
             2022); "bilevel", the same and straight through to the initial slots (BO-QSA).
         predictor_heads: heads of a transformer block between frames (SAVi); None for no predictor.
         predictor_pre_norm: whether that block normalises what it reads (VideoSAUR), not what it gives (SAVi).
+        predictor_window: frames that the predictor may look back; it then is a `SlotTransition`, which reads the tokens
+            of the next frame too (RandSF.Q).
         preheated: whether a `SlotPreheat` guesses from the tokens what initial slots will become, where slot attention
             then begins (SmoothSA); not where a call gives `slots`.
         adaptive: whether a `SlotGate` drops slots that a sample does not need before decoding (AdaSlot). Of dropped
@@ -181,6 +184,7 @@ class ObjectDiscovery(SavedModel, pipeline_tag="image-segmentation"):
         gradient: str = "full",
         predictor_heads: int | None = None,
         predictor_pre_norm: bool = False,
+        predictor_window: int | None = None,
         preheated: bool = False,
         adaptive: bool = False,
         backbone: nn.Module | None = None,
@@ -214,11 +218,12 @@ class ObjectDiscovery(SavedModel, pipeline_tag="image-segmentation"):
             initial_slots=start,
             **factory,
         )
-        self.predictor = (
-            None
-            if predictor_heads is None
-            else SlotBlock(slot_dim, predictor_heads, pre_norm=predictor_pre_norm, **factory)
-        )
+        self.predictor: SlotBlock | SlotTransition | None = None
+        if predictor_window is not None:
+            heads = 4 if predictor_heads is None else predictor_heads
+            self.predictor = SlotTransition(slot_dim, heads, window=predictor_window, **factory)
+        elif predictor_heads is not None:
+            self.predictor = SlotBlock(slot_dim, predictor_heads, pre_norm=predictor_pre_norm, **factory)
         self.preheat = SlotPreheat(slot_dim, **factory) if preheated else None
         self.gate = SlotGate(slot_dim, **factory) if adaptive else None
 
@@ -279,7 +284,7 @@ class ObjectDiscovery(SavedModel, pipeline_tag="image-segmentation"):
         for frame in range(frames):
             iterations = self.slot_attention.num_iterations if frame == 0 else self.later_iterations
             if frame > 0:
-                slots = found[-1] if self.predictor is None else self.predictor(found[-1], slot_mask)
+                slots = self._predicted(found, tokens[:, : frame + 1], slot_mask, generator)
             new, weights = self._attend(tokens[:, frame], mask, slots, num_slots, generator, slot_mask, iterations)
             found.append(new)
             attention.append(weights)
@@ -306,6 +311,14 @@ class ObjectDiscovery(SavedModel, pipeline_tag="image-segmentation"):
         if clips:
             parts = (None if part is None else part.unflatten(0, (-1, frames)) for part in parts)
         return ObjectDiscoveryOutput(*parts, guess)  # pyright: ignore[reportArgumentType]
+
+    def _predicted(
+        self, found: list[Tensor], tokens: Tensor, slot_mask: Tensor | None, generator: torch.Generator | None
+    ) -> Tensor:
+        """The slots with which the last of these frames begins."""
+        if isinstance(self.predictor, SlotTransition):
+            return self.predictor(torch.stack(found, 1), tokens, slot_mask, generator)
+        return found[-1] if self.predictor is None else self.predictor(found[-1], slot_mask)
 
     def _begun_at(self, hints: Tensor | None, slots: Tensor | None) -> Tensor:
         start = self.slot_attention.initial_slots

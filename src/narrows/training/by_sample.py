@@ -17,6 +17,7 @@ from narrows.data.positions import keys, uniforms
 from narrows.layers.initial_slots import GaussianSlots
 from narrows.layers.slot_gate import SlotGate
 from narrows.layers.slot_preheat import SlotPreheat
+from narrows.layers.slot_transition import SlotTransition
 from narrows.layers.token_sampling import AdaptiveTokenSampler
 from narrows.models.sepvit import DropPath
 from narrows.ops.token_sampling import TokenSample
@@ -41,6 +42,8 @@ class DrawnBySample:
                 hook = module.register_forward_pre_hook(self._on(number, self._slots), with_kwargs=True)
             elif isinstance(module, SlotPreheat):
                 hook = module.register_forward_pre_hook(self._on(number, self._preheat), with_kwargs=True)
+            elif isinstance(module, SlotTransition):
+                hook = module.register_forward_pre_hook(self._on(number, self._pair), with_kwargs=True)
             elif isinstance(module, SlotGate):
                 hook = module.register_forward_pre_hook(self._on(number, self._gate), with_kwargs=True)
             elif isinstance(module, AdaptiveTokenSampler) and module.sampling == "gumbel":
@@ -97,6 +100,14 @@ class DrawnBySample:
         if not module.training or args[4] is not None or kwargs or len(slots) != len(rows):
             return None
         return args, {"noise": _normal(rows, tuple(slots.shape)).to(slots.device)}
+
+    def _pair(
+        self, rows: NDArray[np.uint64], module: SlotTransition, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], Mapping[str, Any]] | None:
+        slots: Tensor = args[0]
+        if not module.training or args[3] is not None or kwargs or len(slots) != len(rows):
+            return None
+        return args, {"noise": torch.from_numpy(uniforms(rows, 2)).to(slots.device)}
 
     def _gate(
         self, rows: NDArray[np.uint64], module: SlotGate, args: tuple[Any, ...], kwargs: Mapping[str, Any]
