@@ -14,7 +14,7 @@ from narrows.data.load import load
 from narrows.errors import DataError, InvalidArgument
 from narrows.hub.models import save_model
 from narrows.jobs.compare import MODELS, _settings, compare
-from narrows.jobs.comparison import Comparison, ModelCost, few_steps, narrowest, open_runs
+from narrows.jobs.comparison import Comparison, ModelCost, Settings, few_steps, narrowest, open_runs
 from narrows.jobs.report import carriers_in_use
 from narrows.models import load_model
 from narrows.routing import Routing
@@ -59,11 +59,18 @@ def test_the_table_shows_the_spread_and_what_is_carried(comparison: Comparison) 
     assert costs["ats_vit_mini"] < costs["vit_mini"]
 
 
-def test_the_report_is_one_file_with_table_plot_and_pictures(comparison: Comparison) -> None:
+def test_the_report_is_one_file_with_table_plot_and_pictures(comparison: Comparison, folder: Path) -> None:
     page = comparison.report.read_text(encoding="utf-8")
-    for text in ("ats_vit_mini", "Accuracy against cost", "Where tokens went", "±", "from 2 seeds each"):
+    row = [f"narrows compare --data {folder} --models ats_vit_mini --seeds 2 --epochs 1 --batch_size 8 --image_size 32"]
+    for text in (*row, "ats_vit_mini", "Accuracy against cost", "Where tokens went", "±", "from 2 seeds each"):
         assert text in page, text
     assert not re.search(r"""(?:src|href)=["']?https?:""", page)
+    assert re.search(
+        r"aria-label=.A row of pictures for each image. Of the first, a blue: ats_vit_mini: \d+ of 64", page
+    )
+    assert re.search(r">(blue|red) [✓✗]</text>", page), "the class a model gives stands below its picture"
+    for fact in ("Date", "Command", "Machine", "Versions"):
+        assert f"<dt>{fact}</dt>" in page
     pictures = {path.name for path in (comparison.folder / "pictures").iterdir()}
     assert {"gallery.png", "pareto.png", "ats_vit_mini-blocks.2.png"} <= pictures
 
@@ -132,12 +139,14 @@ def _comparison(accuracies: dict[str, list[float]], held_out: int) -> Comparison
         for model, seeds in accuracies.items()
         for seed, accuracy in enumerate(seeds)
     ]
-    return Comparison(runs, dict.fromkeys(accuracies, found), Path("x"), held_out=held_out)
+    names = list(accuracies)
+    settings = Settings("my photos", names, 1, 2, 8, 32, 1e-3, 40, held_out, ["a", "b"])
+    return Comparison(runs, dict.fromkeys(names, found), Path("x"), settings, held_out=held_out)
 
 
 def test_points_have_the_mean_and_the_interval_of_images_and_seeds() -> None:
     (point,) = _comparison({"vit": [0.9, 0.94]}, held_out=0).points()
-    assert (point.cost, point.quality) == (2.0, pytest.approx(92))
+    assert (point.cost, point.quality) == (2e6, pytest.approx(92))
     assert point.spread == pytest.approx(100 * 12.706 * 0.04 / 2**0.5 / 2**0.5, rel=1e-4), (
         "Student, one degree of freedom"
     )
@@ -154,11 +163,14 @@ def test_no_winner_is_named_inside_the_interval() -> None:
     assert tie.best is None
     assert tie.tied() == ["vit", "ats"]
     assert tie.columns["accuracy"] is None
-    assert "No model is the most accurate: 24 held-out images cannot tell vit and ats apart" in tie.verdict
+    assert "No difference in accuracy can be told between vit and ats on 24 held-out images" in tie.verdict
+    assert f"vit gets 62.0 ± {100 * tie.margin('vit'):.1f} %" in tie.verdict
     clear = _comparison({"vit": [0.62], "ats": [0.6], "moe": [0.9]}, held_out=2400)
     assert (clear.best, clear.columns["accuracy"]) == ("moe", "max")
-    assert "moe is the most accurate" in clear.verdict
-    assert _comparison({"vit": [0.9]}, 24).verdict == ""
+    ahead = 100 * (clear.margin("moe") ** 2 + clear.margin("vit") ** 2) ** 0.5
+    assert clear.verdict.startswith("moe is the most accurate, beyond the 95 % interval: 90.0 ± ")
+    assert clear.verdict.endswith(f"28.0 ± {ahead:.1f} points before vit.")
+    assert _comparison({"vit": [0.9]}, 24).verdict.startswith("vit gets 90.0 ± ")
     perfect = _comparison({"vit": [1.0], "ats": [1.0]}, 24)
     assert perfect.best is None, "equal is no winner"
 

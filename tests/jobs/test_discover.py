@@ -1,3 +1,4 @@
+import re
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,9 @@ def test_every_seed_is_trained_scored_saved_and_shown(trained: job.Discovery) ->
     assert trained.margin("mbo") > 0
     html = trained.report.read_text(encoding="utf-8")
     assert "FG-ARI" in html
+    scored = f"narrows discover --checkpoint {trained.runs[1].folder} --data sprites"
+    assert html.count(scored) == 2, "what scores a row again, once to copy and once to read"
+    assert re.search(r"finds the objects of 24 held-out images with an FG-ARI of .* ± .* over 2 seeds\)", html)
     assert (trained.folder / "objects.png").stat().st_size > 10_000
     assert (trained.folder / "scores.csv").read_text().startswith("seed,")
 
@@ -89,7 +93,8 @@ def test_images_without_masks_are_divided_and_not_scored(tmp_path: Path) -> None
     found = job.discover(str(folder), image_size=16, output=tmp_path, **SMALL)
     assert found.runs[0].fg_ari != found.runs[0].fg_ari  # NaN
     assert " - " in str(found)
-    assert found.report.is_file()
+    assert found.verdict == f"No mask of the {found.held_out} held-out images is known: nothing was scored."
+    assert found.verdict in found.report.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

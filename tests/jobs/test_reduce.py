@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -11,13 +12,15 @@ import pytest
 import torch
 
 import narrows
-from narrows.costs import macs_per_sample
+from narrows.costs import Timing, macs_per_sample
 from narrows.data import DigitScenes
 from narrows.demo import vit
 from narrows.errors import CannotWrite, InvalidArgument, InvalidType, NarrowsError
 from narrows.hub.models import open_model
-from narrows.jobs.images import load_images
+from narrows.jobs.images import Images, load_images
 from narrows.jobs.reduce import ReductionResult, parse_budget, reduce
+from narrows.jobs.report import mean_difference
+from narrows.jobs.trials import Trial
 from tests.hub.small_models import save_images, save_ours, save_timm, save_transformers
 
 
@@ -84,8 +87,8 @@ def test_the_table_names_what_was_measured(result: ReductionResult) -> None:
         "speed",
         "memory",
     ]
-    assert re.search(r"untouched +– +[\d.]+ % +– +16 ", untouched)
-    assert re.search(r"ats +0.75 +[\d.]+ % +[\d.]+ % +16 → [\d.]+ .* [\d.]+×", ats)
+    assert re.search(r"untouched +– +[\d.]+ ± [\d.]+ % +– +16 ", untouched)
+    assert re.search(r"ats +0.75 +[\d.]+ ± [\d.]+ % +[\d.]+ ± [\d.]+ % +16 → [\d.]+ .* [\d.]+ ± [\d.]+×", ats)
 
 
 def test_the_table_is_kept_as_numbers(result: ReductionResult) -> None:
@@ -98,7 +101,10 @@ def test_the_table_is_kept_as_numbers(result: ReductionResult) -> None:
 
 def test_the_report_is_one_file_with_table_curve_and_pictures(result: ReductionResult) -> None:
     page = result.report.read_text(encoding="utf-8")
-    for text in ("Quality against cost", "Which tokens were kept", "Block by block", "reduce_tokens(model, method="):
+    for text in (
+        "Quality against cost", "Which tokens were kept", "Block by block", "reduce_tokens(model, method=",
+        "--method topk --budget 0.75 --limit 1000 --batch_size 32",
+    ):  # fmt: skip
         assert text in page, text
     assert not re.search(r"""(?:src|href)=["']?https?:""", page)
     assert {path.name for path in (result.folder / "pictures").iterdir()} == {
@@ -107,6 +113,49 @@ def test_the_report_is_one_file_with_table_curve_and_pictures(result: ReductionR
         "blocks.png",
         "budgets.png",
     }
+
+
+def _trial(name: str, right: list[int], seconds: Sequence[float], macs: int, **options: object) -> Trial:
+    scores = torch.tensor(right, dtype=torch.float32)
+    return Trial(
+        **{"model": None, "method": name, "same": scores, "right": scores, "macs": (macs,), "kept": 4.0, "batch": 8}
+        | {"timing": Timing(tuple(seconds)), "memory": 1}
+        | options
+    )
+
+
+def _found(*trials: Trial, labelled: bool = True) -> ReductionResult:
+    images = Images(None, tuple(range(len(trials[0].scores))), "all", labelled=labelled)
+    return ReductionResult(trials, images, Path("x"), {})
+
+
+def test_the_verdict_says_what_is_more_than_chance_and_what_is_not() -> None:
+    untouched = _trial("untouched", [1] * 95 + [0] * 5, [1.0, 1.0, 1.0], 100)
+    near = _trial("tome", [1] * 94 + [0] * 6, [0.5, 0.5, 0.5], 60)
+    # One image of 100 less: Agresti and Min's interval by hand, with half an image more of each of four kinds.
+    margin = 100 * 1.959964 * ((2 - 1 / 102) / 102**2) ** 0.5
+    assert margin == pytest.approx(2.7, abs=0.05)
+    assert _found(untouched, near).verdict == (
+        "tome saves 40 % of the MACs; it is 2.00 times as fast (2.00 to 2.00). No difference in accuracy can be told "
+        "on 100 images: 1.0 ± 2.7 points (95 % interval)."
+    )
+    assert _found(untouched, near).columns["accuracy"] is None
+    assert _found(untouched, near).columns["images/s"] == "max"
+    far = _trial("tome", [1] * 75 + [0] * 25, [0.9, 1.0, 1.1], 60)
+    assert "no difference in speed can be told (0.9" in _found(untouched, far).verdict
+    assert re.search(r"It loses 20\.0 ± \d\.\d points of accuracy on 100 images", _found(untouched, far).verdict)
+    assert _found(untouched, far).columns["accuracy"] == "max"
+    assert _found(untouched, far).columns["images/s"] is None
+
+
+def test_means_of_differences_have_the_interval_of_their_kind() -> None:
+    mean, margin = mean_difference(torch.tensor([0.1, 0.3]))
+    assert (mean, margin) == (pytest.approx(0.2), pytest.approx(12.7062 * 0.1, rel=1e-4)), (
+        "Student, one degree of freedom"
+    )
+    mean, margin = mean_difference(torch.zeros(10))
+    assert mean == 0
+    assert margin == pytest.approx(1.959964 * 1 / 12, rel=1e-4), "no image differs, yet the next one may"
 
 
 def test_the_chosen_one_costs_least_of_those_that_lose_a_point_at_most(result: ReductionResult) -> None:

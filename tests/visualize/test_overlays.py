@@ -228,6 +228,35 @@ def test_gallery_counts_kept_tokens_below_each_picture() -> None:
     assert [axes.get_xlabel() for axes in figure.axes[1::2]] == ["3 of 24 tokens kept", "2 of 24 tokens kept"]
 
 
+def test_gallery_writes_below_each_picture_what_it_is_told() -> None:
+    below = {"image": ["cat", "dog"], "kept": ["a very long name of a class of animals", "dog ✓"]}
+    batch = Routing(kept(0, 1).weights.expand(2, -1, -1, -1), "kept tokens", (HEIGHT, WIDTH), prefix=1)
+    figure = visualize.gallery([GREY, GREY], {"kept": batch, "slots": slots()}, below=below)
+    lines = [axes.get_xlabel() for axes in figure.axes]
+    assert lines == [
+        *("cat", "a very long name of a class o…\n2 of 24 tokens kept", ""),
+        *("dog", "dog ✓\n2 of 24 tokens kept", ""),
+    ]
+    for wrong in ({"kept": ["one"]}, {"other": ["a", "b"]}):
+        with pytest.raises(
+            InvalidArgument, match=r"below: expected for columns among \['image', 'kept'\] a line for each"
+        ):
+            visualize.gallery([GREY, GREY], {"kept": batch}, below=wrong)
+
+
+def test_what_is_seen_is_said() -> None:
+    assert visualize.describe(kept(0, 1, 18)) == "3 of 24 tokens kept, 2 of them in the upper half of the image."
+    merged = torch.eye(24)[:20]
+    merged[3, 20:23] = 1
+    routing = Routing(merged[None, None], "kept tokens", (HEIGHT, WIDTH))
+    assert visualize.describe(routing) == "24 tokens merged to 20; the largest holds 4, 1 were dropped."
+    shares = torch.tensor([0.1, 0.6, 0.3, 0.0]).view(1, 1, 4, 1).expand(1, 1, 4, 24)
+    assert visualize.describe(Routing(shares, "slots", (HEIGHT, WIDTH))) == (
+        "24 tokens → 4 slots: slot 1 carries 60 % of the tokens, slot 2 carries 30 % of the tokens, "
+        "slot 0 carries 10 % of the tokens, others less."
+    )
+
+
 def test_a_routing_without_grid_is_refused_with_the_way_to_give_one() -> None:
     routing = Routing(torch.ones(1, 1, 2, 9), "slots")
     with pytest.raises(InvalidArgument, match=r"routing: .*grid.*routing\.with_grid\(\(height, width\)\)"):

@@ -153,7 +153,7 @@ def describe(device: torch.device) -> dict[str, Any]:
     """Where, when and with which versions a row is measured: its columns that no case decides."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "device": device.type,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
@@ -179,7 +179,7 @@ def _distributions() -> dict[str, list[str]]:
     return dict(packages_distributions())
 
 
-def _processor() -> str:
+def processor() -> str:
     """Its name, on x86 its family and model, and the vector extension that PyTorch uses: for the record.
 
     Clouds give one name to processors that differ by a factor of two.

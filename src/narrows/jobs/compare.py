@@ -130,13 +130,14 @@ def compare(
             runs=runs,
             costs=_costs(runs, found, settings.batch_size, place),
             folder=folder,
+            settings=settings,
             interrupted=interrupted,
             held_out=len(found.held_out),
             unfinished=settings.seeds * len(settings.models) - len(runs) - len(diverged),
             diverged=diverged,
         )
         comparison.write_csv(folder / "comparison.csv")
-        write_report(comparison, found, settings)
+        write_report(comparison, found, place)
     except KeyboardInterrupt as stop:
         nothing = "" if _read_runs(folder)[0] else "No model was finished yet. "
         raise Terminated(getattr(stop, "signum", signal.SIGINT), f"{nothing}{go_on(folder)}") from None
@@ -210,6 +211,11 @@ def _costs(runs: Sequence[Run], data: ImageData, batch_size: int, device: torch.
     images, labels = images.to(device), labels.to(device)
     steps = {name: partial(_training_step, model, images, labels) for name, model in models.items()}
     training = compare_speed(steps, repeats=5, device=device)
+    for model in models.values():
+        model.eval()
+    with torch.no_grad():
+        calls = {name: partial(model, images) for name, model in models.items()}
+        inference = compare_speed(calls, repeats=9, device=device)
     costs = {}
     for name, model in tqdm(models.items(), desc="measuring", unit="model"):
         narrow, tokens = None, 0
@@ -220,7 +226,7 @@ def _costs(runs: Sequence[Run], data: ImageData, batch_size: int, device: torch.
             with torch.no_grad():
                 tokens = opened[name].tokens(images).shape[1]
         costs[name] = ModelCost(
-            cost=measure(model, images),
+            cost=replace(measure(model, images, repeats=1, warmup=0), latency=inference[name]),
             carried=float(tokens) if narrow is None else carriers_in_use(narrow).float().mean().item(),
             tokens=tokens,
             training=training[name],

@@ -2,21 +2,27 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import NormalDist, fmean
+from statistics import fmean
 
+import torch
 from scipy.special import stdtrit
 from torch import Tensor
 
-from narrows.costs import Cost, Timing
+from narrows.costs import Cost, Spread, Timing
 from narrows.data import ImageData, picture
 from narrows.hub.models import LoadedModel, open_model
 from narrows.jobs.report import (
+    SPREAD,
     Result,
     add_picture,
     carriers_in_use,
-    machine,
+    command_of,
+    counted,
+    fastest,
+    listed,
+    margin_of_share,
     mebibytes,
     per_second,
     percent,
@@ -24,7 +30,7 @@ from narrows.jobs.report import (
 from narrows.models import ImageClassifier, list_models
 from narrows.routing import Routing
 from narrows.training.run import Run
-from narrows.visualize import Cell, ParetoPoint, Report, gallery, overlay, pareto
+from narrows.visualize import Cell, ParetoPoint, Report, describe, gallery, overlay, pareto
 
 COLUMNS = {
     "model": None,
@@ -61,6 +67,11 @@ class ModelCost:
     training: Timing
     memory: int
 
+    @property
+    def training_throughput(self) -> Spread:
+        """Images per second of training steps."""
+        return Spread(tuple(self.cost.batch / seconds for seconds in self.training.samples))
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -88,6 +99,12 @@ class Settings:
         """Training steps of each model."""
         return self.epochs * (self.num_train // self.batch_size)
 
+    def command(self, models: Sequence[str]) -> str:
+        """The command that compares these models as here."""
+        found = ("num_train", "num_held_out", "classes")
+        asked = {name: value for name, value in asdict(self).items() if name not in found}
+        return command_of("compare", **{**asked, "models": models})
+
 
 @dataclass(frozen=True)
 class Comparison(Result):
@@ -97,6 +114,7 @@ class Comparison(Result):
         runs: what was trained, in that order; after an interruption, what was finished.
         costs: by registry name.
         folder: where models, tables and the report are.
+        settings: what it was begun with.
         interrupted: number of the signal that cut it short, 2 for Ctrl-C; 0 if none did.
         held_out: number of images that accuracies are measured on.
         unfinished: how many runs are still to come.
@@ -106,6 +124,7 @@ class Comparison(Result):
     runs: Sequence[Run]
     costs: dict[str, ModelCost]
     folder: Path
+    settings: Settings
     interrupted: int = 0
     held_out: int = 0
     unfinished: int = 0
@@ -118,7 +137,7 @@ class Comparison(Result):
             "train images/s": [found.training for found in self.costs.values()],
             "infer images/s": [found.cost.latency for found in self.costs.values()],
         }
-        doubtful = [name for name, found in times.items() if not _one_is_fastest(found)]
+        doubtful = [name for name, found in times.items() if not fastest(found)]
         if self.best is None:
             doubtful.append("accuracy")
         return {name: None if name in doubtful else which for name, which in COLUMNS.items()}
@@ -132,8 +151,7 @@ class Comparison(Result):
 
         Of the images it is Wilson's interval (1927), of the seeds Student's with the variance within all models.
         """
-        mean, z, n = fmean(self.accuracies(model)), NormalDist().inv_cdf(0.975), self.held_out
-        images = z / (1 + z * z / n) * math.sqrt(mean * (1 - mean) / n + (z / (2 * n)) ** 2) if n else 0.0
+        images = margin_of_share(fmean(self.accuracies(model)), self.held_out)
         by_model = [self.accuracies(name) for name in self.costs]
         freedom = sum(len(seen) - 1 for seen in by_model)
         if freedom == 0:
@@ -160,26 +178,55 @@ class Comparison(Result):
 
     @property
     def verdict(self) -> str:
-        """Which model is the most accurate, if that is more than chance, in a sentence."""
-        if len(self.costs) < 2:
-            return ""
+        """Which model is the most accurate, if that is more than chance, in a sentence or two."""
+        tied, seen = self.tied(), f"{self.held_out:,} held-out images"
         if self.best is not None:
-            return f"{self.best} is the most accurate, by more than the 95 % interval."
-        tied = self.tied()
-        seeds = " and these seeds" if len(self.runs) > len(self.costs) else ""
+            means = {model: fmean(self.accuracies(model)) for model in self.costs}
+            (next_best,) = sorted(means, key=means.__getitem__)[-2:-1]
+            ahead, by_chance = (
+                means[self.best] - means[next_best],
+                math.hypot(*map(self.margin, (self.best, next_best))),
+            )
+            return (
+                f"{self.best} is the most accurate, beyond the 95 % interval: {self._accuracy(self.best)} on {seen}, "
+                f"{100 * ahead:.1f} ± {100 * by_chance:.1f} points before {next_best}."
+            )
+        if len(self.costs) < 2:
+            return f"{tied[0]} gets {self._accuracy(tied[0])} of {seen} right (95 % interval)."
+        seeds = f" and {len(self.runs)} runs" if len(self.runs) > len(self.costs) else ""
+        cheapest = min(tied, key=lambda model: self.costs[model].cost.macs)
         return (
-            f"No model is the most accurate: {self.held_out} held-out images{seeds} cannot tell "
-            f"{', '.join(tied[:-1])} and {tied[-1]} apart (95 % interval)."
+            f"No difference in accuracy can be told between {listed(tied)} on {seen}{seeds} (95 % interval; "
+            f"{tied[0]} gets {self._accuracy(tied[0])}). Of these {cheapest} needs the fewest MACs."
         )
+
+    @property
+    def codes(self) -> Sequence[str]:
+        """For each model the command that trains and measures it again."""
+        return [self.settings.command([model]) for model in self.costs]
+
+    @property
+    def command(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The command that does the whole comparison again."""
+        return self.settings.command(self.settings.models)
+
+    def _accuracy(self, model: str) -> str:
+        return percent(fmean(self.accuracies(model)), f" ± {100 * self.margin(model):.1f}").text
 
     def rows(self) -> list[list[object]]:
         """A row for each model, under `columns`."""
         return [self._row(model, found) for model, found in self.costs.items()]
 
     def points(self) -> list[ParetoPoint]:
-        """Accuracy in percent against millions of MACs."""
+        """Accuracy in percent against MACs of an image."""
         return [
-            ParetoPoint(model, found.cost.macs / 1e6, 100 * fmean(self.accuracies(model)), 100 * self.margin(model))
+            ParetoPoint(
+                model,
+                found.cost.macs,
+                100 * fmean(self.accuracies(model)),
+                100 * self.margin(model),
+                f"{per_second(found.cost.throughput).text} images/s",
+            )
             for model, found in self.costs.items()
         ]
 
@@ -190,17 +237,11 @@ class Comparison(Result):
             percent(fmean(self.accuracies(model)), f" ± {100 * self.margin(model):.1f}"),
             Cell(cost.macs, f"{cost.macs / 1e6:.2f} M"),
             Cell(found.carried, f"{found.tokens} → {found.carried:.3g}"),
-            per_second(cost.batch / found.training.median),
-            per_second(cost.throughput.median),
+            per_second(found.training_throughput),
+            per_second(cost.throughput),
             mebibytes(found.memory),
             Cell(cost.parameters, f"{cost.parameters:,}"),
         ]
-
-
-def _one_is_fastest(times: Sequence[Timing]) -> bool:
-    """Whether the spread of the fastest and that of the next do not overlap."""
-    first, *others = sorted(times, key=lambda time: time.median)
-    return not others or first.p80 < others[0].p20
 
 
 def go_on(folder: Path) -> str:
@@ -243,13 +284,15 @@ def narrowest(routings: Sequence[Routing]) -> Routing | None:
     return min(own, key=lambda routing: carriers_in_use(routing).float().mean().item(), default=None)
 
 
-def write_report(comparison: Comparison, data: ImageData, settings: Settings) -> None:
-    """Write `report.html` and the pictures of a comparison into its folder."""
+def write_report(comparison: Comparison, data: ImageData, device: torch.device) -> None:
+    """Write `report.html` and the pictures of a comparison, measured on `device`, into its folder."""
+    settings = comparison.settings
     seeds = 1 + max(run.seed for run in comparison.runs)
-    report = Report(
+    report = comparison.begin_report(
         "What token bottlenecks cost and keep",
-        f"{data.name}: {len(comparison.costs)} models trained on {len(data.train):,} images "
-        f"for {settings.epochs} epochs" + (f", from {seeds} seeds each" if seeds > 1 else ""),
+        f"{data.name}: {counted(len(comparison.costs), 'model')} trained on {len(data.train):,} images "
+        f"for {counted(settings.epochs, 'epoch')}" + (f", from {seeds} seeds each" if seeds > 1 else ""),
+        device,
     )
     if comparison.unfinished:
         state = "Interrupted: this" if comparison.interrupted else "This"
@@ -261,15 +304,6 @@ def write_report(comparison: Comparison, data: ImageData, settings: Settings) ->
         report.paragraph(few)
     for model, seed in comparison.diverged:
         report.paragraph(f"{model} from seed {seed} diverged: its loss became no number. It is in no table.")
-    report.paragraph(
-        f"Every model saw the same images in the same order, in batches of {settings.batch_size}. Accuracy is the "
-        f"share of the {len(data.held_out):,} held-out images it gets right (held out: {data.held_out_rule}), with the "
-        "95 % interval that the number of these images and the seeds leave; one seed does not say how much seeds "
-        "differ. MACs are "
-        "multiply-accumulates of one image with the tokens really kept. Tokens: what an image's tokens are at "
-        "first, and how many carriers they pass through at the narrowest place. Speeds were taken in turns on one "
-        f"machine ({machine()})."
-    )
     if pretrained := [name for name in comparison.costs if is_pretrained(name)]:
         report.paragraph(
             f"{', '.join(pretrained)} began with weights from an earlier training and learned at {PRETRAINED_RATE:g} "
@@ -279,23 +313,33 @@ def write_report(comparison: Comparison, data: ImageData, settings: Settings) ->
         names = ", ".join(str(path) for path in data.skipped[:5])
         report.paragraph(f"{len(data.skipped)} images could not be read and were skipped: {names}.")
     comparison.add_table(report, "What each model costs and keeps.")
-    if comparison.verdict:
-        report.paragraph(comparison.verdict)
+    report.paragraph(
+        f"Every model saw the same images in the same order, in batches of {settings.batch_size}. Accuracy is the "
+        f"share of the {len(data.held_out):,} held-out images it gets right (held out: {data.held_out_rule}), with the "
+        "95 % interval that the number of these images and the seeds leave; one seed does not say how much seeds "
+        "differ. MACs are multiply-accumulates of one image with the tokens really kept. Tokens: what an image's "
+        "tokens are at first, and how many carriers they pass through at the narrowest place. Speeds were taken in "
+        f"turns. {SPREAD}"
+    )
     report.section("Accuracy against cost")
-    figure = pareto(comparison.points(), x="million MACs per image", y="held-out accuracy (%)")
+    points = comparison.points()
+    figure = pareto(points, x="MACs per image", y="held-out accuracy (%)", bounds=(0, 100))
     caption = "A model is on the line if it is more accurate than every cheaper one by more than the 95 % interval."
-    add_picture(report, figure, comparison.folder / "pictures" / "pareto.png", caption)
+    alt = "Accuracy against MACs per image. " + "; ".join(
+        f"{point.name}: {point.quality:.1f} ± {point.spread:.1f} % at {point.cost / 1e6:.2f} M" for point in points
+    )
+    add_picture(report, figure, comparison.folder / "pictures" / "pareto.png", caption, alt=f"{alt}.")
     _where_tokens_went(report, comparison, data)
     report.section("Use a model")
-    report.paragraph(
-        f'narrows.load_model("{comparison.runs[0].folder}") opens a trained model; narrows show draws where the tokens '
-        "of your own images go in it."
-    )
+    report.code(f"import narrows\n\nmodel = narrows.load_model({str(comparison.runs[0].folder)!r})")
+    report.paragraph("opens a trained model; narrows show draws where the tokens of your own images go in it.")
     report.write(comparison.report)
 
 
+@torch.no_grad()
 def _where_tokens_went(report: Report, comparison: Comparison, data: ImageData) -> None:
-    images, captions = _test_images(data)
+    images, labels = _test_images(data)
+    captions = [data.classes[label] for label in labels]
     pictures = picture(images)
     models = {name: found.module for name, found in open_runs(comparison.runs).items()}
     routings = {name: model.routing(images) for name, model in models.items() if isinstance(model, ImageClassifier)}
@@ -304,9 +348,22 @@ def _where_tokens_went(report: Report, comparison: Comparison, data: ImageData) 
         return
     folder = comparison.folder / "pictures"
     report.section("Where tokens went")
-    figure = gallery(pictures, columns, captions=captions)
-    caption = f"The first held-out image of {len(captions)} classes, and where its tokens went."
-    add_picture(report, figure, folder / "gallery.png", caption)
+    given = {
+        name: [
+            f"{data.classes[answer]} {'✓' if answer == label else '✗'}"
+            for answer, label in zip(models[name](images).argmax(-1).tolist(), labels, strict=True)
+        ]
+        for name in columns
+    }
+    figure = gallery(pictures, columns, captions=captions, below=given)
+    caption = (
+        f"The first held-out image of {len(captions)} classes, where its tokens went, and below each picture the class "
+        "that the model gives it."
+    )
+    alt = f"A row of pictures for each image. Of the first, a {captions[0]}: " + " ".join(
+        f"{name}: {describe(routing)} It is taken for {given[name][0]}." for name, routing in columns.items()
+    )
+    add_picture(report, figure, folder / "gallery.png", caption, alt=alt)
     for name in columns:
         report.section(name)
         # The first paragraph of the model's docstring: what its bottleneck does.
@@ -314,11 +371,12 @@ def _where_tokens_went(report: Report, comparison: Comparison, data: ImageData) 
         report.paragraph(" ".join(paragraph.split()).replace("`", ""))
         for routing in routings[name]:
             path = folder / f"{name}-{routing.name}.png"
-            add_picture(report, overlay(pictures[0], routing), path, f"In {routing.name}")
+            figure = overlay(pictures[0], routing)
+            add_picture(report, figure, path, f"In {routing.name}", alt=f"A {captions[0]}: {describe(routing)}")
 
 
-def _test_images(data: ImageData) -> tuple[Tensor, list[str]]:
-    """The first held-out image of each of the first classes, and what they are called."""
+def _test_images(data: ImageData) -> tuple[Tensor, list[int]]:
+    """The first held-out image of each of the first classes, and their labels."""
     chosen: dict[int, int] = {}
     wanted = min(NUM_PICTURES, data.num_classes)
     for start in range(0, len(data.held_out), 64):
@@ -329,4 +387,4 @@ def _test_images(data: ImageData) -> tuple[Tensor, list[str]]:
             break
     labels = sorted(chosen)[:wanted]
     images, _ = data.held_out.batch([chosen[label] for label in labels])
-    return images, [data.classes[label] for label in labels]
+    return images, labels

@@ -19,14 +19,15 @@ from narrows.data.module import ObjectDataModule
 from narrows.errors import InvalidArgument
 from narrows.files import new_folder, write_text
 from narrows.jobs.object_models import object_model, object_picture, open_object_model
-from narrows.jobs.report import Result, add_picture, machine, percent
+from narrows.jobs.report import Result, add_picture, command_of, percent
 from narrows.metrics import adjusted_rand_index, best_overlap, count_overlaps
 from narrows.models import ObjectDiscovery
 from narrows.training.callbacks import RunProgress
 from narrows.training.objects import ObjectTask, find, pixel_masks, signs_of_collapse, state_of
 from narrows.training.run import fit, progress_trainer, quiet_lightning
+from narrows.training.task import data_of
 from narrows.validation import check_choice, check_device, check_positive
-from narrows.visualize import Cell, Report
+from narrows.visualize import Cell
 
 STEPS = 10_000
 """Training steps by default."""
@@ -83,16 +84,45 @@ class Discovery(Result):
         runs: one for each seed.
         held_out: number of images that were scored.
         folder: where models, pictures and the report are.
+        options: of the command that does the same again.
     """
 
     runs: Sequence[ObjectRun]
     held_out: int
     folder: Path
+    options: Mapping[str, Any]
 
     @property
     def columns(self) -> Mapping[str, str | None]:
         """Heads of the table."""
         return COLUMNS
+
+    @property
+    def command(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The command that trains and scores again."""
+        return command_of("discover", **self.options)
+
+    @property
+    def codes(self) -> Sequence[str]:
+        """For each model the command that scores it again; nothing for their mean."""
+        data = {name: self.options[name] for name in ("data", "video", "image_size")}
+        found = [command_of("discover", checkpoint=run.folder, **data) for run in self.runs]
+        return [*found, ""] if len(self.runs) > 1 else found
+
+    @property
+    def verdict(self) -> str:
+        """How well objects were found, and how sure that is."""
+        mean, margin = fmean(run.attention_fg_ari for run in self.runs), self.margin("attention_fg_ari")
+        if not math.isfinite(mean):
+            return f"No mask of the {self.held_out:,} held-out images is known: nothing was scored."
+        found = f"The slots' attention finds the objects of {self.held_out:,} held-out images with an FG-ARI of"
+        found = f"{found} {_percent(mean, margin).text}"
+        if len(self.runs) > 1:
+            found += f" (95 % interval over {len(self.runs)} seeds)."
+        else:
+            found += " (95 % interval over images). One seed does not say how much seeds differ."
+        signs = sum(bool(run.signs) for run in self.runs)
+        return found + (f" The slots of {signs} of {len(self.runs)} show signs of collapse." if signs else "")
 
     def margin(self, score: str) -> float:
         """Half of the 95 % interval of a mean score: over seeds (Student's), or over images where there is one seed."""
@@ -189,7 +219,7 @@ def discover(
 
     if given is None:
         build()  # before a folder is made, so that a wrong name shows at once
-    settings = {
+    settings: dict[str, Any] = {
         "data": data, "model": model, "backbone": backbone, "video": video, "epochs": epochs, "batch_size": batch_size,
         "image_size": image_size, "num_slots": num_slots, "precision": precision,
     }  # fmt: skip
@@ -207,10 +237,10 @@ def discover(
         for seed in range(len(runs), seeds):
             runs.append(_train(build, images(seed), folder, model, seed, total, device=place, precision=precision))
             write_text(folder / RUNS_FILE, json.dumps([asdict(run) for run in runs], indent=2) + "\n")
-    result = Discovery(runs, len(found.held_out), folder)
+    result = Discovery(runs, len(found.held_out), folder, {**settings, "seeds": seeds, "checkpoint": checkpoint})
     network = given if given is not None else open_object_model(runs[0].folder)
     assert network is not None or backbone is not None
-    _report(result, network, found, data, model if given is None else str(checkpoint))
+    _report(result, network, found, f"{model if given is None else checkpoint} on {data}", place)
     result.write_csv(folder / "scores.csv")
     return result
 
@@ -268,10 +298,17 @@ def _train(
         fit(trainer, task, images)
     (progress,) = (callback for callback in trainer.callbacks if isinstance(callback, RunProgress))  # pyright: ignore[reportAttributeAccessIssue]
     place = folder / "models" / run
-    task.model.save_pretrained(place)  # pyright: ignore[reportCallIssue]
     model = task.model.to(device).eval()
     assert isinstance(model, ObjectDiscovery)
-    return _judged(model, images.loaded, seed=seed, seconds=progress.seconds, folder=str(place))
+    judged = _judged(model, images.loaded, seed=seed, seconds=progress.seconds, folder=str(place))
+    figures = {"FG-ARI (attention)": judged.attention_fg_ari, "mBO (attention)": judged.attention_mbo}
+    model.about = {
+        **data_of(images.loaded),
+        "Training": f"{trainer.global_step:,} steps of {images.batch_size} images, seed {seed}",
+        **{name: _percent(score).text for name, score in figures.items() if math.isfinite(score)},
+    }
+    model.save_pretrained(place)
+    return judged
 
 
 def _judged(model: ObjectDiscovery, found: ImageData, *, seed: int, seconds: float, folder: str) -> ObjectRun:
@@ -316,8 +353,10 @@ def scores_of(
     return {name: torch.cat(values) for name, values in scores.items()}, state
 
 
-def _report(result: Discovery, model: ObjectDiscovery | None, found: ImageData, data: str, name: str) -> None:
-    report = Report("Objects without labels", f"{name} on {data}, {result.held_out} held-out images; {machine()}")
+def _report(
+    result: Discovery, model: ObjectDiscovery | None, found: ImageData, subtitle: str, device: torch.device
+) -> None:
+    report = result.begin_report("Objects without labels", subtitle, device)
     report.section("Scores")
     result.add_table(
         report,
@@ -331,7 +370,18 @@ def _report(result: Discovery, model: ObjectDiscovery | None, found: ImageData, 
         report.section("What was found")
         images, truth = found.held_out.batch(range(min(NUM_PICTURES, len(found.held_out))))
         figure = object_picture(model, images, truth)
-        add_picture(report, figure, result.folder / "objects.png", "Held-out images and what each slot holds.")
+        caption = "Held-out images and what each slot holds. The slot with the most pixels is grey: the background."
+        known = (truth != IGNORED).any()
+        seen = ", the true objects" if known else ""
+        objects = f" The first shows {int(truth[0].max())} objects." if known else ""
+        alt = (
+            f"A row for each of {len(images)} held-out images: the image{seen}, and in colours which of the "
+            f"slots holds each pixel.{objects}"
+        )
+        add_picture(report, figure, result.folder / "objects.png", caption, alt=alt)
+    report.section("Use a model")
+    report.code(f"import narrows\n\nmodel = narrows.load_model({result.runs[0].folder!r})")
+    report.paragraph("opens it; narrows show draws what it finds in your own images.")
     report.write(result.report)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from narrows.adapters import reduce_tokens, token_reduction
+from narrows.costs import evaluating
 from narrows.costs.cost import scaled
 from narrows.data.scenes import SCENES
 from narrows.demo import vit
@@ -21,17 +22,32 @@ from narrows.files import check_writable, new_folder, write_text
 from narrows.hub.models import LoadedModel, open_model
 from narrows.jobs.export import check_file, write_program
 from narrows.jobs.images import Images, check_data, evenly_spaced, load_images
-from narrows.jobs.report import Result, add_picture, machine, mebibytes, per_second, percent
+from narrows.jobs.report import (
+    SPREAD,
+    Result,
+    add_picture,
+    command_of,
+    fastest,
+    margin_of_share,
+    mean_difference,
+    mebibytes,
+    per_second,
+    percent,
+)
 from narrows.jobs.trials import COUNTED, Candidate, Trial, parse_budget, run_trials
 from narrows.routing import Routing
 from narrows.validation import check_choice, check_device, check_positive
-from narrows.visualize import Cell, ParetoPoint, Report, curves, gallery
+from narrows.visualize import Cell, ParetoPoint, Report, curves, describe, gallery
 
 METHODS = ("ats", "topk", "evit", "tome", "random")
 BUDGETS = ("0.7", "0.5", "0.35")
+OPENING = ("checkpoint", "checkpoint_key", "num_classes", "image_size")
+"""Options that a model is opened with."""
 MAY_LOSE = 0.01
 """Quality that the chosen reduction may lose."""
 NUM_PICTURES = 4
+NUM_BLOCKS = 6
+"""Blocks that are shown at most."""
 LEAST_SPAN = 8.0
 """Points of accuracy that the plot shows at least."""
 
@@ -44,12 +60,14 @@ class ReductionResult(Result):
         trials: the untouched model first.
         images: what it was judged by.
         folder: where report and pictures are.
+        options: of the command that does the same again.
         written: what else was written where, by "Saved" and "Exported".
     """
 
     trials: Sequence[Trial]
     images: Images
     folder: Path
+    options: Mapping[str, Any]
     written: dict[str, Path] = field(default_factory=dict)
 
     @property
@@ -105,19 +123,69 @@ class ReductionResult(Result):
         return "same class as the untouched model (%)" if self.classifies else "cosine with the untouched features (%)"
 
     @property
+    def verdict(self) -> str:
+        """What the chosen reduction saves and loses, and how sure that is."""
+        chosen, number = self.chosen, f"{len(self.images):,} images"
+        saved = 1 - fmean(chosen.macs) / fmean(self.untouched.macs)
+        speed = chosen.timing.times_faster_than(self.untouched.timing)
+        if speed.p20 <= 1 <= speed.p80:
+            fast = "no difference in speed can be told"
+        else:
+            fast = f"it is {speed.median:.2f} times as fast"
+        fast += f" ({speed.p20:.2f} to {speed.p80:.2f})"
+        if not self.images.labelled:
+            what = "gives the same class" if self.classifies else "has a cosine with the untouched features of"
+            kept = f"It {what} {self._agreement(chosen).text} on {number} (95 % interval)."
+            if self.classifies:
+                kept = f"Of {number} {self._agreement(chosen).text} get the same class (95 % interval)."
+        else:
+            lost, margin = mean_difference(self.untouched.scores - chosen.scores)
+            points = f"{abs(100 * lost):.1f} ± {100 * margin:.1f} points"
+            if abs(lost) <= margin:
+                kept = f"No difference in accuracy can be told on {number}: {points} (95 % interval)."
+            else:
+                kept = f"It {'loses' if lost > 0 else 'gains'} {points} of accuracy on {number} (95 % interval)."
+        return f"{chosen.name} saves {100 * saved:.0f} % of the MACs; {fast}. {kept}"
+
+    @property
     def columns(self) -> Mapping[str, str | None]:
-        """Heads of the table."""
+        """Heads of the table; what is best stands out only where it is more than chance."""
+        speeds = [trial.timing for trial in self.trials]
         return {
             "method": None,
             "budget": None,
-            **({"accuracy": "max"} if self.images.labelled else {}),
-            "agreement": "max",
+            **({"accuracy": _best([trial.scores for trial in self.trials])} if self.images.labelled else {}),
+            "agreement": _best([trial.same for trial in self.reduced]),
             "tokens": None,
             "MACs/image": "min",
-            "images/s": "max",
-            "speed": "max",
+            "images/s": "max" if fastest(speeds) else None,
+            "speed": "max" if fastest(speeds) else None,
             "memory": None,
         }
+
+    @property
+    def codes(self) -> Sequence[str]:
+        """For each reduction the code that reduces the model so."""
+        return ["" if trial.reduction is None else self.code(trial) for trial in self.trials]
+
+    @property
+    def command(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The command that measures all of it again."""
+        return command_of("reduce", **self.options)
+
+    def code(self, trial: Trial) -> str:
+        """Code that reduces the model as it is in a trial, and the command that measures it again."""
+        assert trial.reduction is not None, "the untouched model is not reduced"
+        again = command_of("reduce", **{**self.options, "method": trial.method, "budget": trial.budget})
+        opening = {name: self.options[name] for name in OPENING if self.options[name] is not None}
+        arguments = "".join(f", {name}={value!r}" for name, value in opening.items())
+        return (
+            f"# {again}\n"
+            "import narrows\nfrom narrows.hub.models import open_model\n\n"
+            f"model = open_model({self.untouched.model.name!r}{arguments}).module  # or your own\n"
+            f"reduction = narrows.reduce_tokens(model, method={trial.method!r}, "
+            f"budget={list(trial.reduction.schedule)})"
+        )
 
     def rows(self) -> list[list[object]]:
         """A row for each trial, under `columns`."""
@@ -125,25 +193,43 @@ class ReductionResult(Result):
 
     def point(self, trial: Trial) -> ParetoPoint:
         """Quality in percent against MACs of an image."""
-        return ParetoPoint(trial.name, fmean(trial.macs), 100 * trial.quality)
+        speed = f"{per_second(trial.throughput).text} images/s"
+        return ParetoPoint(trial.name, fmean(trial.macs), 100 * trial.quality, note=speed)
 
     def _row(self, trial: Trial) -> list[object]:
         untouched = trial is self.untouched
-        faster = trial.timing.times_faster_than(self.untouched.timing).median
-        accuracy = [] if trial.accuracy is None else [percent(trial.accuracy)]
+        faster = trial.timing.times_faster_than(self.untouched.timing)
+        accuracy = [] if trial.accuracy is None else [_share(trial.accuracy, len(self.images))]
         low, high = min(trial.macs), max(trial.macs)
         spread = "" if low == high else f" ({scaled(low)} to {scaled(high)})"
         return [
             trial.method,
             trial.budget or None,
             *accuracy,
-            None if untouched else percent(trial.agreement),
+            None if untouched else self._agreement(trial),
             self.tokens if untouched else Cell(trial.kept, f"{self.tokens} → {trial.kept:.3g}"),
             Cell(fmean(trial.macs), scaled(fmean(trial.macs)) + spread),
-            per_second(trial.throughput.median),
-            None if untouched else Cell(faster, f"{faster:.2f}×"),
+            per_second(trial.throughput),
+            None if untouched else Cell(faster.median, f"{faster.median:.2f} ± {(faster.p80 - faster.p20) / 2:.2f}×"),
             mebibytes(trial.memory),
         ]
+
+    def _agreement(self, trial: Trial) -> Cell:
+        if self.classifies:
+            return _share(trial.agreement, len(self.images))
+        mean, margin = mean_difference(trial.same)
+        return percent(mean, f" ± {100 * margin:.1f}")
+
+
+def _share(share: float, count: int) -> Cell:
+    return percent(share, f" ± {100 * margin_of_share(share, count):.1f}")
+
+
+def _best(scores: Sequence[Tensor]) -> str | None:
+    """'max' where one is better than each other on the same images, beyond the 95 % interval."""
+    first, *others = sorted(scores, key=lambda each: each.mean().item(), reverse=True)
+    differences = [mean_difference(first - other) for other in others]
+    return "max" if all(mean > margin for mean, margin in differences) else None
 
 
 def reduce(
@@ -193,6 +279,11 @@ def reduce(
         CannotWrite: output, save or export cannot be written.
         NarrowsError: weights that cannot be downloaded.
     """
+    options = {
+        "model": model, "data": data, "checkpoint": checkpoint, "checkpoint_key": checkpoint_key,
+        "num_classes": num_classes, "image_size": image_size, "method": list(method), "budget": list(budget),
+        "limit": limit, "batch_size": batch_size,
+    }  # fmt: skip
     check_positive(limit=limit, batch_size=batch_size)
     place = check_device(device)
     for name, given in (("method", method), ("budget", budget)):
@@ -207,8 +298,7 @@ def reduce(
     if save is not None:
         check_writable(save)
     check_writable(output, folder=True)
-    opening = {"checkpoint_key": checkpoint_key, "num_classes": num_classes, "image_size": image_size}
-    opening = {name: value for name, value in opening.items() if value is not None}
+    opening = {name: options[name] for name in OPENING if name != "checkpoint" and options[name] is not None}
 
     def check(untrained: LoadedModel) -> None:
         _reduced(untrained, method, budget, torch.rand(2, untrained.channels, *untrained.size))
@@ -225,7 +315,7 @@ def reduce(
         f"{loaded.name}: untouched and under {len(candidates) - 1} reductions, on {len(images):,} images "
         f"({images.rule}); results in {folder}"
     )
-    result = ReductionResult(run_trials(candidates, images, batch_size=batch_size), images, folder)
+    result = ReductionResult(run_trials(candidates, images, batch_size=batch_size), images, folder, options)
     result.write_csv(folder / "reductions.csv")
     _write_report(result)
     _write_config(result.chosen, folder / "reduction.json")
@@ -285,50 +375,54 @@ def _write_config(trial: Trial, path: Path) -> None:
 
 def _write_report(result: ReductionResult) -> None:
     """Write `report.html` and the pictures of a result into its folder."""
-    images, reduced = result.images, result.reduced
-    report = Report(
-        f"What token reduction costs and keeps: {result.untouched.model.name}",
+    images, reduced, model = result.images, result.reduced, result.untouched.model
+    report = result.begin_report(
+        f"What token reduction costs and keeps: {model.name}",
         f"{result.tokens} tokens an image; {len(images):,} images ({images.rule})",
+        model.device,
     )
-    if result.untouched.model.notes:
-        report.paragraph(" ".join(f"{note}." for note in result.untouched.model.notes))
+    if model.notes:
+        report.paragraph(" ".join(f"{note}." for note in model.notes))
+    result.add_table(report, "The untouched model and every reduction.")
     agreement = (
         "Agreement is the share of images that get the same class as from the untouched model."
         if result.classifies
         else "Agreement is the mean cosine between the features and those of the untouched model."
     )
     report.paragraph(
-        f"{agreement} Tokens: what an image becomes, and how many of them are left at the end, on average. MACs are "
-        f"multiply-accumulates of one image with the tokens really kept, mean and range over {COUNTED} images at most. "
-        f"Speed is that of batches of {result.untouched.batch} against the untouched model, taken in turns on one "
-        f"machine ({machine()}). Memory is what a batch has alive at its peak beyond the weights."
+        f"{agreement} Behind shares stands the 95 % interval that the number of images leaves. Tokens: what an image "
+        "becomes, and how many of them are left at the end, on average. MACs are multiply-accumulates of one image "
+        f"with the tokens really kept, mean and range over {COUNTED} images at most. Speed is that of batches of "
+        f"{result.untouched.batch} against the untouched model, taken in turns. {SPREAD} Memory is what a batch has "
+        "alive at its peak beyond the weights."
     )
-    result.add_table(report, "The untouched model and every reduction.")
     report.section("Quality against cost")
     lines = {
         method: [result.point(trial) for trial in reduced if trial.method == method]
         for method in dict.fromkeys(trial.method for trial in reduced)
     }
     untouched = result.point(result.untouched)
-    figure = curves(lines, untouched, x="MACs per image", y=result.quality, least_span=LEAST_SPAN)
-    caption = "A line for each method through its budgets; dashed, what the untouched model reaches."
-    add_picture(report, figure, result.folder / "pictures" / "tradeoff.png", caption)
-    _add_token_pictures(report, result)
-    chosen = result.chosen
-    assert chosen.reduction is not None
-    report.section("Use it")
-    report.paragraph(f"Of these, {chosen.name} {result.why}.")
-    report.paragraph(
-        f'reduction = narrows.reduce_tokens(model, method="{chosen.method}", '
-        f"budget={list(chosen.reduction.schedule)}) reduces your model the same way; reduction.remove() undoes it."
+    bounds = (0, 100) if result.classifies else (-100, 100)
+    figure = curves(
+        lines, untouched, x="MACs per image", y=result.quality, least_span=min(LEAST_SPAN, bounds[1]), bounds=bounds
     )
+    caption = "A line for each method through its budgets; dashed, what the untouched model reaches."
+    alt = f"{result.quality} against MACs per image. " + "; ".join(
+        f"{point.name}: {point.quality:.1f} at {scaled(point.cost)}" for point in map(result.point, result.trials)
+    )
+    add_picture(report, figure, result.folder / "pictures" / "tradeoff.png", caption, alt=f"{alt}.")
+    _add_token_pictures(report, result)
+    report.section("Use it")
+    report.paragraph(f"Of these, {result.chosen.name} {result.why}.")
+    report.code(result.code(result.chosen))
+    report.paragraph("reduces the model the same way; reduction.remove() undoes it.")
     report.write(result.report)
 
 
 def _add_token_pictures(report: Report, result: ReductionResult) -> None:
     """Which tokens were kept: by every method, block by block, and budget by budget."""
     positions = _positions_to_show(result.images)
-    batch = result.images.batch(positions)[0]
+    batch, labels = result.images.batch(positions)
     model, chosen = result.untouched.model, result.chosen
     pictures, names = model.picture(batch), result.images.names(positions)
     batch = batch.to(model.device)
@@ -339,34 +433,65 @@ def _add_token_pictures(report: Report, result: ReductionResult) -> None:
     def at_the_end(trials: Mapping[str, Trial]) -> dict[str, Routing]:
         return {name: routing for name, trial in trials.items() for routing in on_grid(trial)[-1:]}
 
-    def draw(section: str, file: str, columns: Mapping[str, Routing], caption: str) -> None:
+    def draw(
+        section: str, file: str, columns: Mapping[str, Routing], caption: str, trials: Mapping[str, Trial]
+    ) -> None:
         report.section(section)
-        if columns:
-            figure = gallery(pictures, columns, captions=names)
-            add_picture(report, figure, result.folder / "pictures" / f"{file}.png", caption)
+        if not columns:
+            return
+        below = {name: _answers(trial, batch, labels, result.images) for name, trial in trials.items()}
+        figure = gallery(pictures, columns, captions=names, below=below)
+        seen = " ".join(f"{name}: {describe(routing)}" for name, routing in columns.items())
+        alt = f"A row of pictures for each image. Of the first, {names[0]}: {seen}"
+        add_picture(report, figure, result.folder / "pictures" / f"{file}.png", caption, alt=alt)
 
     by_budget: dict[str, list[float]] = {}
     for trial in result.reduced:
         by_budget.setdefault(trial.budget, []).append(fmean(trial.macs))
     middle = sorted(by_budget, key=lambda budget: fmean(by_budget[budget]))[len(by_budget) // 2]
+    below = " Below each picture stands the class that the model gives it." if result.classifies else ""
+    untouched = {"image": result.untouched}
+    methods = {trial.method: trial for trial in result.reduced if trial.budget == middle}
     draw(
         "Which tokens were kept",
         "methods",
-        at_the_end({trial.method: trial for trial in result.reduced if trial.budget == middle}),
-        f"What every method leaves at the end, at the budget {middle}.",
+        at_the_end(methods),
+        f"What every method leaves at the end, at the budget {middle}.{below}",
+        {**untouched, **methods},
     )
+    blocks = on_grid(chosen)
+    shown = [blocks[index] for index in evenly_spaced(len(blocks), NUM_BLOCKS - 1)] + blocks[-1:]
     draw(
         f"Block by block: {chosen.name}",
         "blocks",
-        {routing.name: routing for routing in on_grid(chosen)},
-        "The same images, after each block that reduces: later blocks carry what is left then.",
+        {routing.name: routing for routing in shown},
+        "The same images, after blocks that reduce: later blocks carry what is left then.",
+        untouched,
     )
+    budgets = {f"budget {trial.budget}": trial for trial in result.reduced if trial.method == chosen.method}
     draw(
         f"Budget by budget: {chosen.method}",
         "budgets",
-        at_the_end({f"budget {trial.budget}": trial for trial in result.reduced if trial.method == chosen.method}),
-        "The same images, what is left at the end.",
+        at_the_end(budgets),
+        f"The same images, what is left at the end.{below}",
+        {**untouched, **budgets},
     )
+
+
+def _answers(trial: Trial, batch: Tensor, labels: Tensor, images: Images) -> list[str]:
+    """The class that each image gets, and where labels are known whether it is right; nothing of features."""
+    if not trial.model.num_classes:
+        return [""] * len(batch)
+    with evaluating(trial.model.module):
+        answers = trial(batch).argmax(-1).tolist()
+    classes = images.classes or trial.model.classes
+    named = [classes[answer] if answer < len(classes) else f"class {answer}" for answer in answers]
+    if not images.labelled:
+        return named
+    return [
+        f"{name} {'✓' if answer == label else '✗'}"
+        for name, answer, label in zip(named, answers, labels.tolist(), strict=True)
+    ]
 
 
 def _positions_to_show(images: Images) -> list[int]:

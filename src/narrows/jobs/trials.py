@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -88,9 +88,9 @@ class Trial(Candidate):
     """A candidate, and what it was found to cost and keep.
 
     Args:
-        agreement: with the untouched model: the part of the images that get the same class; for a model that gives
-            features, the mean cosine between them.
-        accuracy: the part of the images that get the right class; None without labels.
+        same: of each image, whether it gets the same class as from the untouched model, 1 or 0; of a model that gives
+            features, the cosine between them.
+        right: of each image, whether it gets the right class, 1 or 0; None without labels.
         macs: multiply-accumulates of each of the first images, with the tokens really kept.
         kept: as `count_kept` gives it.
         timing: seconds for a batch.
@@ -98,8 +98,8 @@ class Trial(Candidate):
         memory: greatest number of bytes that it has alive beyond weights and images.
     """
 
-    agreement: float
-    accuracy: float | None
+    same: Float[Tensor, "N"] = field(repr=False, compare=False)
+    right: Float[Tensor, "N"] | None = field(repr=False, compare=False)
     macs: tuple[int, ...]
     kept: float
     timing: Timing
@@ -107,14 +107,29 @@ class Trial(Candidate):
     memory: int
 
     @property
+    def agreement(self) -> float:
+        """With the untouched model."""
+        return self.same.mean().item()
+
+    @property
+    def accuracy(self) -> float | None:
+        """The part of the images that get the right class; None without labels."""
+        return None if self.right is None else self.right.mean().item()
+
+    @property
     def throughput(self) -> Spread:
         """Images per second."""
         return Spread(tuple(self.batch / seconds for seconds in self.timing.samples))
 
     @property
+    def scores(self) -> Float[Tensor, "N"]:
+        """Of each image, what `quality` is the mean of."""
+        return self.same if self.right is None else self.right
+
+    @property
     def quality(self) -> float:
         """Accuracy, or where there are no labels agreement."""
-        return self.agreement if self.accuracy is None else self.accuracy
+        return self.scores.mean().item()
 
 
 def run_trials(candidates: Sequence[Candidate], images: Images, *, batch_size: int) -> list[Trial]:
@@ -135,20 +150,20 @@ def run_trials(candidates: Sequence[Candidate], images: Images, *, batch_size: i
         return [
             Trial(
                 **vars(candidate),
-                agreement=agreement,
-                accuracy=accuracy,
+                same=same,
+                right=right if images.labelled else None,
                 macs=candidate.count_macs(first[:COUNTED]),
                 kept=candidate.count_kept(first),
                 timing=timings[candidate.name],
                 batch=len(first),
                 memory=peak_memory(calls[candidate.name], model.device),
             )
-            for candidate, (agreement, accuracy) in zip(bar, judgements, strict=True)
+            for candidate, (same, right) in zip(bar, judgements, strict=True)
         ]
 
 
-def _judge(candidates: Sequence[Candidate], images: Images, batch_size: int) -> list[tuple[float, float | None]]:
-    """Agreement and accuracy of each, batch by batch, so that every image is read once."""
+def _judge(candidates: Sequence[Candidate], images: Images, batch_size: int) -> list[tuple[Tensor, Tensor]]:
+    """`Trial.same` and `Trial.right` of each; every image is read once."""
     model = candidates[0].model
     agreements: list[list[Tensor]] = [[] for _ in candidates]
     hits: list[list[Tensor]] = [[] for _ in candidates]
@@ -164,10 +179,7 @@ def _judge(candidates: Sequence[Candidate], images: Images, batch_size: int) -> 
                 else:
                     agreement.append(F.cosine_similarity(answers[0], answer, dim=-1))
                 hit.append((answer.argmax(-1) == labels).float())
-    return [
-        (torch.cat(same).mean().item(), torch.cat(right).mean().item() if images.labelled else None)
-        for same, right in zip(agreements, hits, strict=True)
-    ]
+    return [(torch.cat(same), torch.cat(right)) for same, right in zip(agreements, hits, strict=True)]
 
 
 def parse_budget(text: str, images: Tensor | None = None) -> Budget:

@@ -2,7 +2,7 @@
 
 from narrows.visualize.canvas import save
 from narrows.visualize.objects import found_objects
-from narrows.visualize.overlays import gallery, overlay
+from narrows.visualize.overlays import describe, gallery, overlay
 from narrows.visualize.plots import ParetoPoint, curves, pareto, pareto_front
 from narrows.visualize.report import Report
 from narrows.visualize.segments import segmentations
@@ -14,6 +14,7 @@ __all__ = [
     "ParetoPoint",
     "Report",
     "curves",
+    "describe",
     "found_objects",
     "gallery",
     "overlay",

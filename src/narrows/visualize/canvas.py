@@ -1,10 +1,8 @@
 """Figures, colours, panels and titles: matplotlib without pyplot, hence without a display or global state."""
 
-import io
-from collections.abc import Iterator
 from pathlib import Path
 from textwrap import fill
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -56,56 +54,6 @@ def save(figure: "matplotlib.figure.Figure", path: str | Path) -> Path:
     with replacing(path) as unfinished:
         figure.savefig(unfinished, dpi=DPI)
     return path
-
-
-class Renderings(NamedTuple):
-    """One figure as two PNGs without background, for light and for dark pages."""
-
-    light: bytes
-    dark: bytes
-
-
-def render(figure: "matplotlib.figure.Figure") -> Renderings:
-    """The figure for light and for dark pages; black and grey in one are white and light grey in the other."""
-    # A second layout would move things a little: both pictures use the layout of this draft.
-    figure.draw_without_rendering()
-    layout = figure.get_layout_engine()
-    figure.set_layout_engine("none")
-    light = _png(figure)
-    inks = list(_inks(figure))
-    for recolour, colour in inks:
-        recolour(_inverted(colour))
-    dark = _png(figure)
-    for recolour, colour in inks:
-        recolour(colour)
-    figure.set_layout_engine(layout)
-    return Renderings(light, dark)
-
-
-def _png(figure: "matplotlib.figure.Figure") -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI, transparent=True, metadata={"Software": None})
-    return buffer.getvalue()
-
-
-def _inks(figure: "matplotlib.figure.Figure") -> Iterator[tuple[Any, Any]]:
-    """Every colour of the figure's texts, lines and shapes, each with its setter."""
-    for artist in figure.findobj():
-        for ink in ("color", "edgecolor", "facecolor", "markeredgecolor", "markerfacecolor"):
-            if hasattr(artist, f"get_{ink}") and hasattr(artist, f"set_{ink}"):
-                yield getattr(artist, f"set_{ink}"), getattr(artist, f"get_{ink}")()
-
-
-def _inverted(colour: Any) -> Any:
-    """White for black and black for white; colours that are not grey stay."""
-    from matplotlib.colors import is_color_like, to_rgba
-
-    if not is_color_like(colour):
-        return [_inverted(each) for each in colour]
-    red, green, blue, alpha = to_rgba(colour)
-    if max(red, green, blue) - min(red, green, blue) > 0.12:
-        return (red, green, blue, alpha)
-    return (1 - red, 1 - green, 1 - blue, alpha)
 
 
 # Okabe and Ito (2008), "Color Universal Design", without black, and a wine red as the eighth.

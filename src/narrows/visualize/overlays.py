@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from textwrap import fill
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -69,7 +69,11 @@ def overlay(
 
 
 def gallery(
-    images: Iterable[object], columns: Mapping[str, Routing], *, captions: Sequence[str] | None = None
+    images: Iterable[object],
+    columns: Mapping[str, Routing],
+    *,
+    captions: Sequence[str] | None = None,
+    below: Mapping[str, Sequence[str]] | None = None,
 ) -> "matplotlib.figure.Figure":
     """Several mechanisms on several images: a row for each image, and in it one picture for each routing.
 
@@ -80,9 +84,12 @@ def gallery(
         images: as `overlay` takes them, or a tensor `[B, 3|1, H, W]`.
         columns: a routing over the batch of these images, in their order, under the heading of its column.
         captions: a line for each image, to stand left of its row.
+        below: a line for each picture of a column, to stand below it, by the column's heading ("image" of the first):
+            the class that a model gives, say.
 
     Raises:
-        InvalidArgument: a routing without grid or with fewer samples than images, no image, captions of other number.
+        InvalidArgument: a routing without grid or with fewer samples than images, no image, captions or lines of other
+            number.
         MissingExtra: without matplotlib.
     """
     canvases = [fit(to_image(image, name=f"images[{i}]")) for i, image in enumerate(images)]
@@ -90,26 +97,71 @@ def gallery(
         raise InvalidArgument("images", expected="at least one image", got="none")
     if captions is not None and len(captions) != len(canvases):
         raise InvalidArgument("captions", expected=f"one for each of the {len(canvases)} images", got=len(captions))
+    below = {"image": [""] * len(canvases), **dict.fromkeys(columns, [""] * len(canvases)), **(below or {})}
+    for heading, lines in below.items():
+        if heading not in ("image", *columns) or len(lines) != len(canvases):
+            expected = f"for columns among {['image', *columns]} a line for each of the {len(canvases)} images"
+            raise InvalidArgument("below", expected=expected, got=f"{len(lines)} for {heading!r}")
     ratios = [panel_ratio(canvas) for canvas in canvases]
-    figure = new_figure(PANEL * (1 + len(columns)) + 0.3, sum(PANEL * ratio + 0.25 for ratio in ratios) + 0.8)
+    line = 0.25 + 0.14 * any(map(any, below.values()))
+    figure = new_figure(PANEL * (1 + len(columns)) + 0.3, sum(PANEL * ratio + line for ratio in ratios) + 0.8)
     axes = figure.subplots(len(canvases), 1 + len(columns), squeeze=False, height_ratios=ratios)
     for row, canvas in enumerate(canvases):
         show_picture(axes[row][0], canvas)
         if captions is not None:
             axes[row][0].set_ylabel(fill(captions[row], 26), fontsize=9, color=INK)
+        _write_below(axes[row][0], below["image"][row])
     set_heading(axes[0][0], "image", "")
     for column, (heading, routing) in enumerate(columns.items(), start=1):
         for row, canvas in enumerate(canvases):
             maps = _maps_of(routing, row, name=f"columns[{heading!r}]")
             show_picture(axes[row][column], _summary(canvas, maps, routing))
-            if keeps_tokens(routing):
-                axes[row][column].set_xlabel(_kept_count(maps), fontsize=8, color=MUTED, labelpad=3)
+            kept = _kept_count(maps) if keeps_tokens(routing) else ""
+            _write_below(axes[row][column], below[heading][row], kept)
         set_heading(axes[0][column], heading, _passage(routing))
     set_note(
         figure,
         "Colour: the carrier with the greatest share of the token; of merged tokens, their mean. Grey: dropped tokens.",
     )
     return figure
+
+
+def _write_below(axis: Any, *lines: str) -> None:
+    axis.set_xlabel(
+        "\n".join(line if len(line) <= 30 else f"{line[:29]}…" for line in lines if line),
+        fontsize=8,
+        color=MUTED,
+        labelpad=3,
+    )
+
+
+def describe(routing: Routing, *, sample: int = 0) -> str:
+    """What `overlay` shows of one image, in a sentence, for those who do not see it.
+
+    >>> describe(Routing(torch.eye(4)[None, None, :3], carriers="kept tokens", grid=(2, 2)))
+    '3 of 4 tokens kept, 2 of them in the upper half of the image.'
+
+    Args:
+        routing: with the `grid` on which its tokens stand.
+        sample: which sample of its batch.
+
+    Raises:
+        InvalidArgument: a routing without a grid, a sample it does not have.
+    """
+    maps = _maps_of(routing, sample)
+    if keeps_tokens(routing):
+        upper = int((maps.amax(0) > 0)[: (maps.shape[1] + 1) // 2].sum())
+        return f"{_kept_count(maps)}, {upper} of them in the upper half of the image."
+    if merges_tokens(routing):
+        sizes = (maps > 0).sum((1, 2))
+        lost = int((maps.amax(0) <= 0).sum())
+        held = f"{maps[0].numel()} tokens merged to {int((sizes > 0).sum())}; the largest holds {int(sizes.max())}"
+        return f"{held}, {lost} were dropped." if lost else f"{held}."
+    parts = carried(maps)
+    one = routing.carriers.removesuffix("s")
+    most = parts.argsort(descending=True, stable=True)[:3].tolist()
+    carry = ", ".join(f"{one} {carrier} carries {100 * parts[carrier]:.0f} % of the tokens" for carrier in most)
+    return f"{_passage(routing)}: {carry}{', others less' if len(parts) > len(most) else ''}."
 
 
 def _maps_of(routing: Routing, sample: int, name: str = "routing") -> Float[Tensor, "K h w"]:

@@ -3,11 +3,12 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from math import cos, hypot, isfinite, pi, sin
+from math import cos, hypot, inf, isfinite, pi, sin
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from narrows.errors import InvalidArgument
 from narrows.visualize.canvas import CARRIERS, INK, LINE, MUTED, PAPER, new_figure, set_title
+from narrows.visualize.drawing import POINT
 
 if TYPE_CHECKING:
     import matplotlib.figure
@@ -69,6 +70,7 @@ def _candidates(anchor: tuple[float, float], size: tuple[float, float], distance
 
 FRONT = "#0072b2"
 WIDE_RANGE = 8.0
+EVERYTHING = (-inf, inf)
 
 
 @dataclass(frozen=True)
@@ -80,12 +82,14 @@ class ParetoPoint:
         cost: positive; lower is better.
         quality: higher is better.
         spread: half the length of the error bar, for instance of a 95 % interval; 0 draws none.
+        note: what else a report says of the point where it is pointed at.
     """
 
     name: str
     cost: int | float
     quality: int | float
     spread: int | float = 0.0
+    note: str = ""
 
     def __post_init__(self) -> None:
         if not (isfinite(self.cost) and self.cost > 0):
@@ -105,7 +109,9 @@ def pareto_front(points: Sequence[ParetoPoint]) -> list[ParetoPoint]:
     return front
 
 
-def pareto(points: Sequence[ParetoPoint], *, x: str, y: str, title: str = "") -> "matplotlib.figure.Figure":
+def pareto(
+    points: Sequence[ParetoPoint], *, x: str, y: str, title: str = "", bounds: tuple[float, float] = EVERYTHING
+) -> "matplotlib.figure.Figure":
     """Plot quality against cost, with labelled points and the Pareto front as a step line.
 
     The cost axis is logarithmic where costs differ by more than a factor of eight.
@@ -115,6 +121,7 @@ def pareto(points: Sequence[ParetoPoint], *, x: str, y: str, title: str = "") ->
         x: what the cost is, with its unit ("MACs per image").
         y: what the quality is, with its unit ("accuracy, %").
         title: above the plot.
+        bounds: the least and the greatest quality there can be, (0, 100) of percentages: axis and error bars end there.
 
     Raises:
         InvalidArgument: no points, or a point whose numbers are not finite.
@@ -130,7 +137,7 @@ def pareto(points: Sequence[ParetoPoint], *, x: str, y: str, title: str = "") ->
         axes.errorbar(
             point.cost,
             point.quality,
-            yerr=point.spread or None,
+            yerr=_bar(point, bounds) if point.spread else None,
             fmt="o",
             color=colour,
             markersize=7,
@@ -139,8 +146,9 @@ def pareto(points: Sequence[ParetoPoint], *, x: str, y: str, title: str = "") ->
             elinewidth=1.2,
             capsize=3,
             zorder=3,
+            clip_on=False,
         )
-    style_axes(axes, points, x, y)
+    style_axes(axes, points, x, y, bounds)
     if title:
         set_title(figure, title)
     corners = _front_line(front, right=axes.get_xlim()[1])
@@ -149,6 +157,7 @@ def pareto(points: Sequence[ParetoPoint], *, x: str, y: str, title: str = "") ->
         "↖ cheaper and better", (0, 1), (6, -6), "axes fraction", "offset points", va="top", fontsize=9, color=MUTED
     )
     _name_points(figure, axes, points, front, corners)
+    _tell(axes, points, x, y)
     return figure
 
 
@@ -160,7 +169,27 @@ def _front_line(front: Sequence[ParetoPoint], right: float) -> list[tuple[int | 
     return [*corners, (right, front[-1].quality)]
 
 
-def style_axes(axes: Any, points: Sequence[ParetoPoint], x: str, y: str) -> None:
+def _bar(point: ParetoPoint, bounds: tuple[float, float]) -> list[list[float]]:
+    """How far the error bar goes down and up: as far as there can be quality."""
+    room = (point.quality - bounds[0], bounds[1] - point.quality)
+    return [[max(0.0, min(point.spread, each))] for each in room]
+
+
+def _tell(axes: Any, points: Sequence[ParetoPoint], x: str, y: str) -> None:
+    """Let a report say what each point is where it is pointed at: an unseen mark, larger than the seen one."""
+    from matplotlib.ticker import EngFormatter
+
+    for point in points:
+        spread = f" ± {point.spread:.3g}" if point.spread else ""
+        told = f"{point.name} · {y}: {point.quality:.4g}{spread} · {x}: {EngFormatter(places=2)(point.cost)}"
+        note = f" · {point.note}" if point.note else ""
+        axes.plot(
+            point.cost, point.quality, "o", markersize=18, alpha=0, zorder=6, gid=f"{POINT}{told}{note}",
+            scalex=False, scaley=False, clip_on=False,
+        )  # fmt: skip
+
+
+def style_axes(axes: Any, points: Sequence[ParetoPoint], x: str, y: str, bounds: tuple[float, float]) -> None:
     """Axes without clutter, with room around these points; logarithmic cost where it varies much."""
     from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 
@@ -173,6 +202,8 @@ def style_axes(axes: Any, points: Sequence[ParetoPoint], x: str, y: str) -> None
         axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.xaxis.set_major_formatter(EngFormatter())
     axes.margins(0.14, 0.16)
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(low, bounds[0]), min(high, bounds[1]))
     axes.set_xlabel(x, color=INK)
     axes.set_ylabel(y, color=INK)
     axes.tick_params(length=0, labelcolor=MUTED, labelsize=9)
@@ -246,7 +277,13 @@ _COLOURS = [colour for colour in CARRIERS if colour != "#f0e442"]  # yellow line
 
 
 def curves(
-    lines: Mapping[str, Sequence[ParetoPoint]], reference: ParetoPoint, *, x: str, y: str, least_span: float = 0.0
+    lines: Mapping[str, Sequence[ParetoPoint]],
+    reference: ParetoPoint,
+    *,
+    x: str,
+    y: str,
+    least_span: float = 0.0,
+    bounds: tuple[float, float] = EVERYTHING,
 ) -> "matplotlib.figure.Figure":
     """Plot quality against cost: a line for each method through its settings, and a reference point.
 
@@ -256,6 +293,7 @@ def curves(
         x: label of the cost, with its unit.
         y: label of the quality, with its unit.
         least_span: smallest extent of the quality axis, so that negligible differences look so.
+        bounds: the least and the greatest quality there can be, (0, 100) of percentages: the axis ends there.
 
     Raises:
         InvalidArgument: no lines, or one without points.
@@ -268,7 +306,7 @@ def curves(
     axes.axhline(reference.quality, color=MUTED, linewidth=1, linestyle=(0, (4, 4)), zorder=1)
     axes.plot(
         reference.cost, reference.quality, "o", color=INK, markerfacecolor=PAPER, markersize=9, markeredgewidth=1.8,
-        zorder=4, label=reference.name,
+        zorder=4, label=reference.name, clip_on=False,
     )  # fmt: skip
     for number, (name, points) in enumerate(lines.items()):
         ordered = sorted(points, key=lambda point: point.cost)
@@ -281,10 +319,13 @@ def curves(
             linewidth=1.8,
             zorder=3,
             label=name,
+            clip_on=False,
         )
-    style_axes(axes, [reference, *(point for points in lines.values() for point in points)], x, y)
+    every = [reference, *(point for points in lines.values() for point in points)]
+    style_axes(axes, every, x, y, bounds)
     low, high = axes.get_ylim()
-    missing = max(0.0, least_span - (high - low)) / 2
-    axes.set_ylim(low - missing, high + missing)
+    high = min(bounds[1], high + max(0.0, least_span - (high - low)) / 2)
+    axes.set_ylim(max(bounds[0], min(low, high - least_span)), high)
+    _tell(axes, every, x, y)
     axes.legend(frameon=False, labelcolor=INK, fontsize=9, loc="lower right")
     return figure
