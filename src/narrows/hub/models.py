@@ -19,7 +19,8 @@ from narrows.data.images import MEAN_AND_STD
 from narrows.errors import InvalidArgument, MissingExtra, NarrowsError
 from narrows.files import replacing_folder
 from narrows.models import ImageClassifier, create_model, list_models, load_model
-from narrows.models.base import SavedModel
+from narrows.models.base import MODEL_CARD, SavedModel
+from narrows.models.card import named_classes, timm_card
 from narrows.models.vit import ATSViT, TransformerClassifier
 from narrows.validation import check_positive
 from narrows.weights import load_strictly, misfits, read_file
@@ -210,26 +211,33 @@ class Checkpoint(NamedTuple):
         return model, tuple(notes)
 
 
-def save_model(model: nn.Module, folder: Path, *, classes: Sequence[str] = ()) -> None:
-    """Write a model as safetensors and config; `open_model` takes the folder, as "timm:local-dir:<folder>" if of timm.
+def save_model(
+    model: nn.Module, folder: Path, *, classes: Sequence[str] = (), about: Mapping[str, str] | None = None
+) -> None:
+    """Write a model as safetensors, config and model card; `open_model` takes the folder.
+
+    Of a model of timm's it is called "timm:local-dir:<folder>".
 
     Args:
         model: of narrows or of timm.
         folder: where to.
         classes: what its logits are called, in their order; saved beside the weights.
+        about: what it was trained on and what it reaches, for the card.
 
     Raises:
         InvalidArgument: a model of neither narrows nor timm.
     """
     if isinstance(model, PyTorchModelHubMixin):
-        if classes and isinstance(model, SavedModel):
-            model.classes = tuple(classes)
+        if isinstance(model, SavedModel):
+            model.classes, model.about = tuple(classes) or model.classes, about or model.about
         model.save_pretrained(folder)
     elif hasattr(model, "pretrained_cfg"):
         from timm.models import save_for_hf
 
         with replacing_folder(folder) as unfinished:
             save_for_hf(model, str(unfinished), model_config={"label_names": list(classes)} if classes else None)
+            if not (folder / MODEL_CARD).exists():
+                timm_card(model, folder.name, {**named_classes(classes), **(about or {})}).save(unfinished / MODEL_CARD)
     else:
         raise InvalidArgument("model", expected="a model of narrows or of timm", got=type(model).__name__)
 

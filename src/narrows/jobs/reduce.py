@@ -134,10 +134,8 @@ class ReductionResult(Result):
             fast = f"it is {speed.median:.2f} times as fast"
         fast += f" ({speed.p20:.2f} to {speed.p80:.2f})"
         if not self.images.labelled:
-            what = "gives the same class" if self.classifies else "has a cosine with the untouched features of"
-            kept = f"It {what} {self._agreement(chosen).text} on {number} (95 % interval)."
-            if self.classifies:
-                kept = f"Of {number} {self._agreement(chosen).text} get the same class (95 % interval)."
+            what = "of them get the same class" if self.classifies else "is the mean cosine with the untouched features"
+            kept = f"On {number}, {self._agreement(chosen).text} {what} (95 % interval)."
         else:
             lost, margin = mean_difference(self.untouched.scores - chosen.scores)
             points = f"{abs(100 * lost):.1f} ± {100 * margin:.1f} points"
@@ -403,9 +401,7 @@ def _write_report(result: ReductionResult) -> None:
     }
     untouched = result.point(result.untouched)
     bounds = (0, 100) if result.classifies else (-100, 100)
-    figure = curves(
-        lines, untouched, x="MACs per image", y=result.quality, least_span=min(LEAST_SPAN, bounds[1]), bounds=bounds
-    )
+    figure = curves(lines, untouched, x="MACs per image", y=result.quality, least_span=LEAST_SPAN, bounds=bounds)
     caption = "A line for each method through its budgets; dashed, what the untouched model reaches."
     alt = f"{result.quality} against MACs per image. " + "; ".join(
         f"{point.name}: {point.quality:.1f} at {scaled(point.cost)}" for point in map(result.point, result.trials)

@@ -5,16 +5,18 @@ import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin, constants, hf_hub_download
+from huggingface_hub import ModelCard, PyTorchModelHubMixin, constants, hf_hub_download
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from narrows.errors import InvalidArgument, InvalidType, NarrowsError
 from narrows.files import replacing_folder
 from narrows.layers.initialisation import reset_submodules
+from narrows.models.card import model_card, named_classes
 from narrows.routing import Routing
 from narrows.validation import check_tensor
 from narrows.weights import check_fits, config_text, load_strictly, misfits, read_config, read_file, write_safetensors
@@ -24,6 +26,8 @@ UNSAVED = "not_saved"
 """Key of a configuration that names the constructor's arguments that are not in it."""
 CLASSES = "classes"
 """Key of a configuration that names the classes, in the order of the logits."""
+ABOUT = "about"
+"""Key of a configuration that says what a model was trained on, and what it reaches."""
 _PLACE = ("device", "dtype")
 _NAMED = 3
 _LARGEST_SIZE = 2**14
@@ -32,20 +36,68 @@ _LARGEST_SIZE = 2**14
 class SavedWhole:
     """Makes `save_pretrained` of `huggingface_hub` write a folder whole or not at all."""
 
-    def save_pretrained(self, save_directory: str | Path, *, repo_id: str | None = None, **options: Any) -> str | None:
-        """Write weights, configuration and a model card; `options` are those of `huggingface_hub`.
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        repo_id: str | None = None,
+        model_card_kwargs: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> str | None:
+        """Write weights, configuration and a model card, unless there is one already.
+
+        Args:
+            save_directory: the folder.
+            repo_id: what the model is called on the hub; by default as the folder.
+            model_card_kwargs: further rows of the card's table: {"Data": "flowers", "Held-out accuracy": "93.5 %"}.
+            options: those of `huggingface_hub`; `push_to_hub=True` uploads it too.
 
         Raises:
             CannotWrite: the folder or the disk refuses; what was there is as it was.
         """
         folder = Path(save_directory)
+        card = {"model_id": repo_id or folder.name, **(model_card_kwargs or {})}
         with replacing_folder(folder) as unfinished:
-            url: str | None = super().save_pretrained(unfinished, repo_id=repo_id or folder.name, **options)  # pyright: ignore[reportAttributeAccessIssue]
+            url: str | None = super().save_pretrained(  # pyright: ignore[reportAttributeAccessIssue]
+                unfinished, repo_id=repo_id or folder.name, model_card_kwargs=card, **options
+            )
             config = unfinished / constants.CONFIG_NAME
             config.write_text(config_text(read_config(config)), encoding="utf-8")
             if (folder / MODEL_CARD).exists():  # somebody may have written more into it
                 (unfinished / MODEL_CARD).unlink()
         return url
+
+    def push_to_hub(self, repo_id: str, *, model_card_kwargs: Mapping[str, Any] | None = None, **options: Any) -> str:
+        """Upload weights, configuration and model card to a repository of the Hugging Face hub; the commit's address.
+
+        Args:
+            repo_id: "user/name"; made where there is none.
+            model_card_kwargs: further rows of the card's table.
+            options: those of `huggingface_hub`: `private`, `token`, `commit_message` and others.
+        """
+        card = {"model_id": repo_id, **(model_card_kwargs or {})}
+        return super().push_to_hub(repo_id, model_card_kwargs=card, **options)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def generate_model_card(self, *, model_id: str, **rows: Any) -> ModelCard:
+        """What is known of the model: `card_rows`, further `rows`, and the code that loads it."""
+        info = cast(Any, self)._hub_mixin_info.model_card_data
+        return model_card(
+            cast(nn.Module, self),
+            model_id,
+            task=info.pipeline_tag,
+            code=self.card_code(model_id),
+            rows={**self.card_rows(), **rows},
+            tags=info.tags,
+        )
+
+    def card_code(self, model_id: str) -> str:
+        """Python that loads the model by its name."""
+        kind = type(self)
+        return f"from {kind.__module__} import {kind.__name__}\n\nmodel = {kind.__name__}.from_pretrained({model_id!r})"
+
+    def card_rows(self) -> dict[str, str]:
+        """What is known of the model beside its task and size, for its card."""
+        return {}
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Any:
@@ -65,7 +117,6 @@ class SavedModel(
     SavedWhole,
     PyTorchModelHubMixin,
     library_name="narrows",
-    license="apache-2.0",
     tags=["narrows", "token-bottleneck"],
 ):
     """Base class of models that are saved with their constructor's arguments and can draw their parameters anew.
@@ -78,6 +129,8 @@ class SavedModel(
 
     classes: tuple[str, ...] = ()
     """What the logits are called, in their order; empty where nobody said. Saved with the model."""
+    about: Mapping[str, str] = MappingProxyType({})
+    """What it was trained on and what it reaches, by what each is called. Saved with the model, and in its card."""
     _unsaved: list[str]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
@@ -100,7 +153,8 @@ class SavedModel(
         config = cast(dict[str, Any], self._hub_mixin_config)
         if not self._unsaved:
             self._check_as_built({name: value for name, value in config.items() if name != "architecture"})
-        entries = {**config, **({CLASSES: list(self.classes)} if self.classes else {})}
+        said = {CLASSES: list(self.classes), ABOUT: dict(self.about)}
+        entries = {**config, **{name: value for name, value in said.items() if value}}
         (save_directory / constants.CONFIG_NAME).write_text(json.dumps(entries, sort_keys=True), encoding="utf-8")
         write_safetensors(self.state_dict(), save_directory / constants.SAFETENSORS_SINGLE_FILE)
 
@@ -168,7 +222,7 @@ class SavedModel(
                     f"{place} is no folder, and could not be downloaded from the hub ({reason}). Check the path."
                 ) from error
         parameters = [name for name in cls._hub_mixin_init_parameters if name != "self"]
-        config = read_config(config_file, {*parameters, "architecture", UNSAVED, CLASSES})
+        config = read_config(config_file, {*parameters, "architecture", UNSAVED, CLASSES, ABOUT})
         if config.pop("architecture", cls.__name__) != cls.__name__:
             raise InvalidArgument("architecture", expected=repr(cls.__name__), got=f"another one in {config_file}")
         for name in config.pop(UNSAVED, ()):
@@ -179,11 +233,15 @@ class SavedModel(
         if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
             expected = "a list of the names of the classes"
             raise InvalidArgument(f"config.json: {CLASSES}", expected=expected, got=f"{classes!r} in {config_file}")
+        about = config.pop(ABOUT, {})
+        if not isinstance(about, dict) or not all(isinstance(text, str) for text in about.values()):
+            expected = "texts by their names"
+            raise InvalidArgument(f"config.json: {ABOUT}", expected=expected, got=f"{about!r} in {config_file}")
         weights = cast(dict[str, Tensor], read_file(weights_file, argument="weights"))
         _check_sizes(config, weights)
         model = cls._built({**config, **arguments}, weights, str(config_file))
         load_strictly(model, weights, argument="weights", where=str(weights_file))
-        model.classes = tuple(classes)
+        model.classes, model.about = tuple(classes), about
         return model.to(map_location).eval()
 
     @classmethod
@@ -200,6 +258,15 @@ class SavedModel(
             raise InvalidArgument(
                 "config.json", expected=f"arguments of a {cls.__name__}", got=f"others in {where!r} ({reason})"
             ) from error
+
+    def card_rows(self) -> dict[str, str]:
+        """Classes, size of images, and what `about` says."""
+        config = cast(dict[str, Any], self._hub_mixin_config)
+        size, channels = config.get("image_size"), config.get("channels")
+        known = [] if size is None else [f"{size} × {size} pixels"]
+        known += [] if channels is None else ["grey"] if channels == 1 else [f"{channels} channels"]
+        images = {"Images": ", ".join(known)} if known else {}
+        return {**images, **named_classes(self.classes), **self.about}
 
     def reset_parameters(self) -> None:
         """Draw every parameter anew, from the distribution that the constructor draws it from.

@@ -20,10 +20,10 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from narrows.adapters import reduce_tokens
-from narrows.data import IGNORED, ImageDataModule, Position, picture
+from narrows.data import IGNORED, ImageData, ImageDataModule, Position, picture
 from narrows.files import replacing, write_text
 from narrows.hub.models import save_model
-from narrows.training.task import Task
+from narrows.training.task import Task, data_of
 from narrows.visualize import save, segmentations
 from narrows.visualize.canvas import carrier_colour, to_rgb
 
@@ -52,7 +52,22 @@ class SavePretrained(Callback):
                 weights = torch.load(best, map_location="cpu", weights_only=True)["state_dict"]
             model = _unsharded_copy(pl_module.model)
             model.load_state_dict({k.removeprefix("model."): v for k, v in weights.items() if k.startswith("model.")})
-            save_model(model, Path(folder) / "model", classes=pl_module.classes)
+            save_model(
+                model, Path(folder) / "model", classes=pl_module.classes, about=_about(trainer, best=best.is_file())
+            )
+
+
+def _about(trainer: Trainer, *, best: bool) -> dict[str, str]:
+    """What a model card says of a run: data, length, and what the saved model reaches on held-out images."""
+    data: Any = getattr(trainer, "datamodule", None)
+    checkpoints: Any = trainer.checkpoint_callback
+    if best and checkpoints.best_model_score is not None:
+        found = {checkpoints.monitor: checkpoints.best_model_score}
+    else:
+        found = {name: value for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+    figures = {f"Held-out {name.removeprefix('val/')}": f"{float(value):.4g}" for name, value in found.items()}
+    known = data_of(data.loaded) if isinstance(getattr(data, "loaded", None), ImageData) else {}
+    return {**known, "Training": f"{trainer.global_step:,} steps", **figures}
 
 
 def _unsharded_copy(model: nn.Module) -> nn.Module:

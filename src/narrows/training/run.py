@@ -20,6 +20,7 @@ from narrows.hub.models import save_model
 from narrows.training.callbacks import RunProgress
 from narrows.training.checkpoints import Checkpoints, StopOnSignal, WholeFiles
 from narrows.training.classification import Classification
+from narrows.training.task import data_of
 
 LAST = "last.ckpt"
 
@@ -83,7 +84,12 @@ def train(
     (progress,) = (callback for callback in trainer.callbacks if isinstance(callback, RunProgress))  # pyright: ignore[reportAttributeAccessIssue]
     seconds = progress.seconds
     accuracy = trainer.validate(task, datamodule=images, verbose=False)[0]["val/accuracy"]
-    save_model(task.model, folder / "models" / run_name, classes=task.classes)
+    about = {
+        **data_of(images.loaded),
+        "Training": f"{trainer.global_step:,} steps of {images.batch_size} images, seed {images.seed}",
+        "Held-out accuracy": f"{100 * accuracy:.1f} %",
+    }
+    save_model(task.model, folder / "models" / run_name, classes=task.classes, about=about)
     images_seen = trainer.global_step * images.batch_size
     return Run(name, images.seed, accuracy, images_seen, seconds, folder / "models" / run_name)
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from narrows.data import ImageData
 from narrows.data.positions import keys
 from narrows.errors import Diverged, InvalidArgument
 from narrows.training import resume
@@ -22,6 +24,12 @@ from narrows.validation import check_not_negative, check_share
 
 LOOK_EVERY = 20
 """Steps after which a loss that is no number is noticed on a GPU, and where there are several processes."""
+
+
+def data_of(images: ImageData) -> dict[str, str]:
+    """What a model card says of the images."""
+    name = Path(images.name).name  # where a folder stands is nobody's affair
+    return {"Data": f"{name}: {len(images.train):,} training and {len(images.held_out):,} held-out images"}
 
 
 class Task(LightningModule):

@@ -99,6 +99,24 @@ class PretrainedAddition(SavedWhole, ModelHubMixin, PreTrainedModel):  # pyright
         finally:
             self._state_to_save = None
 
+    def card_rows(self) -> dict[str, str]:
+        """The language model, and how many parameters were added to it."""
+        saved, own = saved_names(self), self.state_dict()
+        added = sum(own[name].numel() for name in saved if name in own)
+        name = Path(str(self.name_or_path or "")).name
+        return {
+            "Parameters": f"{added:,}, beside those of the language model",
+            "Language model": f"{self._loss_name} {name}".strip(),
+        }
+
+    def card_code(self, model_id: str) -> str:
+        """Python that adds what was saved to a language model."""
+        return (
+            "import narrows\n\n# language_model and vision_encoder are those it was trained with.\n"
+            f"model = narrows.Flamingo.from_pretrained(\n    {model_id!r}, language_model=language_model, "
+            "vision_encoder=vision_encoder\n)"
+        )
+
     def _save_pretrained(self, save_directory: Path) -> None:
         assert self._state_to_save is not None
         write_safetensors(self._state_to_save, save_directory / constants.SAFETENSORS_SINGLE_FILE)

@@ -58,7 +58,6 @@ Media = Float[Tensor, "B M *medium"] | Sequence[Tensor | Sequence[Tensor]]
 class Flamingo(
     PretrainedAddition,
     library_name="narrows",
-    license="apache-2.0",
     pipeline_tag="image-text-to-text",
     tags=["narrows", "flamingo"],
 ):
