@@ -4,7 +4,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -12,6 +11,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
+from narrows.adapters.token_reduction import plugins
 from narrows.adapters.token_reduction.tokens import Layout, Packed, gather_rows
 from narrows.ops.token_sampling import TokenSample, inverse_transform_sample, significance, with_prefix
 from narrows.precision import accumulation_dtype, at_least_float32, autocast_off
@@ -404,9 +404,10 @@ class Random(Scoring):
         return F.pad(drawn, (signals.prefix, 0))
 
 
-METHODS: Mapping[str, type[ReductionMethod]] = MappingProxyType(
-    {"ats": ATS, "topk": TopK, "evit": EViT, "tome": ToMe, "random": Random}
+METHODS: Mapping[str, Callable[[], ReductionMethod]] = plugins.WithPlugins(
+    {"ats": ATS, "topk": TopK, "evit": EViT, "tome": ToMe, "random": Random}, plugins.METHODS
 )
+"""Ours, and those that other packages bring as entry points in "narrows.methods"."""
 
 
 def attention_of_query(

@@ -36,7 +36,8 @@ def reduce_tokens(
 
     Args:
         model: a vision transformer of timm, a module that holds one, or a `HostModel` of your own.
-        method: "ats", "topk", "evit", "tome", "random", or an instance of a `Pruning` or `Merging` class.
+        method: "ats", "topk", "evit", "tome", "random", a name that another package brings, or an instance of a
+            `Pruning` or `Merging` class.
         budget: how many tokens after the prefix go on: a count or a share, from block `depth // 4` on; a sequence with
             an entry (or None) for each block; a mapping from block to entry; or a target such as `TargetMACs`.
         execution: "static" keeps shapes fixed and masks slots that hold no token; "ragged" packs rows without padding;
@@ -103,7 +104,10 @@ def _warn_of_stale_tokens(reduction: Reduction, example: Any) -> None:
 def _method(method: str | ReductionMethod) -> ReductionMethod:
     if isinstance(method, str):
         check_choice("method", method, tuple(METHODS))
-        return METHODS[method]()
+        name, method = method, METHODS[method]()
+        if not isinstance(method, Pruning | Merging):
+            expected = "an entry point that makes an instance of Pruning or Merging"
+            raise InvalidType(f"method {name!r}", expected=expected, got=repr(method))
     if not isinstance(method, Pruning | Merging):
         raise InvalidType(
             "method", expected=f"one of {tuple(METHODS)} or an instance of Pruning or Merging", got=repr(method)

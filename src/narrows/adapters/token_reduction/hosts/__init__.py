@@ -6,6 +6,7 @@ from types import MappingProxyType
 
 from torch import nn
 
+from narrows.adapters.token_reduction import plugins
 from narrows.adapters.token_reduction.hosts import towers
 from narrows.adapters.token_reduction.hosts.base import BlockCall, HostBlock, HostModel, QueryKeyValue
 from narrows.errors import InvalidArgument, InvalidType
@@ -17,6 +18,8 @@ __all__ = ["BlockCall", "HostBlock", "HostModel", "QueryKeyValue", "recognise"]
 _HOSTS: Mapping[str, str] = MappingProxyType(
     {package: f"{__name__}.{package}" for package in ("timm", "transformers", "narrows")}
 )
+# Such functions that other packages bring, by the package whose models they recognise; they are asked first.
+_BROUGHT = plugins.WithPlugins({}, plugins.HOSTS)
 
 
 def recognise(model: nn.Module) -> HostModel:
@@ -80,6 +83,13 @@ REFUSED: Mapping[str, str] = MappingProxyType(
 
 def _recognised(module: nn.Module) -> HostModel | None:
     packages = {base.__module__.partition(".")[0] for base in type(module).__mro__}
+    for package in sorted(packages & _BROUGHT.keys()):
+        host = _BROUGHT[package](module)
+        if not (host is None or isinstance(host, HostModel)):
+            expected = "a function that gives a HostModel or None"
+            raise InvalidType(f"the host that is brought for {package!r}", expected=expected, got=repr(host))
+        if host is not None:
+            return host
     for package in packages & _HOSTS.keys():
         host = import_module(_HOSTS[package]).recognise(module)
         if host is not None:

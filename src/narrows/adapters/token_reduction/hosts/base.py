@@ -4,6 +4,7 @@ A block that keeps every token runs its own `forward`, so a host says little: wh
 before the grid (`HostModel`), and, for blocks that choose or merge, the steps of one block (`HostBlock`).
 
     class MyBlock(HostBlock):
+        takes_bias = False  # its own forward takes no mask
         @property
         def scale(self): return self.module.attn.head_dim ** -0.5
         def arguments(self, x): return BlockCall()
