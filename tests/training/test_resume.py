@@ -6,10 +6,11 @@ import signal
 import pytest
 import torch
 from lightning.pytorch import seed_everything
+from lightning.pytorch.callbacks import Callback
 from torch import nn
 
 from narrows.data import ImageDataModule
-from narrows.errors import CannotWrite, Diverged
+from narrows.errors import CannotWrite, Diverged, InvalidArgument
 from narrows.training.checkpoints import Checkpoints, StopOnSignal, WholeFiles
 from narrows.training.classification import Classification
 from narrows.training.run import quiet_lightning
@@ -45,10 +46,10 @@ class Cut(Checkpoints):
             raise InterruptedError
 
 
-def _run(folder, cut: Cut, resume=None, *, workers=0, model=None, callbacks=(), **options):
+def _run(folder, cut: Cut, resume=None, *, workers=0, model=None, callbacks=(), ema=None, **options):
     """One generation: from a checkpoint up to a cut, or to the end. Its last checkpoint, or the one it began from."""
     seed_everything(3, verbose=False)
-    task = Classification(model or nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(256, 10)))
+    task = Classification(model or nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(256, 10)), ema=ema)
     data = ImageDataModule("digits", image_size=16, batch_size=8, num_workers=workers)
     options = {**OPTIONS, "enable_checkpointing": True, **options}
     trainer = small_trainer(folder, callbacks=[cut, *callbacks], plugins=[WholeFiles()], **options)
@@ -228,3 +229,51 @@ def test_a_signal_to_one_process_ends_all(tmp_path):
     # Torch tells of the process that ended first: the one with the signal, or the other.
     with pytest.raises(Exception, match=r"Process [01] terminated [\s\S]*narrows.errors.Terminated"):
         _run(tmp_path, Signal(tmp_path), callbacks=[StopOnSignal()], **options)
+
+
+class Weights(Callback):
+    """Notes the weights after every step."""
+
+    def __init__(self) -> None:
+        self.seen: list[torch.Tensor] = []
+
+    def on_train_batch_end(self, trainer, task, *_) -> None:
+        if trainer.global_step > len(self.seen):
+            self.seen.append(task.model[2].weight.detach().clone())
+
+
+class Early(Callback):
+    """Stops after a batch, before the weights of its step are averaged."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def on_train_batch_end(self, trainer, *_) -> None:
+        if trainer.fit_loop.epoch_loop.batch_progress.total.processed == self.at:
+            raise InterruptedError
+
+
+def test_averaged_weights_are_validated_saved_and_resumed_exactly(tmp_path):
+    weights, few = Weights(), {"ema": 0.8, "max_epochs": 2, "accumulate_grad_batches": 1}
+    unbroken = _read(_run(tmp_path / "unbroken", Cut(tmp_path / "unbroken"), callbacks=[weights], **few))
+    average = weights.seen[0]
+    for seen in weights.seen[1:]:
+        average = 0.8 * average + 0.2 * seen
+    assert len(weights.seen) == 10
+    torch.testing.assert_close(unbroken["state_dict"]["model.2.weight"], average)
+    assert torch.equal(unbroken["current_model_state"]["model.2.weight"], weights.seen[-1])
+    in_validation = _generations(tmp_path / "validation", (3, -5), **few)
+    before_averaging = _run(tmp_path / "early", Cut(tmp_path / "early", at=99), callbacks=[Early(4)], **few)
+    assert _read(before_averaging)["averaging_state"]["n_averaged"] == 4
+    goes_on = _read(_run(tmp_path / "on", Cut(tmp_path / "on"), before_averaging, **few))
+    for found in (in_validation, goes_on):
+        _assert_same(found, unbroken)
+        for name, value in unbroken["current_model_state"].items():
+            assert torch.equal(found["current_model_state"][name], value), name
+        assert found["averaging_state"] == unbroken["averaging_state"]
+
+
+@pytest.mark.parametrize("ema", [0.0, 1.0, -0.5, float("nan")])
+def test_a_decay_that_averages_nothing_is_refused(ema):
+    with pytest.raises(InvalidArgument, match="ema: expected None or a decay between 0 and 1"):
+        Classification(nn.Linear(2, 2), ema=ema)

@@ -62,7 +62,7 @@ class Classification(Task):
         num_classes: width of the logits.
         label_smoothing: of the cross-entropy in training.
         mixing: mix the images of every training batch; None leaves them as they are.
-        options: those of `Task`: `learning_rate`, `weight_decay`, `warmup`, `betas`.
+        options: those of `Task`: `learning_rate`, `weight_decay`, `warmup`, `betas`, `ema`.
     """
 
     def __init__(

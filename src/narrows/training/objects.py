@@ -69,6 +69,7 @@ class ObjectTask(Task):
         weight_decay: float = 0.0,
         warmup: float = 0.06,
         betas: tuple[float, float] = (0.9, 0.999),
+        ema: float | None = None,
     ) -> None:
         weights = {"reconstruction": reconstruction, "contrast": contrast, "similarity": similarity}
         check_not_negative(**weights, sparsity=sparsity, distillation=distillation)
@@ -91,7 +92,8 @@ class ObjectTask(Task):
         if sparsity and getattr(model, "gate", None) is None:
             expected = "0: the model drops no slots"
             raise InvalidArgument("sparsity", expected=expected, got=sparsity, hint="Build it with adaptive=True.")
-        super().__init__(model, learning_rate=learning_rate, weight_decay=weight_decay, warmup=warmup, betas=betas)
+        optimised = {"learning_rate": learning_rate, "weight_decay": weight_decay, "warmup": warmup, "betas": betas}
+        super().__init__(model, **optimised, ema=ema)
         self.save_hyperparameters(ignore=["model"])
         self.weights = {**weights, "sparsity": sparsity, "distillation": distillation}
         self.contrast_temperature, self.similarity_temperature = contrast_temperature, similarity_temperature

@@ -25,7 +25,7 @@ class Segmentation(Task):
     Args:
         model: maps images to logits `[B, classes, H, W]`; `narrows.models.segmenter.Segmenter` makes one of a backbone.
         num_classes: width of the logits.
-        options: those of `Task`: `learning_rate`, `weight_decay`, `warmup`, `betas`.
+        options: those of `Task`: `learning_rate`, `weight_decay`, `warmup`, `betas`, `ema`.
     """
 
     def __init__(self, model: nn.Module, *, num_classes: int = 11, **options: Any) -> None:

@@ -1,13 +1,14 @@
 """What every task shares: a model, how it is optimised, how it is spread over devices."""
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import Callback, LambdaCallback
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, LambdaCallback
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -46,9 +47,11 @@ class Task(LightningModule):
         weight_decay: of AdamW; biases, norms and what the model names in `no_weight_decay()` do not decay.
         warmup: share of all steps in which the learning rate rises.
         betas: of AdamW. 0.999 averages squared gradients over as many steps as a short run has.
+        ema: decay of a running average of the weights, 0.999 say: the average is what is validated and saved. None
+            averages nothing.
 
     Raises:
-        InvalidArgument: a learning rate, weight decay, warmup or betas out of range.
+        InvalidArgument: a learning rate, weight decay, warmup, betas or ema out of range.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class Task(LightningModule):
         weight_decay: float = 0.05,
         warmup: float = 0.1,
         betas: tuple[float, float] = (0.9, 0.98),
+        ema: float | None = None,
     ) -> None:
         super().__init__()
         check_learning_rate(learning_rate)
@@ -66,7 +70,9 @@ class Task(LightningModule):
         check_share(warmup=warmup)
         if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
             raise InvalidArgument("betas", expected="two numbers of at least 0 and below 1", got=betas)
-        self.model = model
+        if ema is not None and not 0 < ema < 1:
+            raise InvalidArgument("ema", expected="None or a decay between 0 and 1, 0.999 say", got=ema)
+        self.model, self.ema = model, ema
         self.learning_rate, self.weight_decay, self.warmup, self.betas = learning_rate, weight_decay, warmup, betas
         self.classes: tuple[str, ...] = ()
         self._drawn = DrawnBySample(nn.Module())
@@ -116,8 +122,11 @@ class Task(LightningModule):
         self._drawn.remove()
 
     def configure_callbacks(self) -> Sequence[Callback]:
-        """One that leaves the model as it was after an exception too: then nothing is torn down."""
-        return [LambdaCallback(on_exception=lambda *_: self._drawn.remove())]
+        """One that leaves the model as it was after an exception too, when nothing is torn down; the average."""
+        callbacks: list[Callback] = [LambdaCallback(on_exception=lambda *_: self._drawn.remove())]
+        if self.ema is not None and self.trainer.state.fn == "fit":
+            callbacks.append(AveragedWeights(self.ema))
+        return callbacks
 
     def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Draw what the model draws for these samples: the same in every validation."""
@@ -249,6 +258,50 @@ class Task(LightningModule):
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = warmup_schedule(optimizer, warmup_steps=max(1, round(self.warmup * steps)), total_steps=steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class AveragedWeights(EMAWeightAveraging):
+    """A running average of the weights, which is validated, saved and left in the model; resuming is exact.
+
+    A run may be stopped between a step and its average, or in a validation, while the average is in the model's place:
+    both are put right before a checkpoint is written.
+
+    Args:
+        decay: of the average with every step.
+    """
+
+    def __init__(self, decay: float) -> None:
+        super().__init__(decay=decay, use_buffers=False)
+        self._decay, self._swapped = decay, False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Begin with the weights as they are.
+
+        Raises:
+            InvalidArgument: parameters that are sharded over devices.
+        """
+        if pl_module.device_mesh is not None:
+            raise InvalidArgument("ema", expected="None where parameters are sharded", got=self._decay)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*WeightAveraging")  # that shards would not be averaged
+            super().setup(trainer, pl_module, stage)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the average where the model is."""
+        assert self._average_model is not None
+        self._average_model.to(pl_module.device)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave model and average as whole steps leave them."""
+        assert isinstance(pl_module, Task)
+        if self._swapped:
+            self._swap_models(pl_module)
+        elif self._average_model is not None and pl_module.is_between_steps:
+            self.on_train_batch_end(trainer, pl_module, None, None, 0)
+
+    def _swap_models(self, pl_module: LightningModule) -> None:
+        super()._swap_models(pl_module)
+        self._swapped = not self._swapped
 
 
 def check_learning_rate(learning_rate: float) -> None:
