@@ -13,6 +13,7 @@ from torch import Tensor
 
 from narrows.costs import count_macs
 from narrows.errors import ImplementationUnavailable
+from narrows.ops.slot_attention import read as reading
 from narrows.ops.slot_attention import slot_attention, triton
 from tests.support import RoundedTo, assert_close, assert_within_budget_on_average, gradients
 
@@ -136,7 +137,7 @@ def test_no_weight_vanishes_among_many_tokens_in_float16() -> None:
 
 def test_attention_only_where_it_is_wanted_and_empty_batches() -> None:
     tokens, readers, bias = draw(2, 9, 16, 1, 3)
-    means, attention = triton.read(tokens, readers, bias, with_attention=False)
+    means, attention = reading.read(tokens, readers, bias, with_attention=False)
     assert attention is None
     assert torch.equal(means, read("triton", None, None)(tokens, readers, bias)[0])
     empty = results(read("triton", None, None), [tokens[:0], readers[:0], bias[:0]])

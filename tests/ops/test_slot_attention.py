@@ -284,9 +284,9 @@ def test_messages(change: dict[str, Any], message: str) -> None:
 # Dtype of tokens, slots of all heads, softmaxes: of what `Tiling.of` may choose, what needs most registers.
 TILINGS = [("bf16", 16, 1), ("fp16", 64, 4), ("fp32", 64, 4)]
 STRIDES = {"stride_b", "stride_n", "stride", "made_stride", "summed_stride"}
-INTEGERS = {*"NDHKBWSEMURT", "rows", "wide", "chunk", "chunks", "blocks", "tiles", "reads"} | STRIDES
-FLOATS = {"eps", "scale", "mlp_eps", "slot_eps", "read_scale", "read_eps", "readers_eps"}
-MULTIPLES_OF_16 = {*"DWSEMU", "wide", "chunk"} | STRIDES
+INTEGERS = {*"NDHKBWSEMU", "rows", "chunk", "chunks", "token_chunks", "blocks", "tiles", "reads", "graded"} | STRIDES
+FLOATS = {"eps", "scale", "token_scale", "mlp_eps", "slot_eps", "read_eps", "norm_eps"}
+MULTIPLES_OF_16 = {*"DWSEMU", "chunk"} | STRIDES
 
 
 def check_registers(kernel: Any, low: str, in_float32: str, constants: dict[str, Any]) -> None:
@@ -318,27 +318,38 @@ def test_kernels_that_read_fit_into_registers(dtype: str, rows: int, softmaxes: 
         check_registers(triton._read, dtype, wide, {**tiling.constants(), "WHOLE": whole})
 
 
+# What the two-way form has besides.
+TWO_WAY = {"token_readers", "token_bias", "token_gates", "token_parts", "token_part_bias", "of_token_gates", "gate"}
+TWO_WAY |= {"last_input", "last_state", "last_input_bias", "last_state_bias"}
+TWO_WAY |= {f"read_{name}" for name in ("gain", "shift", "key", "key_bias", "value", "value_bias")}
+TWO_WAY |= {f"token_{name}" for name in ("gain", "shift", "query", "query_bias")}
+
+
 @pytest.mark.compiled
+@pytest.mark.parametrize("two_way", [False, True])
 @pytest.mark.parametrize(("low", "own"), [("bf16", "bf16"), ("fp32", "fp32"), ("bf16", "fp32")], ids=str)
-def test_kernels_that_update_fit_into_registers(low: str, own: str) -> None:
+def test_kernels_that_update_fit_into_registers(low: str, own: str, two_way: bool) -> None:
     """Products in `low`, slots and parameters in `own`: under autocast they differ."""
     update = pytest.importorskip("narrows.ops.slot_attention.update")
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[low]
     wide = "sums totals means total bias cells parts part_bias carry scratch summed_before summed_now norm_before "
-    wide += "norm_now centres"
+    wide += "norm_now centres token_bias token_parts token_part_bias"
     for kernel in (update._forward, update._backward):
         if own == "fp32":
             wide += f" slots new {' '.join(Weights._fields)}{' before' * (kernel is update._backward)}"
-        tiling = update.tiling(dtype)
-        check_registers(kernel, low, wide, {**tiling, "HAS_READ": True, "READS_ON": True})
+            wide += " gate" + "".join(f" {name}" for name in TWO_WAY if name.startswith(("read_", "token_q")))
+        absent = {} if two_way else dict.fromkeys(TWO_WAY & {*kernel.arg_names})
+        check_registers(kernel, low, wide, {**update.tiling(dtype), "HAS_READ": True, "READS_ON": True, **absent})
 
 
 @pytest.mark.compiled
-def test_kernels_of_the_two_way_form_fit_into_registers() -> None:
-    two_way = pytest.importorskip("narrows.ops.slot_attention.two_way_triton")
-    wide = "means seen reader_bias next_bias totals"
-    tokens = {"ROWS": 16, "BLOCK_N": two_way.TOKENS, **two_way.tiling(two_way.TOKENS, 1024)}
-    check_registers(two_way._update_tokens, "bf16", wide, tokens)
-    check_registers(two_way._update_slots, "bf16", wide, {"UPDATE": True, "ROWS": 16, **two_way.tiling(16, 1024)})
-    gates = {"BLOCK_R": 8, "BLOCK_D": 256, "num_warps": 4, "num_stages": 3}
-    check_registers(two_way._gate_backward, "bf16", wide, gates)
+@pytest.mark.parametrize("over_tokens", [False, True])
+@pytest.mark.parametrize(("low", "slots"), [("bf16", 16), ("fp16", 64), ("fp32", 64)], ids=str)
+def test_kernels_of_tokens_that_read_slots_fit_into_registers(low: str, slots: int, over_tokens: bool) -> None:
+    kernels = pytest.importorskip("narrows.ops.slot_attention.token_kernels")
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[low]
+    absent = {} if over_tokens else {"parts": None, "totals": None}
+    for kernel, more in ((kernels._forward, {"READS_ON": True}), (kernels._backward, {})):
+        constants = {**kernels.tiling(slots, dtype, backward=kernel is kernels._backward), **more}
+        constants |= {name: value for name, value in absent.items() if name in kernel.arg_names}
+        check_registers(kernel, low, "bias parts totals of_read centres sums", constants)

@@ -279,32 +279,9 @@ class SlotAttention(nn.Module):
 
     def _weights(self) -> Weights:
         """What the layer learned, of modules that are plain."""
-        key, value, query, out, gru, mlp = self.to_k, self.to_v, self.to_q, self.to_out, self.gru, self.mlp
-        assert mlp is not None
-        return Weights(
-            gain=self.norm_tokens.weight,
-            shift=self.norm_tokens.bias,
-            key=key.weight,
-            key_bias=key.bias,
-            value=value.weight,
-            value_bias=value.bias,
-            out=None if out is None else out.weight,
-            out_bias=None if out is None else out.bias,
-            input=gru.weight_ih,
-            state=gru.weight_hh,
-            input_bias=gru.bias_ih if gru.bias else None,
-            state_bias=gru.bias_hh if gru.bias else None,
-            mlp_gain=mlp.norm.weight,
-            mlp_shift=mlp.norm.bias,
-            expand=mlp.expand.weight,
-            expand_bias=mlp.expand.bias,
-            contract=mlp.contract.weight,
-            contract_bias=mlp.contract.bias,
-            slot_gain=self.norm_slots.weight,
-            slot_shift=self.norm_slots.bias,
-            query=query.weight,
-            query_bias=query.bias,
-        )
+        assert self.mlp is not None
+        maps = self.to_q, self.to_k, self.to_v, self.to_out
+        return plain_weights(self.norm_tokens, self.norm_slots, maps, self.gru, self.mlp)
 
     def _attend(
         self,
@@ -439,6 +416,31 @@ class AbsorbedProjections(NamedTuple):
                 bias = self.value_bias[:, None]
                 updates = updates + (bias if mask is None else bias * mask.any(1)[:, None, None, None])
             return SlotAttentionResult(updates, attention)
+
+
+def plain_weights(
+    norm_read: nn.LayerNorm,
+    norm_readers: nn.LayerNorm,
+    maps: tuple[nn.Linear, nn.Linear, nn.Linear, nn.Linear | None],
+    gru: nn.GRUCell,
+    mlp: "FeedForward",
+    mlp_gru: nn.GRUCell | None = None,
+) -> Weights:
+    """What plain modules learned; `maps` for queries, keys, values, and after the heads."""
+
+    def affine(module: nn.Module | None) -> tuple[Tensor | None, Tensor | None]:
+        return (None, None) if module is None else (module.weight, module.bias)  # pyright: ignore[reportReturnType]
+
+    def cell(module: nn.GRUCell | None) -> tuple[Tensor | None, ...]:
+        if module is None:
+            return (None,) * 4
+        biases = (module.bias_ih, module.bias_hh) if module.bias else (None, None)
+        return module.weight_ih, module.weight_hh, *biases
+
+    query, key, value, out = (affine(module) for module in maps)
+    parts = affine(norm_read), key, value, out, cell(gru), affine(mlp.norm), affine(mlp.expand), affine(mlp.contract)
+    flat = (weight for part in (*parts, affine(norm_readers), query, cell(mlp_gru)) for weight in part)
+    return Weights(*flat)  # pyright: ignore[reportArgumentType]
 
 
 def fold_norm(norm: nn.LayerNorm, linear: nn.Linear) -> tuple[Float[Tensor, "out D"], Float[Tensor, "out"] | None]:

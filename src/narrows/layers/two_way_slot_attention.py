@@ -1,6 +1,5 @@
 """Two-way slot attention as a layer."""
 
-import importlib.util
 from functools import partial
 from typing import NamedTuple
 
@@ -18,6 +17,7 @@ from narrows.layers.slot_attention import (
     fold_norm,
     make_initial_slots,
     normalized,
+    plain_weights,
     recurrent_step,
     reset_initial_slots,
     reset_like_keras,
@@ -26,12 +26,15 @@ from narrows.layers.slot_attention import (
 from narrows.ops.slot_attention import (
     Cell,
     Reading,
-    SlotUpdate,
     TokenUpdate,
+    TwoWaySettings,
+    Weights,
+    iterate_both,
     read_slots,
     slot_attention,
-    update_slots,
     update_tokens,
+    why_no_kernels,
+    why_not_two_way,
 )
 from narrows.precision import at_least_float32, autocast_off, compute_dtype, is_transformed
 from narrows.routing import Routing
@@ -44,8 +47,6 @@ from narrows.validation import (
     checked,
     why_not_plain,
 )
-
-_INSTALLED = importlib.util.find_spec("triton") is not None  # Compilers cannot trace the question.
 
 
 class TwoWaySlotAttentionOutput(NamedTuple):
@@ -215,24 +216,20 @@ class TwoWaySlotAttention(nn.Module):
                 where a module is not plain, or kernels cannot take these arguments.
         """
         check_choice("impl", self.impl, ("auto", *IMPLEMENTATIONS, "triton"))
-        if self.impl not in ("auto", "absorbed", "triton"):
+        if self.impl in ("reference", "mixed"):
             return self.impl
         if self.impl == "auto" and not tokens.is_cuda:
             return "absorbed" if self._why_not_folded() is None else "mixed"
-        if self.impl != "absorbed":
-            own: int = getattr(self.initial_slots, "num_slots", 1)
-            count = slots.shape[1] if slots is not None else own if num_slots is None else num_slots
+        if self.impl == "auto":
             low = compute_dtype(self.tokens_read.gru.weight_hh) in (torch.float16, torch.bfloat16)
-            asked = self.impl == "triton"
-            reason = self._why_not_folded(slots=True) or self._why_not_triton(tokens, count)
-            if reason is None and (asked or (low and not torch.compiler.is_exporting())):
-                return "triton"
-            if not asked:
-                return "mixed"
+            taken = low and not torch.compiler.is_exporting() and self._why_not_triton(tokens, slots, num_slots) is None
+            return "triton" if taken else "mixed"
+        if self.impl == "triton":
+            reason = why_no_kernels() or self._why_not_triton(tokens, slots, num_slots)
         else:
             reason = self._why_not_folded()
-            if reason is None:
-                return "absorbed"
+        if reason is None:
+            return self.impl
         raise ImplementationUnavailable(
             f"TwoWaySlotAttention: impl={self.impl!r} cannot run here: {reason}. Use impl='auto'."
         )
@@ -254,19 +251,23 @@ class TwoWaySlotAttention(nn.Module):
         reasons = (why_not_plain(((name, self.get_submodule(name)),), kinds=(kind,)) for name, kind in folded)
         return next((reason for reason in reasons if reason is not None), None)
 
-    def _why_not_triton(self, tokens: Tensor, num_slots: int) -> str | None:
-        """The reason why kernels cannot take these tokens."""
-        if not _INSTALLED:
-            return "triton is not installed"
-        sides = self.slots_read, self.tokens_read
-        hidden = [side.mlp.expand.out_features for side in sides]
-        if hidden[1] > 2 * self.dim:
-            return "the MLP of the tokens is wider than twice the tokens, and would be folded into a larger product"
-        if tokens.dtype == torch.float64 or self.tokens_read.gru.weight_hh.dtype == torch.float64:
-            return "kernels do not take float64"
-        from narrows.ops.slot_attention import two_way_triton
+    def _why_not_triton(self, tokens: Tensor, slots: Tensor | None, num_slots: int | None) -> str | None:
+        """The reason why kernels cannot take these tokens and slots."""
+        reason = self._why_not_folded(slots=True)
+        if reason is not None:
+            return reason
+        if self.slots_read.norm_read.eps != self.tokens_read.norm_readers.eps:
+            return "the LayerNorms of tokens that are read and of tokens that read have different eps"
+        if slots is None:
+            number = getattr(self.initial_slots, "num_slots", 1) if num_slots is None else num_slots
+            slots = self.slots_read.gru.weight_hh.new_empty(1, number, self.slots_read.gru.hidden_size)
+        if tokens.ndim == 4:
+            tokens = tokens.flatten(2).mT
+        return why_not_two_way(tokens, slots, self._weights(), compute_dtype(slots))
 
-        return two_way_triton.why_not(tokens, num_slots, self.slots_read.to_q.in_features, self.dim, hidden)
+    def _weights(self) -> tuple[Weights, Weights]:
+        """What slots and tokens learned, of modules that are plain."""
+        return self.slots_read.weights(), self.tokens_read.weights()
 
     def _exchange(
         self,
@@ -355,7 +356,7 @@ class TwoWaySlotAttention(nn.Module):
         """
         side, dtype = self.slots_read, compute_dtype(tokens)
         projections = AbsorbedProjections.of(side.norm_read, side.to_k, side.to_v, scale=scaling(slots, temperature))
-        weights = self._token_update(dtype, folds=self._folds_contract())
+        weights = self._token_update(dtype)
         with autocast_off(tokens):
             query, bias = fold_norm(self.tokens_read.norm_readers, self.tokens_read.to_q)
             bias = query.new_zeros(query.shape[:1]) if bias is None else bias
@@ -392,56 +393,28 @@ class TwoWaySlotAttention(nn.Module):
         temperature: float,
     ) -> tuple[Float[Tensor, "B K S"], Float[Tensor, "B N D"], Float[Tensor, "B 1 K N"]]:
         """The same by kernels: in each iteration one reads the tokens, one updates the slots, one the tokens."""
-        dtype, own_dtype = compute_dtype(tokens), slots.dtype
-        scales = scaling(tokens, temperature), scaling(slots, temperature)
-        sides = self.slots_read, self.tokens_read
-        of_slots = self._slot_update(dtype)
-        of_tokens = self._token_update(dtype, folds=True)
-        reading = self._reading(mask, slot_mask, 1.0)
-        eps = sides[0].mlp.norm.eps, sides[1].norm_read.eps, sides[0].norm_readers.eps
-        seen = None if mask is None else mask.any(1)
-        tokens = tokens.to(dtype)
-        impl = "auto" if is_transformed(tokens, slots) else self.impl
-        updated = update_slots(None, None, slots.to(dtype), of_slots, scales, eps)
-        for _ in range(iterations):
-            rows = normalized(tokens, sides[0].norm_read)
-            with autocast_off(tokens):
-                readers, bias, read = updated.next_readers[:, None], updated.next_bias[:, None], rows[:, None]
-                options = {"bias": bias, "scale": 1.0, "eps": self.eps, "impl": impl}
-                means, attention = slot_attention(readers, read, read, mask, slot_mask, **options)
-            updated = update_slots(means.squeeze(1), seen, updated.slots, of_slots, scales, eps)
-            known = rows if sides[1].norm_readers.eps == sides[0].norm_read.eps else None
-            read = updated.readers, updated.reader_bias, updated.gates
-            tokens = update_tokens(tokens, *read, of_tokens, reading, normalized=known, kernels=True)
-        return updated.slots.to(own_dtype), tokens, attention  # pyright: ignore[reportPossiblyUnboundVariable]
-
-    def _slot_update(self, dtype: torch.dtype) -> SlotUpdate:
-        """All that kernels need of the slots' side and of what reads slots, in `dtype`."""
-        side, other = self.slots_read, self.tokens_read
-        with autocast_off(side.to_q.weight):
-            weights = SlotUpdate(
-                *(side.norm_read.weight, side.norm_read.bias, side.to_v.weight, side.to_v.bias),
-                *(side.gru.weight_ih, *_cell(side.gru, side.gru.bias_ih if side.gru.bias else None, dtype)),
-                *(side.mlp.norm.weight, side.mlp.norm.bias, side.mlp.expand.weight, side.mlp.expand.bias),
-                *(side.mlp.contract.weight, side.mlp.contract.bias),
-                side.mlp_gru.weight_ih,  # pyright: ignore[reportCallIssue]
-                *_cell(side.mlp_gru, side.mlp_gru.bias_ih if side.mlp_gru.bias else None, dtype),
-                *(other.norm_read.weight, other.norm_read.bias, other.to_k.weight, other.to_k.bias),
-                *(other.to_q.weight, other.to_q.bias, other.norm_readers.weight, other.norm_readers.bias),
-                *(other.to_v.weight, other.to_v.bias, other.gru.weight_ih),
-                *(side.norm_readers.weight, side.norm_readers.bias, side.to_q.weight, side.to_q.bias),
-                *(side.to_k.weight, side.to_k.bias),
-            )
-            cast = (None if weight is None else weight.to(dtype) for weight in weights)
-            return SlotUpdate(*cast)  # pyright: ignore[reportArgumentType, reportCallIssue]
+        of_slots, of_tokens = self.slots_read, self.tokens_read
+        settings = TwoWaySettings(
+            iterations,
+            self.token_normalization == "tokens",
+            scaling(slots, temperature),
+            scaling(tokens, temperature),
+            self.eps,
+            norm_eps=of_slots.norm_read.eps,
+            mlp_eps=of_slots.mlp.norm.eps,
+            slot_eps=of_slots.norm_readers.eps,
+            read_eps=of_tokens.norm_read.eps,
+            token_mlp_eps=of_tokens.mlp.norm.eps,
+        )
+        return iterate_both(tokens.to(compute_dtype(tokens)), slots, self._weights(), settings, mask, slot_mask)
 
     def _reading(self, mask: Tensor | None, slot_mask: Tensor | None, scale: float) -> Reading:
         eps = self.tokens_read.norm_readers.eps, self.tokens_read.mlp.norm.eps
         return Reading(mask, slot_mask, scale, self.token_normalization, self.eps, *eps)
 
-    def _token_update(self, dtype: torch.dtype, *, folds: bool) -> TokenUpdate:
-        """Cells and MLP of the tokens in `dtype`; with `folds` the MLP's last map is part of the second cell's."""
-        side = self.tokens_read
+    def _token_update(self, dtype: torch.dtype) -> TokenUpdate:
+        """Cells and MLP of the tokens in `dtype`; the MLP's last map is part of the second cell's where that pays."""
+        side, folds = self.tokens_read, self._folds_contract()
         norm, expand, contract = side.mlp.norm, side.mlp.expand, side.mlp.contract
         with autocast_off(side.to_q.weight):
             inputs, inputs_bias = side.mlp_gru.weight_ih, side.mlp_gru.bias_ih if side.mlp_gru.bias else None
@@ -493,6 +466,11 @@ class _Reading(nn.Module):
         self.gru = nn.GRUCell(dim, dim, device=device, dtype=dtype)
         self.mlp = FeedForward(dim, mlp_dim, device=device, dtype=dtype)
         self.mlp_gru = nn.GRUCell(dim, dim, device=device, dtype=dtype)
+
+    def weights(self) -> Weights:
+        """What plain modules learned."""
+        maps = self.to_q, self.to_k, self.to_v, None
+        return plain_weights(self.norm_read, self.norm_readers, maps, self.gru, self.mlp, self.mlp_gru)
 
     def project(
         self, readers: Float[Tensor, "B R d"], read: Float[Tensor, "B C e"]

@@ -11,7 +11,7 @@ from torch import Tensor
 from narrows.errors import ImplementationUnavailable, InvalidArgument
 from narrows.ops.dispatch import TRITON_INSTALLED, Implementation, why_no_kernels
 from narrows.ops.slot_attention import mixed, reference
-from narrows.ops.slot_attention.common import Settings, Weights, token_weights
+from narrows.ops.slot_attention.common import Settings, TwoWaySettings, Weights, token_weights
 from narrows.precision import accumulation_dtype, autocast_off, is_transformed
 from narrows.validation import check_choice, check_mask, check_tokens
 
@@ -29,9 +29,9 @@ def _run_kernels(
     eps: float,
     dtype: torch.dtype | None = None,
 ) -> tuple[Float[Tensor, "B H K D"], Float[Tensor, "B H K N"]]:
-    from narrows.ops.slot_attention import triton
+    from narrows.ops.slot_attention.read import read
 
-    means, attention = triton.read(keys[:, 0], queries, bias, mask, slot_mask, joint_heads=joint_heads, eps=eps)
+    means, attention = read(keys[:, 0], queries, bias, mask, slot_mask, joint_heads=joint_heads, eps=eps)
     assert attention is not None
     return means if dtype is None else means.to(dtype), attention
 
@@ -185,6 +185,43 @@ def iterate(
     from narrows.ops.slot_attention import iterations
 
     return iterations.iterate(tokens, slots, weights, settings, mask, slot_mask)
+
+
+def why_not_two_way(
+    tokens: Float[Tensor, "B N D"],
+    slots: Float[Tensor, "B K S"],
+    weights: tuple[Weights, Weights],
+    dtype: torch.dtype,
+) -> str | None:
+    """The reason why `iterate_both` cannot take these, or None where it can. The machine is not asked."""
+    widest = max(side.expand.shape[0] for side in weights)
+    if widest > 1024:
+        return f"it takes MLPs 1024 wide at most, not {widest}"
+    given = (weight for side in weights for weight in side if weight is not None)
+    return why_not_iterate(tokens, slots, weights[0], dtype, 1) or (TRANSFORMED if is_transformed(*given) else None)
+
+
+def iterate_both(
+    tokens: Float[Tensor, "B N D"],
+    slots: Float[Tensor, "B K S"],
+    weights: tuple[Weights, Weights],
+    settings: TwoWaySettings,
+    mask: Bool[Tensor, "B N"] | None = None,
+    slot_mask: Bool[Tensor, "B K"] | None = None,
+) -> tuple[Float[Tensor, "B K S"], Float[Tensor, "B N D"], Float[Tensor, "B 1 K N"]]:
+    """All iterations of two-way slot attention on a GPU: slots and tokens after them, and the slots' last attention.
+
+    Args:
+        tokens: in the dtype in which products are computed.
+        slots: the first ones.
+        weights: of the slots, which read tokens, and of the tokens, which read slots, in any dtype.
+        settings: numbers of the call.
+        mask: `[B, N]`, True at real tokens. What the others become has no meaning.
+        slot_mask: `[B, K]`, True at real slots. What the others become has no meaning.
+    """
+    from narrows.ops.slot_attention import two_way
+
+    return two_way.iterate(tokens, slots, weights, settings, mask, slot_mask)
 
 
 def read_slots(

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn import functional as F
 
 from narrows.precision import accumulation_dtype
 
@@ -36,6 +37,10 @@ class Weights(NamedTuple):
         slot_shift: its bias.
         query: `[H E, S]`.
         query_bias: `[H E]`.
+        last_input: of the recurrent cell that takes in what the MLP makes, `[3 S, S]`; None where that is added.
+        last_state: `[3 S, S]`.
+        last_input_bias: `[3 S]`.
+        last_state_bias: `[3 S]`.
     """
 
     gain: Tensor | None
@@ -60,6 +65,10 @@ class Weights(NamedTuple):
     slot_shift: Tensor | None
     query: Tensor
     query_bias: Tensor | None
+    last_input: Tensor | None = None
+    last_state: Tensor | None = None
+    last_input_bias: Tensor | None = None
+    last_state_bias: Tensor | None = None
 
 
 class Settings(NamedTuple):
@@ -82,6 +91,34 @@ class Settings(NamedTuple):
     eps: float
     mlp_eps: float
     slot_eps: float
+
+
+class TwoWaySettings(NamedTuple):
+    """Numbers of a call.
+
+    Args:
+        iterations: T.
+        over_tokens: weights with which tokens read slots sum to 1 over the tokens, rather than over the slots.
+        scale: of the logits with which slots read.
+        token_scale: of those with which tokens read.
+        eps: added to attention that is averaged over tokens.
+        norm_eps: of the LayerNorm of the tokens, of both directions.
+        mlp_eps: of the LayerNorm of the slots' MLP.
+        slot_eps: of the LayerNorm of slots that read.
+        read_eps: of the LayerNorm of slots that are read.
+        token_mlp_eps: of the LayerNorm of the tokens' MLP.
+    """
+
+    iterations: int
+    over_tokens: bool
+    scale: float
+    token_scale: float
+    eps: float
+    norm_eps: float
+    mlp_eps: float
+    slot_eps: float
+    read_eps: float
+    token_mlp_eps: float
 
 
 def token_weights(
@@ -153,6 +190,48 @@ def read(
     attention = softmax_over_slots(logits, mask, slot_mask, joint_heads=joint_heads)
     weights, _ = mean_weights(attention, mask, eps)
     return from_tokens(weights, keys if values is None else values, dtype), attention
+
+
+def iterate_once(
+    tokens: Tensor, slots: Tensor, w: Weights, mask: Tensor | None, slot_mask: Tensor | None, settings: Settings
+) -> tuple[Tensor, Tensor]:
+    """Slots and attention after one iteration, in plain operations on standardised tokens and weights of one dtype."""
+    low, heads = tokens.dtype, (settings.heads, -1)
+    key, value = w.key.unflatten(0, heads), w.value.unflatten(0, heads)
+    empty = tokens.new_ones(1) if tokens.shape[1] else tokens.new_zeros(1)
+    some = (empty if mask is None else mask.any(1).to(low))[:, None, None, None]
+    normed = F.layer_norm(slots.to(low), slots.shape[-1:], w.slot_gain, w.slot_shift, settings.slot_eps)
+    queries = F.linear(normed, w.query, w.query_bias).unflatten(-1, heads).transpose(1, 2)
+    readers = queries @ key
+    bias = torch.zeros_like(readers[..., 0]) if w.shift is None else (readers * w.shift).sum(-1)
+    if w.key_bias is not None:
+        bias = bias + (queries * w.key_bias.unflatten(0, heads)[:, None]).sum(-1)
+    readers = (readers if w.gain is None else readers * w.gain) * settings.scale
+    options = settings.joint_heads, settings.eps
+    means, attention = read(
+        readers, bias.float() * settings.scale, tokens[:, None], None, mask, slot_mask, *options, low
+    )
+    means = means if w.gain is None else means * w.gain
+    means = means if w.shift is None else means + w.shift * some
+    values = means @ value.mT
+    values = values if w.value_bias is None else values + w.value_bias.unflatten(0, heads)[:, None] * some
+    values = values.transpose(1, 2).flatten(2)
+    values = values if w.out is None else F.linear(values, w.out, w.out_bias)
+    return update(values, slots.to(low), w, settings.mlp_eps).to(slots.dtype), attention
+
+
+def update(updates: Tensor, state: Tensor, w: Weights, eps: float) -> Tensor:
+    """The state after its cell has let in updates, and its MLP what it makes of that."""
+
+    def cell(updates: Tensor, state: Tensor, *weights: Tensor | None) -> Tensor:
+        return torch.gru_cell(updates.flatten(0, 1), state.flatten(0, 1), *weights).view_as(state)  # pyright: ignore[reportCallIssue, reportArgumentType]
+
+    state = cell(updates, state, w.input, w.state, w.input_bias, w.state_bias)
+    normed = F.layer_norm(state, state.shape[-1:], w.mlp_gain, w.mlp_shift, eps)
+    made = F.linear(F.linear(normed, w.expand, w.expand_bias).relu(), w.contract, w.contract_bias)
+    if w.last_input is None:
+        return state + made
+    return cell(made, state, w.last_input, w.last_state, w.last_input_bias, w.last_state_bias)
 
 
 def products(rows: Float[Tensor, "B H K E"], tokens: Float[Tensor, "B G N E"]) -> Float[Tensor, "B H K N"]:

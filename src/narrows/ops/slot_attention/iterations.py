@@ -2,123 +2,17 @@
 
 # What Triton compiles has types of its own.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from narrows.ops.slot_attention import update
-from narrows.ops.slot_attention.common import Settings, Weights, gradients_of, read
+from narrows.ops.slot_attention.common import Settings, Weights, gradients_of, iterate_once
+from narrows.ops.slot_attention.rows import Sizes, in_order, matrices_of, row_of, unpacked
 from narrows.ops.slot_attention.triton import Read, aligned, on_device_of
-
-
-class Sizes(NamedTuple):
-    """Of a call, as the kernels name them: B samples, K slots, H heads of width E, tokens of width D, or W aligned.
-
-    Slots are S wide, the MLP's hidden layer M, and what the recurrent cell takes in U.
-    """
-
-    B: int
-    K: int
-    H: int
-    D: int
-    W: int
-    S: int
-    E: int
-    M: int
-    U: int
-
-    @classmethod
-    def of(cls, slots: Tensor, weights: Weights, heads: int) -> "Sizes":
-        (inner, dim), (batch, number, width) = weights.key.shape, slots.shape
-        hidden, update = weights.expand.shape[0], weights.input.shape[1]
-        return cls(batch, number, heads, dim, dim + -dim % 16, width, inner // heads, hidden, update)
-
-    @property
-    def rows(self) -> int:
-        return self.B * self.K
-
-    @property
-    def programs(self) -> int:
-        return -(-self.rows // update.ROWS)
-
-    def kept(self) -> list[int]:
-        """Values, mapped heads, hidden layer, what it takes in, what queries are made of, shifted means, queries."""
-        return [self.H * self.E, self.S, self.M, self.S, self.S, self.H * self.W, self.H * self.E]
-
-    def made(self) -> list[int]:
-        """Gradients of queries, readers, values, mapped heads, new slots, hidden layer, gates; and the old slots."""
-        heads = self.H * self.E
-        return [heads, self.H * self.W, heads, self.S, self.S, self.M, 6 * self.S, self.S]
-
-    def summed(self) -> dict[str, int]:
-        """Gradients of vectors but the gain and shift of tokens."""
-        heads, width = self.H * self.E, self.S
-        return {
-            "key_bias": heads,
-            "value_bias": heads,
-            "out_bias": width,
-            "input_bias": 3 * width,
-            "state_bias": 3 * width,
-            "mlp_gain": width,
-            "mlp_shift": width,
-            "expand_bias": self.M,
-            "contract_bias": width,
-            "slot_gain": width,
-            "slot_shift": width,
-            "query_bias": heads,
-        }
-
-
-def _row_of(widths: list[int]) -> int:
-    """How long a row of parts is that each begin at a multiple of 16."""
-    return sum(width + -width % 16 for width in widths)
-
-
-def _parts_of(rows: Tensor, widths: list[int]) -> list[Tensor]:
-    """The parts of rows `[..., _row_of(widths)]`."""
-    padded = [width + -width % 16 for width in widths]
-    return [part[..., :width] for part, width in zip(rows.split(padded, -1), widths, strict=True)]
-
-
-def _gradients_of_weights(
-    weights: Weights, sizes: Sizes, kept: Tensor, made: Tensor, summed: Tensor, of_norm: Tensor
-) -> list[Tensor]:
-    """Of those there are, in their order, dtype and layout: one product for each matrix, one sum for all vectors."""
-    values, outs, hidden, normed, asked, shifted, queries = _parts_of(kept.flatten(0, 1), sizes.kept())
-    of_queries, of_readers, of_values, of_outs, of_new, of_hidden, gates, old = _parts_of(
-        made.flatten(0, 1), sizes.made()
-    )
-
-    def by_head(grad: Tensor, rows: Tensor) -> Tensor:
-        grad, rows = (x.unflatten(1, (sizes.H, -1)).transpose(0, 1) for x in (grad, rows))
-        return (grad.mT @ rows[..., : sizes.D]).flatten(0, 1)
-
-    gated = 3 * sizes.S
-    matrices = {
-        "key": by_head(queries, of_readers),
-        "value": by_head(of_values, shifted),
-        "input": gates[:, :gated].mT @ (values if weights.out is None else outs),
-        "state": gates[:, gated:].mT @ old,
-        "expand": of_hidden.mT @ normed,
-        "contract": of_new.mT @ hidden,
-        "query": of_queries.mT @ asked,
-    }
-    if weights.out is not None:
-        matrices["out"] = of_outs.mT @ values
-    of_norm, summed = of_norm.sum((0, 1, 2, 3)), summed.sum((0, 1))
-    in_dtype: dict[torch.dtype, dict[str, Tensor]] = {}
-    for dtype in {weight.dtype for weight in weights if weight is not None}:
-        of_tokens, of_slots = of_norm.to(dtype), summed.to(dtype).split(list(sizes.summed().values()))
-        named = zip(("gain", "shift", *sizes.summed()), (*of_tokens, *of_slots), strict=True)
-        in_dtype[dtype] = dict(named)
-    named = ((name, weight.dtype) for name, weight in weights._asdict().items() if weight is not None)
-    return [
-        matrices[name].to(dtype).contiguous() if name in matrices else in_dtype[dtype][name] for name, dtype in named
-    ]
 
 
 @torch.library.custom_op("narrows::slot_iterations", mutates_args=())
@@ -149,8 +43,9 @@ def _slot_iterations(
         if sizes.rows:
             update._forward[(sizes.programs,)](
                 sums, parts, means[was], totals[was], slots if t < 2 else between[t - 2],
-                new if t == iterations else between[was], cells[was], kept[was], kept[now], readers[now], bias[now],
-                *given, sizes.rows, *sizes[1:3], chunks, *sizes[3:], kept.shape[2], scale, eps, mlp_eps, slot_eps,
+                new if t in (0, iterations) else between[was], cells[was], kept[was], kept[now],
+                readers[now], bias[now], *[None] * 3, *given, *[None] * 11, sizes.rows, sizes.K, heads, chunks,
+                *sizes.widths, kept.shape[2], scale, 1.0, eps, mlp_eps, slot_eps, 1.0,
                 HAS_READ=t > 0, READS_ON=t < iterations, **update.tiling(tokens.dtype),
             )  # fmt: skip
         if t < iterations:
@@ -177,7 +72,7 @@ def _empty(
         tokens.new_empty(shape, dtype=torch.float32),
         tokens.new_empty(*shape, sizes.W, dtype=torch.float32),
         tokens.new_empty(shape, dtype=torch.float32),
-        tokens.new_empty(iterations, sizes.rows, _row_of(sizes.kept())),
+        tokens.new_empty(iterations, sizes.rows, row_of(sizes.kept())),
         tokens.new_empty(iterations, sizes.rows, 5 * sizes.S, dtype=torch.float32),
     )
 
@@ -219,11 +114,11 @@ def _slot_iterations_backward(
         was, now = max(t - 1, 0), min(t, iterations - 1)
         if sizes.rows:
             update._backward[(sizes.programs,)](
-                parts, part_bias, carry, scratch, between[was] if 0 < t < iterations else slots,
+                parts, part_bias, *[None] * 3, carry, scratch, between[was] if 0 < t < iterations else slots,
                 slots if t < 2 else between[t - 2], means[was], totals[was], cells[was], kept[was], kept[now],
                 made[was], made[now], summed[was], summed[now], of_norm[was], of_norm[now], of_means[was], centres[was],
-                *(getattr(given, name) for name in update.OF_BACKWARD), sizes.rows, *sizes[1:3], chunks, *sizes[3:],
-                kept.shape[2], made.shape[2], summed.shape[2], scale, mlp_eps, slot_eps,
+                *update.of_backward(given), *[None] * 8, sizes.rows, sizes.K, heads, chunks, 1, *sizes.widths,
+                kept.shape[2], made.shape[2], summed.shape[2], scale, 1.0, mlp_eps, slot_eps, 1.0,
                 HAS_READ=t > 0, READS_ON=t < iterations, **update.tiling(tokens.dtype),
             )  # fmt: skip
         if t > 0:
@@ -232,7 +127,8 @@ def _slot_iterations_backward(
             parts, part_bias = task.backward_rows(*rows, of_last)
             chunks = parts.shape[1]
     if with_tokens:
-        found = task.backward_tokens(readers, bias, of_means, centres, totals, grad_attention)
+        of_last = None if grad_attention is None else grad_attention[None]
+        found = task.backward_tokens(readers, bias, of_means, centres, totals, of_last)
         of_tokens = found if found.shape == tokens.shape else found[..., : sizes.D].contiguous()
     return of_tokens, *empty[1:]
 
@@ -252,48 +148,23 @@ def _empty_backward(
     return (
         tokens.new_empty(tokens.shape if with_tokens else (0,)),
         tokens.new_empty(sizes.B, sizes.K, sizes.S, dtype=torch.float32),
-        tokens.new_empty(iterations, sizes.rows, _row_of(sizes.made())),
+        tokens.new_empty(iterations, sizes.rows, row_of(sizes.made())),
         tokens.new_empty(*programs, sum(sizes.summed().values()), dtype=torch.float32),
         tokens.new_empty(*programs, 2, sizes.H, 2, sizes.D, dtype=torch.float32),
     )
 
 
 def _unpacked(weights: list[Tensor], present: list[bool]) -> Weights:
-    rest = iter(weights)
-    return Weights(*(next(rest) if there else None for there in present))  # pyright: ignore[reportArgumentType]
+    return Weights(*unpacked(weights, present))  # pyright: ignore[reportArgumentType]
 
 
 def _plain(
     tokens: Tensor, slots: Tensor, weights: Weights, mask: Tensor | None, slot_mask: Tensor | None, settings: Settings
 ) -> tuple[Tensor, Tensor]:
     """The same in plain operations, which can be differentiated twice."""
-    low, heads, w = tokens.dtype, (settings.heads, -1), weights
-    w = Weights(*(None if weight is None else weight.to(low) for weight in weights))  # pyright: ignore[reportArgumentType]
-    key, value = w.key.unflatten(0, heads), w.value.unflatten(0, heads)
-    empty = tokens.new_ones(1) if tokens.shape[1] else tokens.new_zeros(1)
-    some = (empty if mask is None else mask.any(1).to(low))[:, None, None, None]
+    low = Weights(*(None if weight is None else weight.to(tokens.dtype) for weight in weights))  # pyright: ignore[reportArgumentType]
     for _ in range(settings.iterations):
-        normed = F.layer_norm(slots.to(low), slots.shape[-1:], w.slot_gain, w.slot_shift, settings.slot_eps)
-        queries = F.linear(normed, w.query, w.query_bias).unflatten(-1, heads).transpose(1, 2)
-        readers = queries @ key
-        bias = torch.zeros_like(readers[..., 0]) if w.shift is None else (readers * w.shift).sum(-1)
-        if w.key_bias is not None:
-            bias = bias + (queries * w.key_bias.unflatten(0, heads)[:, None]).sum(-1)
-        readers = (readers if w.gain is None else readers * w.gain) * settings.scale
-        options = settings.joint_heads, settings.eps
-        keys = tokens[:, None]
-        means, attention = read(readers, bias.float() * settings.scale, keys, None, mask, slot_mask, *options, low)
-        means = means if w.gain is None else means * w.gain
-        means = means if w.shift is None else means + w.shift * some
-        values = means @ value.mT
-        values = values if w.value_bias is None else values + w.value_bias.unflatten(0, heads)[:, None] * some
-        values = values.transpose(1, 2).flatten(2)
-        values = values if w.out is None else F.linear(values, w.out, w.out_bias)
-        cell = w.input, w.state, w.input_bias, w.state_bias
-        state = torch.gru_cell(values.flatten(0, 1), slots.to(low).flatten(0, 1), *cell).view_as(slots)
-        normed = F.layer_norm(state, state.shape[-1:], w.mlp_gain, w.mlp_shift, settings.mlp_eps)
-        hidden = F.linear(normed, w.expand, w.expand_bias).relu()
-        slots = (state + F.linear(hidden, w.contract, w.contract_bias)).to(slots.dtype)
+        slots, attention = iterate_once(tokens, slots, low, mask, slot_mask, settings)
     return slots, attention.to(slots.dtype)  # pyright: ignore[reportPossiblyUnboundVariable]
 
 
@@ -321,7 +192,10 @@ def _backward(ctx: Any, grad: Tensor | None, grad_attention: Tensor | None, *_: 
         tokens, slots, given, ctx.present, mask, slot_mask, between, saved, grad, grad_attention,
         ctx.needs_input_grad[0], *settings[2:],
     )  # fmt: skip
-    grads = _gradients_of_weights(weights, sizes, saved[4], made, summed, of_norm)
+    named = {name: weight for name, weight in weights._asdict().items() if weight is not None}
+    of_tokens_norm = of_norm.sum((0, 1, 2, 3)).flatten(), {"gain": sizes.D, "shift": sizes.D}
+    vectors = of_tokens_norm, (summed.sum((0, 1)), sizes.summed())
+    grads = in_order(named, matrices_of(weights, sizes, saved[4], made), vectors)
     return of_tokens if ctx.needs_input_grad[0] else None, of_slots.to(slots.dtype), grads, *[None] * 10
 
 

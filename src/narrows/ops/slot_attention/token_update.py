@@ -82,7 +82,6 @@ def update_tokens(
     reading: Reading,
     *,
     normalized: Float[Tensor, "B N D"] | None = None,
-    kernels: bool = False,
 ) -> Float[Tensor, "B N D"]:
     r"""Tokens after they have read the slots and passed the MLP.
 
@@ -91,7 +90,7 @@ def update_tokens(
 
     with P the softmax over the slots of \(s (r_k \hat x_n + b_k)\), normalised as in `read_slots`, and \(\hat x\) the
     tokens normalised, without gain and bias. Keeps for backward 8 D + M numbers of a token: the states, 3 D numbers of
-    either cell, and what the MLP expands; with kernels 2 D + M, without those of the cells. Twice differentiable.
+    either cell, and what the MLP expands. Twice differentiable.
 
     Args:
         tokens: x, which is the state of the cells.
@@ -101,31 +100,14 @@ def update_tokens(
         weights: of cells and MLP.
         reading: masks and numbers.
         normalized: \(\hat x\), where it is known already.
-        kernels: whether one program takes a tile of tokens through all of it; for `weights` without `contract`.
     """
     flat = (*weights.read, *weights[1:-1], *weights.write)
     inputs = (tokens, readers, reader_bias, gates, *flat)
     with autocast_off(tokens):
-        compiling = torch.compiler.is_compiling()
-        if is_transformed(*(x for x in inputs if x is not None)) or (
-            compiling and (torch.is_grad_enabled() or not kernels)
-        ):
+        if torch.compiler.is_compiling() or is_transformed(*(x for x in inputs if x is not None)):
             return _update(reading, *inputs)
         normalized = None if normalized is None else normalized.detach()
-        if compiling:
-            return _by_kernel(reading, normalized, *inputs)[0]
-        return _Update.apply(reading, normalized, kernels, *inputs)  # pyright: ignore[reportReturnType]
-
-
-def _by_kernel(reading: Reading, normalized: Tensor | None, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """The tokens, their state between the cells, and what the MLP expands."""
-    from narrows.ops.slot_attention import two_way_triton
-
-    tokens, readers, reader_bias, gates, *flat = inputs
-    normalized = _normalize(tokens, reading) if normalized is None else normalized
-    masks, over_tokens = (reading.mask, reading.slot_mask), reading.normalization == "tokens"
-    numbers = reading.scale, over_tokens, reading.eps, reading.mlp_eps
-    return two_way_triton.update_tokens(tokens, normalized, readers, reader_bias, gates, *masks, flat, *numbers)
+        return _Update.apply(reading, normalized, *inputs)  # pyright: ignore[reportReturnType]
 
 
 def _update(reading: Reading, *inputs: Any) -> Tensor:
@@ -152,12 +134,8 @@ class _Update(torch.autograd.Function):
     """Keeps of either cell its state and what the state gave, and computes all else again in backward."""
 
     @staticmethod
-    def forward(ctx: Any, reading: Reading, normalized: Tensor | None, kernels: bool, *inputs: Any) -> Tensor:
+    def forward(ctx: Any, reading: Reading, normalized: Tensor | None, *inputs: Any) -> Tensor:
         ctx.reading = reading
-        if kernels:
-            out, state, expanded = _by_kernel(reading, normalized, *inputs)
-            ctx.save_for_backward(None, state, expanded, None, *inputs)
-            return out
         tokens, readers, reader_bias, gates, *flat = inputs
         weights = _unflatten(flat)
         normalized = _normalize(tokens, reading) if normalized is None else normalized
@@ -173,13 +151,13 @@ class _Update(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,), reading, needed = gradients, ctx.reading, ctx.needs_input_grad[3:]
+        (grad,), reading, needed = gradients, ctx.reading, ctx.needs_input_grad[2:]
         first, state, expanded, second, *inputs = ctx.saved_tensors
         if torch.is_grad_enabled():  # to be differentiated once more
             inputs = [None if x is None else x.view_as(x) for x in inputs]  # one may depend on another
             asked = [x for x, need in zip(inputs, needed, strict=True) if need and x is not None]
             found = iter(torch.autograd.grad(_update(reading, *inputs), asked, grad, create_graph=True))
-            return None, None, None, *(next(found) if need else None for need in needed)
+            return None, None, *(next(found) if need else None for need in needed)
         tokens, readers, reader_bias, gates, *flat = inputs
         weights = _unflatten(flat)
         grad, of_mlp = _mlp_backward(weights, second, expanded, state, grad, reading.mlp_eps)
@@ -202,11 +180,11 @@ class _Update(torch.autograd.Function):
         of_logits = of_logits * reading.scale
         grad += torch.autograd.grad(normalized, leaf, of_logits.mT @ readers)[0]
         of_inputs = (grad, of_logits @ normalized.detach(), of_bias.to(reader_bias.dtype), of_gates)
-        return None, None, None, *of_inputs, *of_cell, *of_mlp
+        return None, None, *of_inputs, *of_cell, *of_mlp
 
 
 def _mlp_backward(
-    weights: TokenUpdate, second: Tensor | None, expanded: Tensor, state: Tensor, grad: Tensor, eps: float
+    weights: TokenUpdate, second: Tensor, expanded: Tensor, state: Tensor, grad: Tensor, eps: float
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """Gradients of the state between the cells, and of all weights after the first cell."""
     hidden = _contract(weights, expanded)
@@ -236,22 +214,14 @@ def _mlp_backward(
 
 
 def _cell_backward(
-    cell: Cell, of_state: Tensor | None, left: Tensor, right: Tensor, state: Tensor, grad: Tensor
+    cell: Cell, of_state: Tensor, left: Tensor, right: Tensor, state: Tensor, grad: Tensor
 ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
     """Gradients of new, reset, update, and the state's part of new beside one another; of the state; of the cell.
 
     With the next state (1 - z) n + z h, n = tanh(i + r s), s the state's part of new:
 
         dn = (1 - z) (1 - n^2) g,   dr = r (1 - r) s dn,   dz = z (1 - z) (h - n) g,   ds = r dn
-
-    By a kernel where nothing of the cell was kept.
     """
-    if of_state is None:
-        from narrows.ops.slot_attention import two_way_triton
-
-        products = F.linear(state, cell.weight, cell.bias), _product(left, right)
-        sums, of_previous = two_way_triton.gate_backward(*products, cell.new_bias, state, grad)
-        return sums, *_state_backward(cell, sums, of_previous, state)
     reset, keep, part = of_state.chunk(3, -1)
     sums = grad.new_empty(*grad.shape[:-1], 4 * grad.shape[-1])
     of_new, of_reset, of_keep, of_part = sums.chunk(4, -1)
@@ -261,19 +231,13 @@ def _cell_backward(
     torch.addcmul(of_reset, of_reset, new.square_(), value=-1, out=of_new)
     torch.mul(of_new, reset, out=of_part)
     torch.mul(of_part, part, out=of_reset).addcmul_(of_reset, reset, value=-1)
-    return sums, *_state_backward(cell, sums, grad * keep, state)
-
-
-def _state_backward(
-    cell: Cell, sums: Tensor, of_previous: Tensor, state: Tensor
-) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """Gradients of the state, added to `of_previous`, and of the cell."""
     rows, dim = sums.flatten(0, -2), state.shape[-1]
     of_product = rows[:, dim:]
+    of_previous = grad * keep
     of_previous.flatten(0, -2).addmm_(of_product, cell.weight)
     of_weight = of_product.mT @ state.flatten(0, -2)
     of_bias = None if cell.bias is None else of_product.sum(0)
-    return of_previous, (of_weight, of_bias, None if cell.new_bias is None else rows[:, :dim].sum(0))
+    return sums, of_previous, (of_weight, of_bias, None if cell.new_bias is None else rows[:, :dim].sum(0))
 
 
 def _normalize(tokens: Tensor, reading: Reading) -> Tensor:

@@ -23,123 +23,23 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
-from narrows.ops.slot_attention.common import gradients_of
-from narrows.ops.slot_attention.common import read as read_plainly
+from narrows.ops.slot_attention.tiles import (
+    INTERPRETED,
+    _against_all,
+    _against_rows,
+    _cast,
+    _dot,
+    _load,
+    _rows_of_program,
+    _softmax,
+    _sum_over_slots,
+    _tokens_of_program,
+)
 
 MOST_ROWS, MOST_DIM = 64, 1024
 CHUNK, MOST_CHUNKS = 256, 128
-# Triton's interpreter multiplies the bits of bfloat16 as if they were integers.
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-
-
-@triton.jit
-def _cast(x, dtype: tl.constexpr):
-    """`x` in `dtype`, to the nearest; the interpreter would cut the bits off."""
-    if INTERPRETED and dtype == tl.bfloat16:
-        bits = x.to(tl.float32).to(tl.int32, bitcast=True)
-        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
-    return x.to(dtype)
-
-
-@triton.jit
-def _rows_of_program(slot_mask, b, H, K, ROWS: tl.constexpr, GROUP: tl.constexpr):
-    """The place of each row among the H * K real ones, whether it is one of them, and whether its slot takes part."""
-    lane = tl.arange(0, ROWS)
-    head, slot = lane // GROUP, lane % GROUP
-    real = (slot < K) & (head < H)
-    present = real
-    if slot_mask is not None:
-        present = real & (tl.load(slot_mask + b * K + slot, mask=real, other=0) != 0)
-    return head * K + slot, real, present
-
-
-@triton.jit
-def _tokens_of_program(mask, b, n, N, stop):
-    """Which tokens are real."""
-    real = n < stop
-    if mask is not None:
-        real = real & (tl.load(mask + b * N + n, mask=real, other=0) != 0)
-    return real
-
-
-@triton.jit
-def _load(base, rows, columns, real, width, stride):
-    """A tile of rows `stride` apart, 0 where its row is not real or its column beyond `width`."""
-    offsets = rows[:, None] * stride + columns[None, :]
-    return tl.load(base + offsets, mask=real[:, None] & (columns < width)[None, :], other=0.0)
-
-
-@triton.jit
-def _softmax(logits, real, present, SOFTMAXES: tl.constexpr):
-    """Over the rows of each group, for each token; 0 where the token is not real or the slot takes no part."""
-    N: tl.constexpr = logits.shape[0]
-    R: tl.constexpr = logits.shape[1]
-    logits = tl.where(present[None, :], logits, -3e38)
-    if SOFTMAXES == 1:
-        logits = tl.exp(logits - tl.max(logits, 1)[:, None])
-        attention = logits / tl.sum(logits, 1)[:, None]
-    else:
-        grouped = tl.reshape(logits, [N, SOFTMAXES, R // SOFTMAXES])
-        grouped = tl.exp(grouped - tl.max(grouped, 2)[:, :, None])
-        attention = tl.reshape(grouped / tl.sum(grouped, 2)[:, :, None], [N, R])
-    return tl.where(real[:, None] & present[None, :], attention, 0.0)
-
-
-@triton.jit
-def _sum_over_slots(product, SOFTMAXES: tl.constexpr):
-    """The sum over the rows of each group, in every row of it."""
-    N: tl.constexpr = product.shape[0]
-    R: tl.constexpr = product.shape[1]
-    if SOFTMAXES == 1:
-        total = tl.broadcast_to(tl.sum(product, 1)[:, None], [N, R])
-    else:
-        grouped = tl.reshape(product, [N, SOFTMAXES, R // SOFTMAXES])
-        total = tl.broadcast_to(tl.sum(grouped, 2)[:, :, None], [N, SOFTMAXES, R // SOFTMAXES])
-        total = tl.reshape(total, [N, R])
-    return total
-
-
-@triton.jit
-def _dot(left, right, accumulator):
-    """`accumulator + left @ right` of float32 `left` and `right` in the dtype of the tokens.
-
-    A weight among many tokens would vanish in float16; TF32 has float16's precision and float32's range. float32 is
-    multiplied as it is.
-    """
-    if right.dtype == tl.bfloat16:
-        left = _cast(left, tl.bfloat16)
-        if INTERPRETED:
-            left, right = left.to(tl.float32), right.to(tl.float32)
-        accumulator = tl.dot(left, right, accumulator)
-    elif right.dtype == tl.float16:
-        accumulator = tl.dot(left, right.to(tl.float32), accumulator, input_precision="tf32")
-    else:
-        accumulator = tl.dot(left, right, accumulator, input_precision="ieee")
-    return accumulator
-
-
-@triton.jit
-def _against_rows(tokens, rows):
-    """The product of every token with every row, of one dtype."""
-    if INTERPRETED:
-        tokens, rows = tokens.to(tl.float32), rows.to(tl.float32)
-    return tl.dot(tokens, tl.trans(rows), input_precision="ieee")
-
-
-@triton.jit
-def _against_all(x, real, rows, row, real_row, D, stride, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The product of every token with every row, over all of D."""
-    ROWS: tl.constexpr = row.shape[0]
-    product = tl.zeros([BLOCK_N, ROWS], tl.float32)
-    for start in range(0, D, BLOCK_K):
-        d = start + tl.arange(0, BLOCK_K)
-        tokens = _load(x, tl.arange(0, BLOCK_N), d, real, D, stride)
-        product += _against_rows(tokens, _load(rows, row, d, real_row, D, D))
-    return product
 
 
 @triton.jit
@@ -284,11 +184,11 @@ def _read_backward_rows(
 @triton.jit
 def _read_backward_tokens(
     x, readers, bias, mask, slot_mask, grads, centres, totals, grad_attention, grad_x,
-    B, N, D, H, K, reads, tiles, blocks, stride_b, stride_n, eps,
+    B, N, D, H, K, reads, graded, tiles, blocks, stride_b, stride_n, eps,
     ROWS: tl.constexpr, GROUP: tl.constexpr, SOFTMAXES: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of one tile of tokens, of all reads of them; `grad_attention` is that of the last."""
+    """The gradient of one tile of tokens, of all reads of them; `grad_attention` is that of the last `graded`."""
     program = tl.program_id(0)
     block, tile, b = program % blocks, program // blocks % tiles, (program // blocks // tiles).to(tl.int64)
     row, real_row, present = _rows_of_program(slot_mask, b, H, K, ROWS, GROUP)
@@ -308,9 +208,11 @@ def _read_backward_tokens(
             logits += tl.load(bias + at + row, mask=present, other=0.0)[None, :]
         centre = tl.load(centres + at + row, mask=present, other=0.0)
         total = tl.load(totals + at + row, mask=real_row, other=1.0)
-        of_last = tl.maximum(t + 2 - reads, 0) * N
+        last = t + graded - reads
+        of_last = tl.where(last < 0, 0, N)
         shares, grad = _gradient_of_logits(
-            logits, product, centre, total, grad_attention, of_last, b * H * K, N, row, present, n, real,
+            logits, product, centre, total, grad_attention, of_last, (tl.maximum(last, 0) * B + b) * H * K, N, row,
+            present, n, real,
             SOFTMAXES,
         )  # fmt: skip
         weights = tl.where(real[:, None] & real_row[None, :], (shares + eps) / total[None, :], 0.0)
@@ -482,7 +384,7 @@ class Read(NamedTuple):
         totals: Tensor,
         grad_attention: Tensor | None,
     ) -> Tensor:
-        """The gradient of the tokens, of reads `[T, B, H K, ...]`; `grad_attention` is that of the last."""
+        """The gradient of the tokens, of reads `[T, B, H K, ...]`; `grad_attention [t, B, H K, N]` of the last t."""
         batch, num_tokens, dim = self.tokens.shape
         tiling = self.tiling
         grad_tokens = self.tokens.new_empty(batch, num_tokens, dim)
@@ -491,7 +393,8 @@ class Read(NamedTuple):
             _read_backward_tokens[(batch * tiles * blocks,)](
                 self.tokens, readers, bias, self.mask, self.slot_mask, grads, centres, totals, grad_attention,
                 grad_tokens,
-                batch, num_tokens, dim, self.heads, self.slots, readers.shape[0], tiles, blocks,
+                batch, num_tokens, dim, self.heads, self.slots, readers.shape[0],
+                0 if grad_attention is None else grad_attention.shape[0], tiles, blocks,
                 *self.tokens.stride()[:2], self.eps, **tiling.constants(),
             )  # fmt: skip
         return grad_tokens
@@ -507,151 +410,3 @@ def add_chunks(sums: Tensor, totals: Tensor, eps: float | None) -> tuple[Tensor,
             sums, totals, added, total, 0.0 if eps is None else eps, rows, dim, chunks, width, eps is not None
         )
     return added, total
-
-
-@torch.library.custom_op("narrows::slot_read", mutates_args=())
-@on_device_of
-def _slot_read(
-    tokens: Tensor,
-    readers: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    slot_mask: Tensor | None,
-    joint_heads: bool,
-    eps: float,
-    with_attention: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Means `[B, H, K, D]` and totals `[B, H, K]` in float32, and the attention `[B, H, K, N]`, empty if not wanted."""
-    batch, heads, slots, dim = readers.shape
-    task = Read(aligned(tokens), mask, slot_mask, heads, slots, joint_heads, eps)
-    attention = readers.new_empty(
-        (batch, heads, slots, tokens.shape[1]) if with_attention else (0,), dtype=torch.float32
-    )
-    readers = _as_wide(readers, task.tokens)
-    sums, totals = task.forward(readers, bias, attention if with_attention else None)
-    means, total = add_chunks(sums, totals, eps)
-    return means[..., :dim].contiguous().view(batch, heads, slots, dim), total.view(batch, heads, slots), attention
-
-
-@_slot_read.register_fake
-def _(tokens: Tensor, readers: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    attention = (*readers.shape[:3], tokens.shape[1]) if options[-1] else (0,)
-    sizes = (readers.shape, readers.shape[:3], attention)
-    return tuple(readers.new_empty(size, dtype=torch.float32) for size in sizes)  # pyright: ignore[reportReturnType]
-
-
-@torch.library.custom_op("narrows::slot_read_backward", mutates_args=())
-@on_device_of
-def _slot_read_backward(
-    tokens: Tensor,
-    readers: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    slot_mask: Tensor | None,
-    joint_heads: bool,
-    eps: float,
-    grad: Tensor,
-    means: Tensor,
-    totals: Tensor,
-    grad_attention: Tensor | None,
-    wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of tokens, and of readers and bias; empty where not `wanted`."""
-    batch, heads, slots, dim = readers.shape
-    task = Read(aligned(tokens), mask, slot_mask, heads, slots, joint_heads, eps)
-    centres, readers, grads = (grad * means).sum(-1), *(_as_wide(x, task.tokens) for x in (readers, grad.to(tokens)))
-    grad_tokens, grad_readers, grad_bias = readers.new_empty(0), readers.new_empty(0), totals.new_empty(0)
-    if wanted[0]:
-        read = (None if x is None else x[None] for x in (readers, bias, grads, centres, totals))
-        grad_tokens = task.backward_tokens(*read, grad_attention)  # pyright: ignore[reportArgumentType]
-        grad_tokens = grad_tokens if tokens.shape == grad_tokens.shape else grad_tokens[..., :dim].contiguous()
-    if wanted[1]:
-        parts = task.backward_rows(readers, bias, grads, centres, totals, grad_attention)
-        grad_readers, grad_bias = add_chunks(*parts, None)
-        grad_readers = grad_readers[..., :dim].to(tokens.dtype, memory_format=torch.contiguous_format)
-        grad_readers, grad_bias = grad_readers.view(batch, heads, slots, dim), grad_bias.view(batch, heads, slots)
-    return grad_tokens, grad_readers, grad_bias
-
-
-@_slot_read_backward.register_fake
-def _(tokens: Tensor, readers: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    of_tokens, of_readers = options[-1]
-    return (
-        tokens.new_empty(tokens.shape if of_tokens else (0,)),
-        tokens.new_empty(readers.shape if of_readers else (0,)),
-        tokens.new_empty(readers.shape[:3] if of_readers else (0,), dtype=torch.float32),
-    )
-
-
-def _as_wide(rows: Tensor, tokens: Tensor) -> Tensor:
-    """Rows as wide as aligned tokens."""
-    wide = tokens.shape[-1] - rows.shape[-1]
-    return torch.nn.functional.pad(rows, (0, wide)) if wide else rows.contiguous()
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    tokens, readers, bias, mask, slot_mask, ctx.joint_heads, ctx.eps, _ = inputs
-    means, totals, _ = output
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(tokens, readers, bias, mask, slot_mask, means, totals)
-
-
-def _backward(
-    ctx: Any, grad: Tensor | None, _: Tensor | None, grad_attention: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    tokens, readers, bias, mask, slot_mask, means, totals = ctx.saved_tensors
-    options = mask, slot_mask, ctx.joint_heads, ctx.eps
-    if torch.is_grad_enabled():  # to be differentiated once more
-
-        def plain(tokens: Tensor, readers: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-            return read_plainly(readers, bias, tokens[:, None], None, *options, torch.float32)
-
-        return *gradients_of(plain, (tokens, readers, bias), (grad, grad_attention)), *[None] * 5
-    grad = torch.zeros_like(means) if grad is None else grad
-    grad_attention = None if grad_attention is None else grad_attention.contiguous()
-    wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[1] or ctx.needs_input_grad[2]]
-    found = torch.ops.narrows.slot_read_backward(
-        tokens, readers, bias, *options, grad, means, totals, grad_attention, wanted
-    )
-    needed = zip(ctx.needs_input_grad, found, strict=False)
-    return *(one if need else None for need, one in needed), *[None] * 5
-
-
-_slot_read.register_autograd(_backward, setup_context=_keep)
-
-
-def read(
-    tokens: Float[Tensor, "B N D"],
-    readers: Float[Tensor, "B H K D"],
-    bias: Float[Tensor, "B H K"] | None = None,
-    mask: Bool[Tensor, "B N"] | None = None,
-    slot_mask: Bool[Tensor, "B K"] | None = None,
-    *,
-    joint_heads: bool = False,
-    eps: float = 1e-8,
-    with_attention: bool = True,
-) -> tuple[Float[Tensor, "B H K D"], Float[Tensor, "B H K N"] | None]:
-    """The means of tokens that slots read, in float32, and the attention, or None where it is not wanted.
-
-    As `slot_attention(readers, tokens[:, None], tokens[:, None], ..., bias=bias, scale=1)`, in four launches. A second
-    derivative takes plain operations. Tokens may have any strides; `why_not` says what the kernels cannot take.
-    """
-    bias = None if bias is None else bias.float().contiguous()
-    masks = (None if one is None else one.contiguous() for one in (mask, slot_mask))
-    means, _, attention = torch.ops.narrows.slot_read(
-        tokens, readers.to(tokens.dtype), bias, *masks, joint_heads, float(eps), with_attention
-    )
-    return means, attention if with_attention else None
-
-
-@register_flop_formula(torch.ops.narrows.slot_read)
-def _flops(tokens: torch.Size, readers: torch.Size, *_: Any, **__: Any) -> int:
-    """Two products: of every token with every row, and of every weight with every token."""
-    return 4 * readers[:3].numel() * tokens[1] * tokens[2]
-
-
-@register_flop_formula(torch.ops.narrows.slot_read_backward)
-def _backward_flops(tokens: torch.Size, readers: torch.Size, *others: Any, **__: Any) -> int:
-    """Both passes make logits and their gradients anew, two products, which count, as in attention's backward."""
-    of_tokens, of_readers = others[-1]
-    return (8 * of_tokens + 6 * of_readers) * readers[:3].numel() * tokens[1] * tokens[2]

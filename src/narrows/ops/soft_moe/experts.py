@@ -105,6 +105,13 @@ def _groups(rows: Tensor, weight_in: Tensor, share: int) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, num_experts, size))
 
 
+def _cuts(rows: Tensor, weight_in: Tensor, features: int) -> Iterator[slice]:
+    """Hidden features in slices, where those of a single expert take more memory than a group of `share=4` may."""
+    most = max(SMALL, rows.numel() * rows.element_size() // 4)
+    size = math.ceil(features / max(1, math.ceil(_bytes_of_an_expert(rows, weight_in) / most)))
+    return (slice(start, start + size) for start in range(0, features, size))
+
+
 def _forward_in_groups(
     rows: Tensor, weight_in: Tensor, bias_in: Tensor, weight_out: Tensor, bias_out: Tensor, gated: bool
 ) -> Tensor:
@@ -216,16 +223,22 @@ class _FeedForward(torch.autograd.Function):
         )
         for part in _groups(rows, weight_in, share=4):
             hidden = torch.baddbmm(bias_in[part, None], rows[part], weight_in[part].mT)
-            if grad_weight_out is not None:
-                torch.bmm(grad[part].mT, activation(hidden, gated=ctx.gated), out=grad_weight_out[part])
-            hidden = _activation_backward(torch.bmm(grad[part], weight_out[part]), hidden, ctx.gated)
+            values, gates = hidden.chunk(2, dim=-1) if ctx.gated else (None, hidden)
+            for cut in _cuts(rows, weight_in, gates.shape[-1]):
+                some = None if values is None else values[..., cut]
+                if grad_weight_out is not None:
+                    active = F.gelu(gates[..., cut])
+                    active = active if some is None else active.mul_(some)
+                    torch.bmm(grad[part].mT, active, out=grad_weight_out[part, :, cut])
+                    del active
+                _overwrite_by_gradients(torch.bmm(grad[part], weight_out[part, :, cut]), some, gates[..., cut])
             if grad_rows is not None:
                 torch.bmm(hidden, weight_in[part], out=grad_rows[part])
             if grad_weight_in is not None:
                 torch.bmm(hidden.mT, rows[part], out=grad_weight_in[part])
             if grad_bias_in is not None:
                 torch.sum(hidden, 1, out=grad_bias_in[part])
-            del hidden
+            del hidden, values, gates, some
         return grad_rows, grad_weight_in, grad_bias_in, grad_weight_out, grad.sum(1) if needed[4] else None, None
 
 
@@ -238,6 +251,17 @@ def _activation_backward(grad: Tensor, hidden: Tensor, gated: bool) -> Tensor:
     _gelu_into(gates, out=of_values).mul_(grad)
     _gelu_backward_into(grad.mul_(values), gates, grad_input=of_gates)
     return result
+
+
+def _overwrite_by_gradients(grad: Tensor, values: Tensor | None, gates: Tensor) -> None:
+    """The same where nothing is needed any more: hidden values become their gradients, with no memory of its own."""
+    if values is None:
+        _gelu_backward_into(grad, gates, grad_input=gates)
+        return
+    _gelu_backward_into(values.mul_(grad), gates, grad_input=values)  # of the gates
+    grad.mul_(_gelu_into(gates, out=gates))
+    gates.copy_(values)
+    values.copy_(grad)
 
 
 def _plain_activation_backward(grad: Tensor, hidden: Tensor, gated: bool) -> Tensor:

@@ -28,8 +28,9 @@ class Segments(NamedTuple):
 
 def _compacted(tokens: Tensor, mask: Tensor) -> Tensor:
     """The real tokens of each sample moved to the front in their order, zeros behind them."""
-    order = mask.int().argsort(dim=-1, descending=True, stable=True)
-    return tokens.masked_fill(~mask[..., None], 0).gather(1, order[..., None].expand_as(tokens))
+    real, order = mask.int().sort(dim=-1, descending=True, stable=True)
+    moved = tokens.gather(1, order[..., None].expand_as(tokens))  # which keeps what it is given, and no copy of it
+    return moved.masked_fill(real[..., None] == 0, 0)
 
 
 def segments_of_length(
