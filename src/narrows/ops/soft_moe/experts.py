@@ -107,7 +107,7 @@ def _groups(rows: Tensor, weight_in: Tensor, share: int) -> Iterator[slice]:
 
 def _cuts(rows: Tensor, weight_in: Tensor, features: int) -> Iterator[slice]:
     """Hidden features in slices, where those of a single expert take more memory than a group of `share=4` may."""
-    most = max(SMALL, rows.numel() * rows.element_size() // 4)
+    most = max(1, SMALL, rows.numel() * rows.element_size() // 4)
     size = math.ceil(features / max(1, math.ceil(_bytes_of_an_expert(rows, weight_in) / most)))
     return (slice(start, start + size) for start in range(0, features, size))
 
