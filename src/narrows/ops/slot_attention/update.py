@@ -426,6 +426,7 @@ def of_backward(weights: Weights) -> list[Tensor | None]:
 
 def tiling(dtype: torch.dtype) -> dict[str, int]:
     """How columns and what is summed over are cut, for products in `dtype`; warps, stages and registers."""
-    inner = 16 if dtype == torch.float32 else 64
+    columns, inner = (32, 16) if dtype == torch.float32 else (64, 64)
     # Programs are few: there is no other one on a multiprocessor to leave registers to.
-    return {"ROWS": ROWS, "BLOCK_C": 64, "BLOCK_K": inner, "num_warps": 8, "num_stages": 2, "maxnreg": 255}
+    sizes = {"ROWS": ROWS, "BLOCK_C": columns, "BLOCK_K": inner}
+    return {**sizes, "num_warps": 8, "num_stages": 2, "maxnreg": 255}

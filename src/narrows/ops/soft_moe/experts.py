@@ -232,13 +232,14 @@ class _FeedForward(torch.autograd.Function):
                     torch.bmm(grad[part].mT, active, out=grad_weight_out[part, :, cut])
                     del active
                 _overwrite_by_gradients(torch.bmm(grad[part], weight_out[part, :, cut]), some, gates[..., cut])
+                del some
             if grad_rows is not None:
                 torch.bmm(hidden, weight_in[part], out=grad_rows[part])
             if grad_weight_in is not None:
                 torch.bmm(hidden.mT, rows[part], out=grad_weight_in[part])
             if grad_bias_in is not None:
                 torch.sum(hidden, 1, out=grad_bias_in[part])
-            del hidden, values, gates, some
+            del hidden, values, gates
         return grad_rows, grad_weight_in, grad_bias_in, grad_weight_out, grad.sum(1) if needed[4] else None, None
 
 
