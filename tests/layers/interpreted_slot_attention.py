@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from narrows.costs import count_macs
 from narrows.errors import ImplementationUnavailable
-from narrows.layers.slot_attention import SlotAttention
+from narrows.layers.slot_attention import NormedSlotAttention, SlotAttention
 from narrows.ops.slot_attention import Settings, iterations, triton, update
 from tests.launches import Launches
 from tests.support import RoundedTo, assert_close, assert_within_budget_on_average, gradients
@@ -183,9 +183,9 @@ def test_what_runs_can_be_asked_and_says_why_not() -> None:
     handle.remove()
     with pytest.raises(ImplementationUnavailable, match="it takes 64 slots of all heads"):
         layer(tokens, num_slots=65)
-    for options in ({"normed_state": True}, {"mlp_dim": 0}):
+    for kind, options in ((NormedSlotAttention, {}), (SlotAttention, {"mlp_dim": 0})):
         with pytest.raises(ImplementationUnavailable, match="its kernels start from slots as they are and have an MLP"):
-            SlotAttention(16, num_slots=3, impl="triton", **options)(tokens)
+            kind(16, num_slots=3, impl="triton", **options)(tokens)
     with pytest.raises(ImplementationUnavailable, match="it has no rule for"):
         torch.func.vmap(lambda x: layer(x, slots=torch.zeros(1, 3, 24)).slots)(tokens[None])
 

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from narrows.checkpoints import from_upstream
 from narrows.errors import ImplementationUnavailable, InvalidArgument, InvalidType, NarrowsError
 from narrows.layers.initial_slots import GaussianSlots, LearnedSlots
-from narrows.layers.slot_attention import IMPLEMENTATIONS, SlotAttention
+from narrows.layers.slot_attention import IMPLEMENTATIONS, NormedSlotAttention, SlotAttention
 from narrows.layers.two_way_slot_attention import TwoWaySlotAttention
 from tests.support import assert_close, assert_within_budget_on_average, gradients
 
@@ -44,7 +44,8 @@ FORMS: dict[str, dict[str, Any]] = {
 def make(form: str, D: int = 6, K: int = 4, S: int = 4, **options: Any) -> SlotAttention:
     """A layer in float64, every parameter of which matters."""
     options = {"mlp_dim": 7, **FORMS[form], **options}
-    layer = SlotAttention(D, num_slots=K, slot_dim=S, **options).double()
+    kind = NormedSlotAttention if options.pop("normed_state", False) else SlotAttention
+    layer = kind(D, num_slots=K, slot_dim=S, **options).double()
     with torch.no_grad():
         for parameter in layer.parameters():
             if parameter.ndim == 1:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from narrows.checkpoints.files import Renamed, count_numbered, fill, read_weights, weights_in
 from narrows.errors import InvalidArgument
 from narrows.layers.initial_slots import GaussianSlots, LearnedSlots
-from narrows.layers.slot_attention import SlotAttention
+from narrows.layers.slot_attention import NormedSlotAttention, SlotAttention
 from narrows.layers.slot_decoders import AutoregressiveDecoder, MLPDecoder
 from narrows.layers.slot_mixer import SlotBlock, SlotMixer
 from narrows.validation import check_positive
@@ -231,13 +231,12 @@ def _slot_attention(weights: Renamed, num_slots: int, num_iterations: int, *, of
     if learned is not None:
         learned = weights["initial_slots.slots"] = learned.flatten(0, -2)
     start = GaussianSlots(num_slots, slot_dim) if learned is None else LearnedSlots(len(learned), slot_dim)
-    layer = SlotAttention(
+    layer = (NormedSlotAttention if of_video else SlotAttention)(
         key.shape[1],
         num_iterations=num_iterations,
         slot_dim=slot_dim,
         qkv_bias="to_q.bias" in weights,
         mlp_dim=len(hidden),
-        normed_state=of_video,
         initial_slots=start,
     )
     fill(layer, weights)

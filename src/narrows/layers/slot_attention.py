@@ -1,7 +1,7 @@
 """Slot attention as a layer."""
 
 from functools import partial
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -75,7 +75,6 @@ class SlotAttention(nn.Module):
         joint_heads: one softmax over slots and heads together (SLATE, SPOT), rather than one per head (SAVi).
         qkv_bias: whether queries, keys, values and the map after the heads have a bias.
         mlp_dim: hidden width of the residual MLP; the larger of 128 and `slot_dim` if None; 0 for none (VideoSAUR).
-        normed_state: whether the GRU starts from the normalised slots, not from the slots (VideoSAUR, SlotContrast).
         eps: added to the attention before it is averaged over tokens.
         initial_slots: how slots begin where a call gives none, `GaussianSlots` if None; `LearnedSlots` are
             deterministic. Any module with their call will do.
@@ -95,6 +94,8 @@ class SlotAttention(nn.Module):
     https://arxiv.org/abs/2006.15055
     """
 
+    normed_state: ClassVar[bool] = False
+
     @checked
     def __init__(
         self,
@@ -108,7 +109,6 @@ class SlotAttention(nn.Module):
         joint_heads: bool = False,
         qkv_bias: bool = False,
         mlp_dim: int | None = None,
-        normed_state: bool = False,
         eps: float = 1e-8,
         initial_slots: nn.Module | None = None,
         impl: str = "auto",
@@ -129,7 +129,7 @@ class SlotAttention(nn.Module):
         check_positive(head_dim=read_dim // heads)
         read_dim = int(read_dim)
         self.dim, self.num_iterations, self.heads, self.joint_heads = dim, num_iterations, heads, joint_heads
-        self.head_dim, self.eps, self.impl, self.normed_state = read_dim // heads, eps, impl, normed_state
+        self.head_dim, self.eps, self.impl = read_dim // heads, eps, impl
         self.initial_slots = make_initial_slots(initial_slots, num_slots, slot_dim, device=device, dtype=dtype)
         self.norm_tokens = nn.LayerNorm(dim, device=device, dtype=dtype)
         self.norm_slots = nn.LayerNorm(slot_dim, device=device, dtype=dtype)
@@ -349,6 +349,17 @@ class SlotAttention(nn.Module):
     def _split(self, rows: Float[Tensor, "B R HE"]) -> Float[Tensor, "B H R E"]:
         """Heads side by side as heads."""
         return rows.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
+
+
+class NormedSlotAttention(SlotAttention):
+    r"""`SlotAttention` whose GRU starts from the normalised slots, not from the slots (VideoSAUR, SlotContrast).
+
+    \[ h = \mathrm{GRU}(u, \mathrm{LayerNorm}(s)) \]
+
+    Arguments are those of `SlotAttention`. It has no kernels.
+    """
+
+    normed_state: ClassVar[bool] = True
 
 
 class AbsorbedProjections(NamedTuple):

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from narrows.errors import InvalidArgument
 from narrows.layers.initial_slots import GaussianSlots, HintedSlots, LearnedSlots
-from narrows.layers.slot_attention import SlotAttention
+from narrows.layers.slot_attention import NormedSlotAttention, SlotAttention
 from narrows.layers.slot_gate import SlotGate
 from narrows.layers.slot_mixer import SlotBlock
 from narrows.layers.slot_preheat import SlotPreheat
@@ -210,11 +210,10 @@ class ObjectDiscovery(SavedModel, pipeline_tag="image-segmentation"):
             start: nn.Module = HintedSlots(num_slots, slot_dim, hint_dim=HINTS[initial_slots], **factory)
         else:
             start = {"gaussian": GaussianSlots, "learned": LearnedSlots}[initial_slots](num_slots, slot_dim, **factory)
-        self.slot_attention = SlotAttention(
+        self.slot_attention = (NormedSlotAttention if normed_state else SlotAttention)(
             slot_dim,
             num_iterations=num_iterations,
             mlp_dim=mlp_dim,
-            normed_state=normed_state,
             initial_slots=start,
             **factory,
         )
