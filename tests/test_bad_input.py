@@ -74,7 +74,9 @@ CONSTRUCTORS: dict[str, tuple[dict[str, Any], dict[str, tuple[Any, ...]]]] = {
             "slot_dim": 8,
         },
         {
-            **dict.fromkeys(("num_slots", "slot_dim", "num_iterations", "later_iterations", "mlp_dim"), (0, -1)),
+            **dict.fromkeys(("num_slots", "slot_dim", "num_iterations", "later_iterations"), (0, -1)),
+            "mlp_dim": (-1,),
+            "predictor_window": (0, 1, -1),
             "predictor_heads": (0, 3),
             **dict.fromkeys(("encoder", "decoder"), ({}, {"kind": "fast"}, {"kind": "mlp"})),
             **dict.fromkeys(("initial_slots", "gradient"), ("fast", "")),
@@ -83,7 +85,8 @@ CONSTRUCTORS: dict[str, tuple[dict[str, Any], dict[str, tuple[Any, ...]]]] = {
     "SlotAttention": (
         {"dim": 8, "num_slots": 3},
         {
-            **dict.fromkeys(("dim", "num_slots", "slot_dim", "heads", "head_dim", "mlp_dim"), (0, -1)),
+            **dict.fromkeys(("dim", "num_slots", "slot_dim", "heads", "head_dim"), (0, -1)),
+            "mlp_dim": (-1,),
             "num_iterations": (0, -1),
             "eps": (-1e-8,),
             "impl": ("fast", ""),
