@@ -198,8 +198,9 @@ class ReductionResult(Result):
         untouched = trial is self.untouched
         faster = trial.timing.times_faster_than(self.untouched.timing)
         accuracy = [] if trial.accuracy is None else [_share(trial.accuracy, len(self.images))]
-        low, high = min(trial.macs), max(trial.macs)
-        spread = "" if low == high else f" ({scaled(low)} to {scaled(high)})"
+        low, high = scaled(min(trial.macs)), scaled(max(trial.macs))
+        unit = f" {high.partition(' ')[2]}"
+        spread = "" if low == high else f" ({low.removesuffix(unit)} to {high})"
         return [
             trial.method,
             trial.budget or None,
