@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations, prune
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 from narrows.errors import InvalidArgument, InvalidType, NarrowsError
-from narrows.validation import check_device, check_temperature, why_not_plain
+from narrows.validation import check_device, check_positive_number, why_not_plain
 
 
 def with_lora(module: nn.Linear) -> nn.Module:
@@ -90,11 +90,11 @@ def test_what_is_put_on_or_in_a_module_is_seen(change: Callable[[nn.Linear], nn.
     ],
     ids=str,
 )
-def test_a_temperature_is_a_positive_finite_number(value: Any, error: type[NarrowsError]) -> None:
+def test_a_temperature_is_positive_and_finite(value: Any, error: type[NarrowsError]) -> None:
     with pytest.raises(error, match="temperature: expected a positive number, got "):
-        check_temperature(value)
+        check_positive_number(temperature=value)
     for fine in (1, 0.5, np.float32(0.5)):
-        check_temperature(fine)
+        check_positive_number(temperature=fine)
 
 
 @pytest.mark.parametrize("module", [nn.Linear(4, 3), nn.LayerNorm(4), nn.GRUCell(4, 4), nn.RMSNorm(4)], ids=repr)

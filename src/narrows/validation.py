@@ -190,12 +190,13 @@ def check_not_negative(**values: int | float) -> None:
             raise InvalidArgument(name, expected="a number of 0 or more", got=value)
 
 
-def check_temperature(temperature: float) -> None:
-    """Raise unless `temperature` is positive and finite."""
-    if isinstance(temperature, bool) or not isinstance(temperature, Real | torch.SymFloat):
-        raise InvalidType("temperature", expected="a positive number", got=repr(temperature))
-    if not 0 < temperature < float("inf"):
-        raise InvalidArgument("temperature", expected="a positive number", got=temperature)
+def check_positive_number(**values: float) -> None:
+    """Raise on the first of the named numbers that is not positive and finite."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, Real | torch.SymFloat):
+            raise InvalidType(name, expected="a positive number", got=repr(value))
+        if not 0 < value < float("inf"):
+            raise InvalidArgument(name, expected="a positive number", got=value)
 
 
 def check_generator(generator: torch.Generator | None) -> None:

@@ -36,3 +36,20 @@ def detached_under_no_grad(parameter: Tensor) -> Tensor:
     give it one. `torch.utils.flop_counter` ends with an error as soon as a module is called with it.
     """
     return parameter if torch.is_grad_enabled() else parameter.detach()
+
+
+def reset_like_keras(layer: nn.Module) -> None:
+    """Initialise linear maps, recurrent cells and LayerNorms as the published code does; not the initial slots."""
+    own = (child for name, child in layer.named_children() if name != "initial_slots")
+    for module in (module for child in own for module in child.modules()):
+        if isinstance(module, nn.LayerNorm):
+            module.reset_parameters()
+        if isinstance(module, nn.Linear):
+            draw_(module.weight, nn.init.xavier_uniform_)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        if isinstance(module, nn.GRUCell):
+            draw_(module.weight_ih, nn.init.xavier_uniform_)
+            draw_(module.weight_hh, nn.init.orthogonal_)
+            for bias in (module.bias_ih, module.bias_hh) if module.bias else ():
+                nn.init.zeros_(bias)

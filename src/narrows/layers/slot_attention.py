@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from narrows.errors import ImplementationUnavailable, InvalidArgument
 from narrows.layers.initial_slots import make_initial_slots, reset_initial_slots, starting_slots
-from narrows.layers.initialisation import draw_
+from narrows.layers.initialisation import reset_like_keras
 from narrows.ops.slot_attention import (
     Settings,
     SlotAttentionResult,
@@ -27,7 +27,7 @@ from narrows.validation import (
     check_choice,
     check_not_negative,
     check_positive,
-    check_temperature,
+    check_positive_number,
     checked,
     why_not_plain,
 )
@@ -298,7 +298,7 @@ class SlotAttention(nn.Module):
         tokens, mask, grid = as_tokens(tokens, mask, dim=self.dim)
         iterations = self.num_iterations if num_iterations is None else num_iterations
         check_positive(num_iterations=iterations)
-        check_temperature(temperature)
+        check_positive_number(temperature=temperature)
         slots: Tensor = starting_slots(self.initial_slots, tokens.shape[0], given, num_slots, generator, slot_mask)
         impl = self.implementation(tokens, slots, num_iterations=iterations)
         tokens = tokens.to(slots.dtype)
@@ -508,20 +508,3 @@ def recurrent_step(
         state = state + updates.new_zeros(state.shape)
     new = cell(updates.to(state.dtype).flatten(0, 1), state.flatten(0, 1))
     return new.view_as(state).to(state.dtype)
-
-
-def reset_like_keras(layer: nn.Module) -> None:
-    """Initialise linear maps, recurrent cells and LayerNorms as the published code does; not the initial slots."""
-    own = (child for name, child in layer.named_children() if name != "initial_slots")
-    for module in (module for child in own for module in child.modules()):
-        if isinstance(module, nn.LayerNorm):
-            module.reset_parameters()
-        if isinstance(module, nn.Linear):
-            draw_(module.weight, nn.init.xavier_uniform_)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        if isinstance(module, nn.GRUCell):
-            draw_(module.weight_ih, nn.init.xavier_uniform_)
-            draw_(module.weight_hh, nn.init.orthogonal_)
-            for bias in (module.bias_ih, module.bias_hh) if module.bias else ():
-                nn.init.zeros_(bias)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -26,7 +26,15 @@ from narrows.ops.soft_moe import (
 )
 from narrows.precision import compute_dtype
 from narrows.routing import Routing
-from narrows.validation import as_tokens, check_choice, check_positive, check_share, checked, why_not_plain
+from narrows.validation import (
+    as_tokens,
+    check_choice,
+    check_positive,
+    check_positive_number,
+    check_share,
+    checked,
+    why_not_plain,
+)
 
 STACKED = ("gelu", "geglu")
 
@@ -221,8 +229,8 @@ def _make_norms(
     check_choice("normalization", normalization, ("unit", "rms", "layer"))
     if normalization == "unit":
         eps = 1e-6 / dim
-        tokens = nn.RMSNorm(dim, eps=eps, elementwise_affine=False)
-        return tokens, ScaledRMSNorm(dim, eps=eps, device=device, dtype=dtype)
+        slots = ScaledRMSNorm(dim, eps=eps, device=device, dtype=dtype)
+        return nn.RMSNorm(dim, eps=eps, elementwise_affine=False), slots
     if normalization == "rms":
         make = partial(nn.RMSNorm, dim, eps=1e-12, device=device, dtype=dtype)
     else:
@@ -239,14 +247,6 @@ def _open_older_norms(_: nn.Module, state: dict[str, Any], prefix: str, *__: obj
     ):
         if f"{prefix}normalization.{old}" in state:
             state[f"{prefix}{new}"] = state.pop(f"{prefix}normalization.{old}")
-
-
-class _Keys(NamedTuple):
-    values: Tensor
-    token_keys: Tensor
-    slot_keys: Tensor
-    mask: Tensor | None
-    slot_mask: Tensor | None
 
 
 class _SoftMixture(nn.Module):
@@ -300,18 +300,17 @@ class _SoftMixture(nn.Module):
         Raises:
             InvalidArgument, InvalidType: an argument of the wrong shape or dtype.
         """
-        keys = self._keys(tokens, mask)
-        mixed = soft_moe(
-            keys.values, keys.token_keys, keys.slot_keys, self._run_experts, keys.mask, keys.slot_mask, impl=self.impl
-        ).to(compute_dtype(tokens))
+        values, token_keys, slot_keys, *masks = self._keys(tokens, mask)
+        mixed = soft_moe(values, token_keys, slot_keys, self._run_experts, *masks, impl=self.impl)
+        mixed = mixed.to(compute_dtype(tokens))
         return mixed.mT.unflatten(2, tokens.shape[2:]) if tokens.ndim == 4 else mixed
 
     def _slots(self, values: Tensor, mask: Tensor | None) -> Segments:
         """Slot parameters `[..., P * E, D]`, and which of them take part."""
         raise NotImplementedError
 
-    def _keys(self, tokens: Tensor, mask: Tensor | None) -> _Keys:
-        """What is mixed, and what the logits are made from."""
+    def _keys(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """What is mixed; and what weights are made from: keys of tokens and slots, and the masks of both."""
         tokens, mask, _ = as_tokens(tokens, mask, dim=self.dim)
         dtype = next(self.parameters()).dtype
         tokens = tokens.to(dtype) if mask is None else tokens.to(dtype).masked_fill(~mask[..., None], 0)
@@ -319,7 +318,7 @@ class _SoftMixture(nn.Module):
         # The paper mixes the tokens themselves; the other normalisations are upstream's, which mixes normalised ones.
         values = tokens if self.normalization == "unit" else token_keys
         slots, slot_mask = self._slots(values, mask)
-        return _Keys(values, token_keys, self.norm_slots(slots.to(dtype)), mask, slot_mask)
+        return values, token_keys, self.norm_slots(slots.to(dtype)), mask, slot_mask
 
     def _run_experts(self, slots: Tensor) -> Tensor:
         """Slots and outputs `[B, P * E, D]`; experts take them as `[B, E, P, D]`."""
@@ -336,9 +335,7 @@ class _SoftMixture(nn.Module):
         mask: Bool[Tensor, "B N"] | Bool[Tensor, "B H W"] | None = None,
     ) -> Routing:
         """The dispatch weights, `[B, 1, E * P, N]` expert by expert: what each slot reads, 1 in sum over the tokens."""
-        keys = self._keys(tokens, mask)
-        weights = dispatch_weights(keys.token_keys, keys.slot_keys, keys.mask, keys.slot_mask)
-        weights = self._expert_by_expert(weights)
+        weights = self._expert_by_expert(dispatch_weights(*self._keys(tokens, mask)[1:]))
         grid = (tokens.shape[2], tokens.shape[3]) if tokens.ndim == 4 else None
         return Routing(weights.mT[:, None], carriers="expert slots", grid=grid)
 
@@ -351,9 +348,7 @@ class _SoftMixture(nn.Module):
 
         Takes what `forward` takes; pixels are in rows. With the dispatch weights of `routing` it is the whole mixture.
         """
-        keys = self._keys(tokens, mask)
-        weights = combine_weights(keys.token_keys, keys.slot_keys, keys.mask, keys.slot_mask)
-        return self._expert_by_expert(weights)
+        return self._expert_by_expert(combine_weights(*self._keys(tokens, mask)[1:]))
 
     def expert_shares(
         self,
@@ -427,7 +422,7 @@ class SoftMoE(_SoftMixture):
         other number of tokens as well; its slots stay as many.
         """
         check_positive(num_tokens=num_tokens, num_experts=num_experts)
-        _check_capacity(capacity_factor)
+        check_positive_number(capacity_factor=capacity_factor)
         slots_per_expert = math.ceil(capacity_factor * num_tokens / num_experts)
         return cls(dim, num_experts=num_experts, slots_per_expert=slots_per_expert, **options)  # type: ignore[arg-type]
 
@@ -500,7 +495,7 @@ class DynamicSlotsSoftMoE(_SoftMixture):
                     "capacity_factor", expected="None where slots_per_expert is given", got=capacity_factor
                 )
         capacity_factor = 1.0 if capacity_factor is None else capacity_factor
-        _check_capacity(capacity_factor)
+        check_positive_number(capacity_factor=capacity_factor)
         self.slots_per_expert = slots_per_expert
         self.segment_length = max(1, round(num_experts / capacity_factor))
         self.to_slots = nn.Linear(dim, num_experts * dim, bias=False, device=device, dtype=dtype)
@@ -513,8 +508,3 @@ class DynamicSlotsSoftMoE(_SoftMixture):
         slots = self.to_slots(means).unflatten(-1, (self.num_experts, self.dim)).flatten(1, 2)
         slot_mask = None if means_mask is None else means_mask.repeat_interleave(self.num_experts, dim=1)
         return Segments(slots, slot_mask)
-
-
-def _check_capacity(capacity_factor: float) -> None:
-    if not 0 < capacity_factor < math.inf:
-        raise InvalidArgument("capacity_factor", expected="a positive number", got=capacity_factor)

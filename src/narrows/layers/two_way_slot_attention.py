@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from narrows.errors import ImplementationUnavailable
+from narrows.layers.initialisation import reset_like_keras
 from narrows.layers.slot_attention import (
     IMPLEMENTATIONS,
     AbsorbedProjections,
@@ -20,7 +21,6 @@ from narrows.layers.slot_attention import (
     plain_weights,
     recurrent_step,
     reset_initial_slots,
-    reset_like_keras,
     starting_slots,
 )
 from narrows.ops.slot_attention import (
@@ -43,7 +43,7 @@ from narrows.validation import (
     check_choice,
     check_not_negative,
     check_positive,
-    check_temperature,
+    check_positive_number,
     checked,
     why_not_plain,
 )
@@ -285,7 +285,7 @@ class TwoWaySlotAttention(nn.Module):
         tokens_dtype = tokens.dtype
         iterations = self.num_iterations if num_iterations is None else num_iterations
         check_positive(num_iterations=iterations)
-        check_temperature(temperature)
+        check_positive_number(temperature=temperature)
         slots: Tensor = starting_slots(self.initial_slots, tokens.shape[0], given, num_slots, generator, slot_mask)
         impl = self.implementation(tokens, slots)
         tokens = tokens.to(slots.dtype)

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from narrows.errors import InvalidArgument
-from narrows.validation import check_mask, check_positive, check_temperature
+from narrows.validation import check_mask, check_positive, check_positive_number
 
 
 def feature_transitions(
@@ -31,7 +31,7 @@ def feature_transitions(
     https://arxiv.org/abs/2306.04829
     """
     check_positive(step=step)
-    check_temperature(temperature)
+    check_positive_number(temperature=temperature)
     if features.shape[1] <= step:
         raise InvalidArgument("features", expected=f"more than {step} frames", got=features.shape[1])
     unit = F.normalize(features.detach().float(), dim=-1)
@@ -65,7 +65,7 @@ def slot_contrast_loss(
 
     https://arxiv.org/abs/2412.14295
     """
-    check_temperature(temperature)
+    check_positive_number(temperature=temperature)
     if slots.shape[1] < 2:
         raise InvalidArgument("slots", expected="a clip of at least two frames", got=f"{slots.shape[1]}")
     check_mask("slot_mask", slot_mask, (slots.shape[0], slots.shape[2]), layout="[B, K]")
