@@ -16,6 +16,7 @@ from itertools import count
 from pathlib import Path
 
 from narrows.errors import CannotWrite, InvalidArgument
+from narrows.screen import say
 
 UNFINISHED = ".unfinished-"
 """How the names of files and folders begin that are being written."""
@@ -175,7 +176,7 @@ def locked(path: str | Path, tell: str = "") -> Iterator[None]:
 
     Args:
         path: what is locked; a file `<path>.lock` beside it stands for it.
-        tell: what is printed if another process is inside.
+        tell: what is said if another process is inside.
 
     Raises:
         CannotWrite: no lock can be made there.
@@ -190,7 +191,7 @@ def locked(path: str | Path, tell: str = "") -> Iterator[None]:
             lock.acquire(timeout=0)
         except Timeout:
             if tell:
-                print(tell, flush=True)
+                say(tell)
             lock.acquire()
     except OSError as error:
         raise CannotWrite(file, _reason(error)) from error

@@ -2,6 +2,8 @@
 
 import functools
 import inspect
+import json
+import re
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,11 +43,16 @@ def _defaults(function) -> dict:
     return {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()}
 
 
+TABLE = "model  accuracy\nvit      0.5000\n"
+
+
 class Found(SimpleNamespace):
     """What a job gives."""
 
-    def __str__(self):
-        return "the table"
+    columns = dict.fromkeys(["model", "accuracy"])
+
+    def rows(self):
+        return [["vit", 0.5]]
 
 
 def _compared(**what) -> Found:
@@ -57,7 +64,7 @@ def test_compare_has_the_defaults_of_the_function_it_calls(asked, capsys):
     seen = asked(comparison, "compare", _compared())
     assert main(["compare"]) == 0
     assert seen == expected
-    assert capsys.readouterr().out == "the table\nReport: runs/1/report.html\n"
+    assert capsys.readouterr().out == f"{TABLE}Report: runs/1/report.html\n"
 
 
 def test_compare_passes_its_options_on(asked):
@@ -80,6 +87,9 @@ def test_an_interrupted_comparison_exits_130_and_says_what_is_kept(asked, capsys
     [
         ("--seed 3", 2, "narrows compare: unrecognized arguments: --seed 3. Did you mean --seeds?"),
         ("--epoch 3", 2, "Did you mean --epochs?"),
+        ("--lr 3", 2, "Did you mean --learning_rate?"),
+        ("--bs 3", 2, "Did you mean --batch_size?"),
+        ("photos", 2, "Did you mean --data photos?"),
         ("--btach-size 3", 2, "Did you mean --batch_size?"),
         ("--epochs many", 2, "epochs"),
         ("--zzz", 2, "unrecognized arguments: --zzz. See `narrows compare --help`"),
@@ -109,7 +119,7 @@ def test_bench_races_and_prints(asked, capsys):
     assert main(["bench", "slots*", *options]) == 0
     expected = {**_defaults(runner.run), "pattern": "slots*", "repeats": 3, "record": "results"}
     assert seen == {**expected, "quick": True, "modes": ["eager", "graph"]}
-    assert "slots/small  eager  forward" in capsys.readouterr().out
+    assert re.search("slots/small\nmode.*\neager  forward", capsys.readouterr().out)
 
 
 def test_bench_explains_an_unknown_option(capsys):
@@ -128,7 +138,7 @@ def test_reduce_has_the_defaults_of_the_function_it_calls(asked, capsys):
     assert main(["reduce"]) == 0
     assert seen == expected
     printed = capsys.readouterr().out
-    assert printed == "the table\nChosen: ats 0.5 (needs fewest MACs)\nReport: runs/1/report.html\n"
+    assert printed == f"{TABLE}Chosen: ats 0.5 (needs fewest MACs)\nReport: runs/1/report.html\n"
 
 
 def test_reduce_passes_its_options_on(asked, capsys):
@@ -210,7 +220,7 @@ def test_show_takes_files_and_folders_and_registry_names(tmp_path, capsys):
     arguments = [str(single), str(tmp_path / "in"), "--output", str(tmp_path / "out"), "--max-carriers", "2"]
     assert main(["show", "resampler_vit_mini", *arguments]) == 0
     assert {path.name.partition("-")[0] for path in (tmp_path / "out").iterdir()} == {"a", "b"}
-    assert "The weights of resampler_vit_mini are random" in capsys.readouterr().out
+    assert "The weights of resampler_vit_mini are random" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -233,6 +243,31 @@ def test_show_explains_bad_input(arguments, code, message, capsys, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     assert main(["show", *arguments]) == code
     assert message in capsys.readouterr().err
+
+
+def test_show_lists_the_models_of_a_run_and_draws_all_that_have_a_bottleneck(tmp_path, capsys):
+    torch.manual_seed(0)
+    for name in ("resampler_vit_mini", "slot_vit_mini", "vit_mini"):
+        create_model(name).save_pretrained(tmp_path / "run" / "models" / f"{name}-seed0")
+    assert main(["show", str(tmp_path / "run")]) == 0
+    listed = capsys.readouterr().out
+    for name, kind in {"resampler_vit_mini": "ResamplerViT", "slot_vit_mini": "SlotViT"}.items():
+        assert re.search(rf"models/{name}-seed0 +{kind}", listed)
+    assert main(["show", str(tmp_path / "run"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [Path(one["model"]).name for one in found["models"]] == [
+        "resampler_vit_mini-seed0", "slot_vit_mini-seed0", "vit_mini-seed0",
+    ]  # fmt: skip
+    image = write_image(tmp_path / "a.png", size=(50, 40))
+    assert main(["show", str(tmp_path / "run"), str(image), "--output", str(tmp_path / "out"), "--json"]) == 0
+    printed = capsys.readouterr()
+    pictures = json.loads(printed.out)["pictures"]
+    assert {Path(path).parent.name for path in pictures} == {"resampler_vit_mini-seed0", "slot_vit_mini-seed0"}
+    assert all(Path(path).is_file() for path in pictures)
+    assert "vit_mini-seed0 has no token bottleneck to show." in printed.err
+    (tmp_path / "run" / "models").rename(tmp_path / "elsewhere")
+    assert main(["show", str(tmp_path / "run")]) == 1
+    assert "model: expected a folder with a model, or that of a run" in capsys.readouterr().err
 
 
 def test_show_explains_a_folder_without_a_model(tmp_path, capsys):

@@ -45,7 +45,7 @@ def test_the_digits_recipe_leaves_what_generate_takes(parts, tmp_path, capsys):
 
     last = ["--config", str(run / "config.yaml"), "--ckpt_path", str(run / "checkpoints" / "last.ckpt")]
     assert main(["validate", *last]) == 0
-    assert "val/image_gain" in capsys.readouterr().out
+    assert "held-out image gain: " in capsys.readouterr().out
     assert main(["predict", *last]) == 1
     assert "task: expected one that predicts, got 'flamingo'. Use `narrows generate`" in capsys.readouterr().err
 

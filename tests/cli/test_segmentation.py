@@ -30,8 +30,9 @@ def test_a_segmenter_is_trained_judged_and_used(tmp_path, monkeypatch, capsys):
     # The saved configuration says which task it was.
     given = ["--config", str(run / "config.yaml"), "--ckpt_path", str(run / "checkpoints" / "last.ckpt")]
     assert main(["test", *given, "--trainer.limit_test_batches", "2"]) == 0
-    assert "test/mean_iou" in capsys.readouterr().out
-    assert main(["predict", *given, "--trainer.limit_predict_batches", "2"]) == 0
+    assert "test mean iou: " in capsys.readouterr().out
+    # So does the checkpoint.
+    assert main(["predict", "--checkpoint", str(run), *QUIET, "--trainer.limit_predict_batches", "2"]) == 0
     folder = _only((tmp_path / "runs").glob("*/predictions"))
     assert f"Predictions are in {folder.relative_to(tmp_path)}" in capsys.readouterr().out
     assert len(list(folder.glob("*.png"))) == 128  # two batches

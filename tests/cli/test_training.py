@@ -1,12 +1,14 @@
 import csv
 import json
+import re
 import shutil
 import signal
 
 import pytest
 import torch
+import yaml
 
-from narrows.cli import main
+from narrows.cli import main, shorthand
 from narrows.cli.training import OPTIONS
 from narrows.data import ImageDataModule
 from narrows.models import load_model
@@ -92,6 +94,55 @@ def test_fit_resumes_exactly(narrows, tmp_path):
         assert torch.equal(found["state_dict"][name], value), name
 
 
+def test_options_that_all_commands_share_have_one_spelling(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    line = ["fit", "--data", str(folder), "--epochs=1", "--batch-size", "8", "--image_size", "16", "--device", "cpu"]
+    line += ["--learning-rate", "0.01", "--seed", "3", "--output", "here", "--model.betas", "0.9,0.95"]
+    assert main([*line, "--model.model_args", json.dumps(MODEL)]) == 0
+    printed = capsys.readouterr()
+    assert re.search(r"^Best held-out accuracy: \d+\.\d %$", printed.out, re.MULTILINE)
+    assert re.search(r"^training: \d+/\d+ steps, \d+ s, held-out \d+\.\d %$", printed.err, re.MULTILINE)
+    assert not re.search(r"[\r\x1b]", printed.out + printed.err)
+    for noise in ("GPU available", "Tip", "dirpath", "max_epochs", "site-packages", "Restoring"):
+        assert noise not in printed.out + printed.err
+    run = _only((tmp_path / "here").iterdir())
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["trainer"]["max_epochs"] == 1
+    assert config["seed_everything"] == 3
+    assert config["model"]["betas"] == [0.9, 0.95]
+    assert (config["model"]["learning_rate"], config["data"]["batch_size"]) == (0.01, 8)
+
+    assert main(["test", "--checkpoint", str(run), "--quiet"]) == 0
+    printed = capsys.readouterr()
+    assert re.fullmatch(r"test loss: [\d.]+\ntest accuracy: \d+\.\d %\n", printed.out)
+    assert printed.err == ""
+    assert main(["validate", "--checkpoint", str(run), "--json"]) == 0
+    metrics = json.loads(capsys.readouterr().out)["metrics"]
+    assert set(metrics) == {"val/loss", "val/accuracy"}
+
+    pictures = ",".join(str(folder / name) for name in ("cat", "dog"))
+    assert main(["predict", "--checkpoint", str(run), "--images", pictures, "--json", "--output", "there"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["predictions"]) == 32
+    assert {row["class"] for row in found["predictions"]} <= {"cat", "dog"}
+    assert all(0.5 <= row["probability"] <= 1 for row in found["predictions"])
+    assert main(["predict", "--checkpoint", str(run), "photos"]) == 2
+    assert "Did you mean --images photos?" in capsys.readouterr().err
+    for command, wanted in (("fit", "last.ckpt"), ("test", "epoch=0")):
+        assert wanted in shorthand.short_forms([command, "--checkpoint", str(run)])[-1]
+        assert wanted in shorthand.short_forms([command, f"--checkpoint={run}"])[-1]
+
+
+def test_a_checkpoint_says_what_its_task_is(tmp_path):
+    torch.save({shorthand.TASK: "segmentation"}, tmp_path / "a.ckpt")
+    torch.save({}, tmp_path / "old.ckpt")
+    tasks = ("classification", "segmentation")
+    assert shorthand.task_of(["predict", "--ckpt_path", str(tmp_path / "a.ckpt")], tasks) == "segmentation"
+    assert shorthand.task_of(["predict", f"--ckpt_path={tmp_path / 'old.ckpt'}"], tasks) == "classification"
+    given = ["predict", "--task", "classification", "--ckpt_path", str(tmp_path / "a.ckpt")]
+    assert shorthand.task_of(given, tasks) == "classification", "what is given goes before"
+
+
 def test_fit_honours_the_loggers_and_folders_of_lightning(narrows, tmp_path):
     assert narrows("fit", "--trainer.max_epochs=1", "--trainer.logger=CSVLogger", "--trainer.logger.save_dir=mine") == 0
     assert list((tmp_path / "mine").rglob("metrics.csv"))
@@ -128,6 +179,15 @@ def test_the_configuration_can_be_printed_and_read_again(narrows, tmp_path, caps
         ("--trainer.max_epoch 1", 2, "Did you mean --trainer.max_epochs?"),
         ("--data.btach_size 4", 2, "Did you mean --data.batch_size?"),
         ("--model.learn_rate 0.1", 2, "Did you mean --model.learning_rate?"),
+        ("--lr 0.1", 2, "Did you mean --learning_rate?"),
+        ("--bs 4", 2, "Did you mean --batch_size?"),
+        ("--wd 0.1", 2, "Did you mean --model.weight_decay?"),
+        ("--epoch 3", 2, "Did you mean --epochs?"),
+        ("photos", 2, "Did you mean --data photos?"),
+        ("timm:vit_tiny", 2, "Did you mean --model timm:vit_tiny?"),
+        ("--device tpu", 1, "device: expected 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps', got 'tpu'"),
+        ("--device cpu --trainer.accelerator gpu", 1, "trainer.accelerator: expected to be left out where --device is"),
+        ("--model.betas 0.9,much", 2, "betas"),
         ("--trainer.max_epochs abc", 2, 'Parser key "trainer.max_epochs"'),
         ("--config nope.yaml", 2, "nope.yaml"),
         ("--ckpt_path nope.ckpt", 1, "ckpt_path: expected a checkpoint file, got 'nope.ckpt', which does not exist"),
@@ -146,7 +206,7 @@ def test_bad_input_is_explained(narrows, options, code, message, capsys):
 @pytest.mark.parametrize("command", ["validate", "test", "predict"])
 def test_only_training_can_do_without_a_checkpoint(narrows, command, capsys):
     assert narrows(command) == 1
-    assert "ckpt_path: expected the checkpoint to look at, got None. Add --ckpt_path" in capsys.readouterr().err
+    assert "ckpt_path: expected the checkpoint to look at, got None. Add --checkpoint <run>" in capsys.readouterr().err
 
 
 def test_an_unknown_key_of_a_recipe_is_told_the_nearest(tmp_path, capsys):
@@ -156,8 +216,15 @@ def test_an_unknown_key_of_a_recipe_is_told_the_nearest(tmp_path, capsys):
 
 
 def test_every_training_command_explains_itself(capsys):
-    for command in ("fit", "predict"):
+    for command, first in shorthand.FIRST.items():
         assert main([command, "--help"]) == 0
+        brief = capsys.readouterr().out
+        assert len(brief.splitlines()) <= 40, "it fits a screen"
+        assert max(map(len, brief.splitlines())) <= 80
+        assert all(f"--{name} " in brief for name in first)
+        assert "--help-all" in brief
+        assert "type:" not in brief
+        assert main([command, "--help-all"]) == 0
         assert "--data.batch_size" in capsys.readouterr().out
 
 

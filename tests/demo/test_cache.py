@@ -5,7 +5,6 @@ import time
 from pathlib import Path
 
 import pytest
-from tqdm import tqdm
 
 from narrows.demo.cache import kept
 from narrows.demo.reader import digits_vision_encoder
@@ -40,13 +39,13 @@ def test_several_processes_make_it_once(tmp_path, capfd):
         process.join()
         assert process.exitcode == 0
     assert (tmp_path / "log").read_text() == "made\n"
-    assert "Waiting for another process that makes" in capfd.readouterr().out
+    assert "Waiting for another process that makes" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("damage", ["bad content", None])
 def test_what_is_damaged_is_named_set_aside_and_made_anew(tmp_path, monkeypatch, damage):
     said = []
-    monkeypatch.setattr(tqdm, "write", said.append)
+    monkeypatch.setattr("narrows.demo.cache.say", said.append)
     folder = tmp_path / "cache"
     folder.mkdir()
     if damage:

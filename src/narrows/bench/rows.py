@@ -93,11 +93,19 @@ def table(rows: Sequence[Row]) -> str:
 
     Rows of a GPU also say how many kernels are launched and the peak of memory, each "rival / narrows".
     """
+    return "\n".join((text_table(*cells(rows)), *notes(rows)))
+
+
+def cells(rows: Sequence[Row]) -> tuple[list[str], list[tuple[object, ...]]]:
+    """The heads of `table`, of which the first is the case, and its rows."""
     head = ("case", "mode", "quantity", "rival", "narrows", "ratio", "target", "verdict")
     on_gpu = ("launches", "peak") if any(row.device == "cuda" for row in rows) else ()
-    notes = dict.fromkeys(f"{row.case} ({row.mode}): {row.note}" for row in rows if row.note)
-    cells = [(*_cells(row), *_on_gpu(row)[: len(on_gpu)]) for row in rows]
-    return "\n".join((text_table((*head, *on_gpu), cells), *notes))
+    return [*head, *on_gpu], [(*_cells(row), *_on_gpu(row)[: len(on_gpu)]) for row in rows]
+
+
+def notes(rows: Sequence[Row]) -> list[str]:
+    """What is to be said below a table, each once."""
+    return list(dict.fromkeys(f"{row.case} ({row.mode}): {row.note}" for row in rows if row.note))
 
 
 def _on_gpu(row: Row) -> tuple[str, str]:

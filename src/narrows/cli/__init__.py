@@ -2,18 +2,25 @@
 
 import difflib
 import importlib
+import json
+import math
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from textwrap import wrap
 from types import FrameType
-from typing import Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from narrows._version import __version__
 from narrows.errors import NarrowsError, Terminated
+from narrows.screen import quiet, tell
+
+if TYPE_CHECKING:
+    from narrows.visualize.tables import ScreenTable
 
 
 class Command(NamedTuple):
@@ -40,6 +47,7 @@ COMMANDS = {
     "predict": Command("training.run", "class and probability of images, as a table"),
     "generate": Command("commands.generate", "let a language model write after a prompt with pictures"),
     "bench": Command("commands.bench", "time narrows against the packages people use today"),
+    "completion": Command("completion.run", "print a script by which bash, zsh or tcsh completes commands and options"),
 }
 
 _GROUPS = {
@@ -48,7 +56,7 @@ _GROUPS = {
     "Where are the objects?": ("discover",),
     "Train one": ("fit", "validate", "test", "predict"),
     "Let a language model see": ("generate",),
-    "How fast, and what is here?": ("bench", "info"),
+    "How fast, and what is here?": ("bench", "info", "completion"),
 }
 
 
@@ -71,6 +79,16 @@ EXTRAS: dict[str, dict[str, str]] = {
 }
 """The packages that each extra brings, and as what they are imported."""
 
+SWITCHES = {
+    "--quiet": "no notes and no progress, only results and errors",
+    "--json": "print the result as JSON",
+    "--debug": "show where an error came from (or NARROWS_DEBUG=1)",
+}
+"""What every command takes, anywhere in its line."""
+
+JSON: ContextVar[bool] = ContextVar("json", default=False)
+"""Whether results are printed as JSON."""
+
 _SCREEN = 1200
 """Characters of a message: fifteen lines of 80."""
 
@@ -83,20 +101,52 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given or bool(os.environ.get("NARROWS_DEBUG"))
+    as_json = JSON.set("--json" in given)
     try:
-        with _signals_raise():
-            return _run([argument for argument in given if argument != "--debug"])
+        with _signals_raise(), quiet("--quiet" in given):
+            return _run([argument for argument in given if argument not in SWITCHES])
     except Exception as error:
         told = _told(error)
         if debug or told is None:
             raise
-        print(f"narrows: {_on_a_screen(told)}", file=sys.stderr)
+        tell(f"narrows: {_on_a_screen(told)}", "red")
         return 1
     except KeyboardInterrupt as interrupt:
-        print(f"\nnarrows: stopped. {interrupt}".rstrip(), file=sys.stderr)
+        tell(f"\nnarrows: stopped. {interrupt}".rstrip(), "yellow")
         return 128 + getattr(interrupt, "signum", signal.SIGINT)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    finally:
+        JSON.reset(as_json)
+
+
+def answer(command: str, data: Callable[[], Mapping[str, Any]], *shown: "str | ScreenTable") -> None:
+    """Print what a command found: what is `shown`, or with `--json` an object of `data`, "command" and "narrows"."""
+    if JSON.get():
+        print(json.dumps(_plain({"command": command, "narrows": __version__, **data()}), indent=2, allow_nan=False))
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console()
+    for each in shown:
+        if not isinstance(each, str):
+            each.print(console)
+        elif console.is_terminal:
+            console.print(Text(each))
+        else:
+            print(each)
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it: what is no number is null."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, os.PathLike) else value
 
 
 def _told(error: Exception) -> str | None:
@@ -154,7 +204,7 @@ def _run(arguments: list[str]) -> int:
     if name not in COMMANDS:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"Did you mean {close[0]!r}?" if close else f"There are {', '.join(COMMANDS)}."
-        print(f"narrows: unknown command {name!r}. {hint} See `narrows --help`.", file=sys.stderr)
+        tell(f"narrows: unknown command {name!r}. {hint} See `narrows --help`.", "red")
         return 2
     module, _, function = COMMANDS[name].place.partition(".")
     getattr(importlib.import_module(f"narrows.cli.{module}"), function)([name, *rest])
@@ -166,12 +216,14 @@ def _help() -> str:
     for title, names in _GROUPS.items():
         lines += ["", title]
         for name in names:
-            lines += wrap(COMMANDS[name].summary, 80, initial_indent=f"  {name:<10}", subsequent_indent=" " * 12)
+            lines += wrap(COMMANDS[name].summary, 80, initial_indent=f"  {name:<12}", subsequent_indent=" " * 14)
     lines += [
         "",
+        "Every command takes",
+        *(f"  {name:<12}{meaning}" for name, meaning in SWITCHES.items()),
+        "",
         "`narrows help <command>` lists the options of a command; words in them may be",
-        "joined by - or _. -V, --version prints the version; --debug (or NARROWS_DEBUG=1)",
-        "shows where an error came from.",
+        "joined by - or _. -V, --version prints the version.",
         "",
         "Start here: narrows compare",
     ]

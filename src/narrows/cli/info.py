@@ -6,12 +6,13 @@ import pkgutil
 import platform
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
+from textwrap import wrap
 
 import torch
 
 import narrows.ops
 from narrows._version import __version__
-from narrows.cli import EXTRAS
+from narrows.cli import EXTRAS, answer
 from narrows.models import list_models
 from narrows.ops.dispatch import Implementation
 
@@ -19,17 +20,33 @@ from narrows.ops.dispatch import Implementation
 def run(arguments: list[str]) -> None:
     """Print everything; needs no extra."""
     argparse.ArgumentParser(prog="narrows info", description=__doc__).parse_args(arguments[1:])
-    sections = {
-        "Versions": versions(),
-        "Extras": extras(),
-        "Devices": devices(),
-        "Models": dict.fromkeys(list_models(), ""),
-        "Models that find objects": dict.fromkeys(list_models(task="objects"), ""),
-        "Implementations": implementations(),
+    data = {
+        "versions": versions(),
+        "extras": {extra: {name: _version(name) for name in packages} for extra, packages in EXTRAS.items()},
+        "devices": devices(),
+        "models": list_models(),
+        "object_models": list_models(task="objects"),
+        "implementations": implementations(),
     }
-    for title, entries in sections.items():
-        width = max(map(len, entries), default=0)
-        print("\n".join([title, *(f"  {name:<{width}}  {text}".rstrip() for name, text in entries.items()), ""]))
+    sections = {
+        "Versions": data["versions"],
+        "Extras": extras(),
+        "Devices": data["devices"],
+        "Models": dict.fromkeys(data["models"], ""),
+        "Models that find objects": dict.fromkeys(data["object_models"], ""),
+        "Implementations": data["implementations"],
+    }
+    answer("info", lambda: data, *(_section(title, entries) for title, entries in sections.items()))
+
+
+def _section(title: str, entries: Mapping[str, str]) -> str:
+    """Names and what is to be said of them, which stays in its column on 80 columns."""
+    width = max(map(len, entries), default=0) + 4
+    lines = [title]
+    for name, text in entries.items():
+        first = f"  {name:<{width - 2}}"
+        lines += wrap(text, 80, initial_indent=first, subsequent_indent=" " * width) or [first.rstrip()]
+    return "\n".join([*lines, ""])
 
 
 def versions() -> dict[str, str]:

@@ -5,17 +5,55 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import Any, NoReturn, get_origin
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, ClassVar, NoReturn, Union, get_args, get_origin
 
 from jsonargparse import ArgumentParser
 
+from narrows.screen import tell
+
 _UNKNOWN = re.compile(r"unrecognized arguments: --([\w.]+)|(?:key|option) '([\w.]+)'", re.IGNORECASE)
+_UNNAMED = re.compile(r"unrecognized arguments: ([^-\s]\S*)", re.IGNORECASE)
+_UNIONS = (Union, UnionType)
 _DENIED = re.compile(r"Importing '([^']*)' is not allowed")
+
+
+USUAL_NAMES = {
+    "lr": ("learning_rate",),
+    "bs": ("batch_size",),
+    "batch": ("batch_size",),
+    "wd": ("model.weight_decay",),
+    "size": ("image_size",),
+    "img_size": ("image_size",),
+    "max_epochs": ("epochs",),
+    "num_epochs": ("epochs",),
+    "seed": ("seeds",),
+    "seeds": ("seed",),
+    "ckpt": ("checkpoint",),
+    "ckpt_path": ("checkpoint",),
+    "weights": ("checkpoint",),
+    "gpu": ("device",),
+    "gpus": ("device",),
+    "accelerator": ("device",),
+    "dataset": ("data",),
+    "input": ("data", "images"),
+    "out": ("output",),
+    "output_dir": ("output",),
+    "methods": ("method",),
+    "budgets": ("budget",),
+    "text": ("prompt",),
+    "max_tokens": ("max_new_tokens",),
+}
+"""What other programs call an option, and what it is called here."""
 
 
 class ClearErrors(ArgumentParser):
     """A parser that takes no abbreviations and whose complaint about an unknown option names the nearest one."""
+
+    short: ClassVar[Mapping[str, str]] = {}
+    """Further names of options, which become those of the parser before it reads them."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, allow_abbrev=False, **kwargs)
@@ -31,14 +69,24 @@ class ClearErrors(ArgumentParser):
             )
         message = " ".join(message.split())
         known = [name[2:] for name in parser._option_string_actions if name.startswith("--")]
-        print(f"{prog}: {message}{_nearest(message, known)} See `{prog} --help`.", file=sys.stderr)
+        known += [name for name in self.short if name not in known]
+        unnamed = {"predict": "images", "generate": "prompt"}.get(prog.split()[-1], "data")
+        tell(f"{prog}: {message}{_nearest(message, known, unnamed)} See `{prog} --help`.", "red")
         sys.exit(2)
 
 
-def _nearest(message: str, known: Iterable[str]) -> str:
-    """Names the option that was probably meant where `message` complains about one that does not exist."""
+def _nearest(message: str, known: Collection[str], unnamed: str) -> str:
+    """Names the option that was probably meant where `message` complains about one that does not exist, or has none."""
+    if stray := _UNNAMED.search(message):
+        option = "model" if stray[1].startswith(("timm:", "hf:")) else unnamed
+        value = "..." if option == "prompt" else stray[1]
+        return f". Did you mean --{option} {value}?" if option in known else "."
     unknown = _UNKNOWN.search(message)
-    close = difflib.get_close_matches(unknown[1] or unknown[2], known, n=1, cutoff=0.5) if unknown else []
+    if unknown is None:
+        return "."
+    name = unknown[1] or unknown[2]
+    usual = [one for one in USUAL_NAMES.get(name, ()) if one in known]
+    close = usual or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f". Did you mean --{close[0]}?" if close else "."
 
 
@@ -56,10 +104,9 @@ def call(function: Callable[..., Any], arguments: list[str], *, several: str = "
     """
     command, *options = arguments
     parameters = inspect.signature(function).parameters
-    listed = {f"--{name}" for name, one in parameters.items() if get_origin(one.annotation) is Sequence}
     switches = {f"--{name}" for name, one in parameters.items() if one.annotation is bool}
     parser = parser_of(function, command, several=several, first=first)
-    return function(**vars(parser.parse_args(_with_lists(_switched(underscored(options), switches), listed))))
+    return function(**vars(parser.parse_args(with_lists(_switched(underscored(options), switches), lists_of(parser)))))
 
 
 def parser_of(function: Callable[..., Any], command: str, *, several: str = "", first: str = "") -> ClearErrors:
@@ -81,14 +128,28 @@ def _switched(options: Sequence[str], switches: Collection[str]) -> list[str]:
     ]
 
 
-def _with_lists(options: Sequence[str], listed: Collection[str]) -> list[str]:
-    """`--models a,b` and `--models=a,b` as `--models=["a", "b"]`, for the options in `listed`."""
+def lists_of(parser: ArgumentParser) -> dict[str, bool]:
+    """The options of a parser that take a list of plain things and nothing else; whether these are numbers."""
+    found = {}
+    for action in parser._actions:
+        hint = getattr(action, "_typehint", None)
+        kinds = [kind for kind in get_args(hint) if kind is not NoneType] if get_origin(hint) in _UNIONS else [hint]
+        if len(kinds) == 1 and get_origin(kinds[0]) in (list, tuple, Sequence):
+            items = {kind for one in get_args(kinds[0]) for kind in (get_args(one) or (one,)) if kind is not Ellipsis}
+            if items <= {str, Path, int, float}:
+                found |= dict.fromkeys(action.option_strings, items <= {int, float})
+    return found
+
+
+def with_lists(options: Sequence[str], listed: Mapping[str, bool]) -> list[str]:
+    """`--models a,b` and `--models=a,b` as `--models=["a", "b"]`, for the options in `listed`; numbers unquoted."""
     found: list[str] = []
     for argument in options:
         if found and found[-1] in listed and not argument.startswith("--"):
             argument = f"{found.pop()}={argument}"
         option, given, value = argument.partition("=")
-        if given and option in listed and not value.startswith("["):
-            argument = f"{option}={json.dumps([part.strip() for part in value.split(',') if part.strip()])}"
+        if given and option in listed and not value.startswith("[") and value != "null":
+            parts = [part.strip() for part in value.split(",") if part.strip()]
+            argument = f"{option}=[{', '.join(parts)}]" if listed[option] else f"{option}={json.dumps(parts)}"
         found.append(argument)
     return found

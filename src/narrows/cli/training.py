@@ -1,14 +1,14 @@
 """`narrows fit`, `validate`, `test` and `predict`: Lightning's command line on narrows' models and images."""
 
-import argparse
+import csv
 import logging
 import os
 import re
 import signal
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -18,12 +18,14 @@ from jsonargparse import Namespace, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import BasePredictionWriter, Callback
+from lightning.pytorch.callbacks import BasePredictionWriter, Callback, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.io import CheckpointIO
 
-from narrows.cli.parsing import ClearErrors, underscored
+from narrows.cli import COMMANDS, answer
+from narrows.cli.parsing import ClearErrors, lists_of, underscored, with_lists
+from narrows.cli.shorthand import FIRST, SHORT, TASK, first_help, read_checkpoint, short_forms, task_of
 from narrows.data.module import (
     ImageDataModule,
     ImagesOf,
@@ -34,15 +36,19 @@ from narrows.data.module import (
 from narrows.errors import InvalidArgument, MissingExtra, NarrowsError, Terminated
 from narrows.files import new_folder, replacing
 from narrows.jobs.fit import classification, objects, segmentation
-from narrows.training.callbacks import ClassMaps, PredictionTable, SavePretrained
+from narrows.screen import say
+from narrows.training.callbacks import ClassMaps, PredictionTable, RunProgress, SavePretrained
 from narrows.training.checkpoints import Checkpoints, StopOnSignal, WholeFiles
+from narrows.training.run import trainer_device
 from narrows.training.task import Task
-from narrows.validation import check_choice
-from narrows.weights import read_file
+from narrows.validation import check_device
 
 # Warnings of Lightning that do not apply: arguments come from `main`, `ImageDataModule` resumes in the middle of an
-# epoch, and frozen modules are in evaluation mode on purpose.
+# epoch, frozen modules are in evaluation mode on purpose, and every run has a folder of its own.
 _DO_NOT_APPLY = (
+    "The dirpath has changed",
+    "Checkpoint directory .* exists and is not empty",
+    "The number of training batches .* is smaller than the logging interval",
     "LightningCLI's args parameter is intended to run from within Python",
     "isinstance.treespec, LeafSpec.. is deprecated",
     "your dataloader is not resumable",
@@ -120,7 +126,20 @@ TASKS: dict[str, Callable[[], Choice]] = {
 
 
 class TrainingParser(ClearErrors, LightningArgumentParser):
-    """Lightning's parser with clear errors."""
+    """Lightning's parser with clear errors, and the names of `SHORT` in what it suggests."""
+
+    short = SHORT
+
+
+class BriefParser(TrainingParser):
+    """One whose help is what people set first."""
+
+    def format_help(self, *args: Any, **kwargs: Any) -> str:
+        """A screen of it."""
+        command = self.prog.split()[-1]
+        if command in FIRST:
+            return first_help(self, command, COMMANDS[command].summary)
+        return super().format_help(*args, **kwargs)
 
 
 class SaveConfig(SaveConfigCallback):
@@ -138,6 +157,7 @@ class SaveConfig(SaveConfigCallback):
         """Put the options of the model and of the data into the checkpoint."""
         if trainer.state.fn == "fit":
             options = yaml.safe_load(self.parser.dump(self.config, skip_none=False, skip_link_targets=True))
+            checkpoint[TASK] = options["task"]
             checkpoint[OPTIONS] = {part: options[part] for part in ("model", "data")}
             data = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
             if isinstance(data, ImageDataModule):
@@ -155,7 +175,8 @@ class TrainingCLI(LightningCLI):
         self.parent = os.getppid()
         self.task, self.choice, self.args = task, TASKS[task](), kwargs["args"]
         self.trained_on: ImagesOf | None = None
-        left = [StopOnSignal(), self.choice.saving()]
+        self.device: dict[str, Any] = {}
+        left: list[Callback] = [StopOnSignal(), self.choice.saving()]
         if self.choice.predictions is not None:
             left.append(self.choice.predictions())
         defaults = {"max_epochs": 20, "enable_model_summary": False, "callbacks": left}
@@ -163,7 +184,10 @@ class TrainingCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Link model and data, and keep the best and the last checkpoint."""
-        parser.add_argument("--task", type=Literal[*TASKS], default=self.task, help="What is trained.")
+        parser.add_argument(
+            "--task", type=Literal[*TASKS], default=self.task, help=f"what is trained: {', '.join(TASKS)}"
+        )
+        parser.add_argument("--device", default="auto", help='"auto", "cpu", "cuda", "cuda:1" or "mps"')
         for link in self.choice.links:
             parser.link_arguments(link.source, link.target, partial(self._read, link.value), apply_on="instantiate")
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
@@ -175,6 +199,13 @@ class TrainingCLI(LightningCLI):
                 "checkpoint.save_on_exception": True,
             }
         )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Read lists that are written with commas."""
+        if args and args[0] in self._subcommand_parsers:
+            listed = lists_of(self._subcommand_parsers[args[0]])
+            self.args = [args[0], *with_lists(args[1:], listed)]
+        super().parse_arguments(parser, self.args)
 
     def _read(self, value: Callable[[Any], Any], source: Any) -> Any:
         """What a link reads; from data it is read after they are told what the checkpoint knows of them."""
@@ -193,11 +224,7 @@ class TrainingCLI(LightningCLI):
         path = self.config[command].get("ckpt_path") if command else None
         if path is None or not Path(path).is_file():
             return
-        try:
-            content = read_file(path)
-        except InvalidArgument as error:
-            got = str(error).partition("got ")[2].rstrip(".")
-            raise InvalidArgument("ckpt_path", expected="a checkpoint that narrows fit wrote", got=got) from error
+        content = read_checkpoint(path)
         trained, images = content.get(OPTIONS, {}), content.get(IMAGES)
         if command == "predict" and isinstance(images, dict):
             self.trained_on = ImagesOf(**images)
@@ -231,10 +258,16 @@ class TrainingCLI(LightningCLI):
                 "ckpt_path",
                 expected="the checkpoint to look at",
                 got=None,
-                hint="Add --ckpt_path <run>/checkpoints/...",
+                hint="Add --checkpoint <run>, the folder of a run of `narrows fit`.",
             )
         if given is not None and given not in _CHECKPOINT_WORDS and not Path(given).exists():
             raise InvalidArgument("ckpt_path", expected="a checkpoint file", got=f"{given!r}, which does not exist")
+        device = check_device(self._get(self.config, "device"))
+        if self._get(self.config, "device") != "auto":
+            if (accelerator := self._get(self.config, "trainer.accelerator")) != "auto":
+                expected, got = "to be left out where --device is given", repr(accelerator)
+                raise InvalidArgument("trainer.accelerator", expected=expected, got=got)
+            self.device = trainer_device(device)
 
     def instantiate_classes(self) -> None:
         """Raise errors of narrows as they are: jsonargparse wraps what goes wrong while it links."""
@@ -251,8 +284,12 @@ class TrainingCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Log to CSV and TensorBoard, and write checkpoints whole, unless told otherwise."""
         asked = self._get(self.config_init, "trainer")
-        plugins = asked["plugins"] or []
-        plugins = plugins if isinstance(plugins, list) else [plugins]
+        own_bar = any(isinstance(callback, ProgressBar) for callback in _listed(asked["callbacks"]))
+        if asked["enable_progress_bar"] is not False and not own_bar:
+            kwargs["enable_progress_bar"] = False
+            self.trainer_defaults["callbacks"].append(RunProgress("training", self.choice.monitor))
+        kwargs.update(self.device)
+        plugins = _listed(asked["plugins"])
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             kwargs["plugins"] = [*plugins, WholeFiles()]
         if asked["logger"] in (None, True):
@@ -270,16 +307,46 @@ class TrainingCLI(LightningCLI):
             raise InvalidArgument("trainer", expected=expected, got=f"others ({reason})") from error
 
     def after_fit(self) -> None:
-        """Say where everything is."""
+        """Say how good the model is, and where everything is."""
         folder = self.trainer.log_dir  # log_dir is broadcast: every process has to read it
-        if self.trainer.is_global_zero and folder is not None:
-            print(f"Checkpoints, metrics and the model are in {folder}")
+        if not self.trainer.is_global_zero:
+            return
+        kept = _only(self.trainer, Checkpoints)
+        metrics = _metrics(self.trainer, ("val/",))
+        best = {} if kept.best_model_score is None else {kept.monitor: kept.best_model_score.item()}
+
+        def data() -> dict[str, Any]:
+            checkpoints = {
+                "best_checkpoint": kept.best_model_path or None,
+                "last_checkpoint": kept.last_model_path or None,
+            }
+            return {"metrics": metrics, "best": best, "folder": folder, **checkpoints}
+
+        shown = [f"Best {_read(name, value)}" for name, value in best.items()]
+        shown = shown or [_read(name, value) for name, value in metrics.items() if name == self.choice.monitor]
+        shown += [f"Checkpoints, metrics and the model are in {folder}"] if folder is not None else []
+        answer("fit", data, *shown)
+
+    def validate(self, **options: Any) -> None:
+        """Print the metrics as they are read."""
+        self._judge("validate", **options)
+
+    def test(self, **options: Any) -> None:
+        """Print the metrics as they are read."""
+        self._judge("test", **options)
+
+    def _judge(self, command: str, **options: Any) -> None:
+        getattr(self.trainer, command)(**{**options, "verbose": False})
+        if self.trainer.is_global_zero:
+            metrics = _metrics(self.trainer, ("val/", "test/"))
+            answer(command, lambda: {"metrics": metrics}, *(_read(name, value) for name, value in metrics.items()))
 
     def after_predict(self) -> None:
         """Say where they are."""
         if self.trainer.is_global_zero:
             assert self.choice.predictions is not None
-            print(f"Predictions are in {_only(self.trainer, self.choice.predictions).path}")
+            path = _only(self.trainer, self.choice.predictions).path
+            answer("predict", lambda: _predicted(path), f"Predictions are in {path}")
 
     def _run_subcommand(self, subcommand: str) -> None:
         try:
@@ -308,6 +375,27 @@ class TrainingCLI(LightningCLI):
         return f"Go on with: narrows fit --config {last.parent.parent / 'config.yaml'} --ckpt_path {last}"
 
 
+def parsers(task: str = "classification") -> dict[str, Any]:
+    """The parsers of `fit`, `validate`, `test` and `predict`, which also know the names in `SHORT`."""
+
+    class Made(Exception):
+        """Ends the making of the command line once its parsers are there."""
+
+    class Parsers(TrainingCLI):
+        def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+            found.update(self._subcommand_parsers)
+            raise Made
+
+    found: dict[str, Any] = {}
+    with suppress(Made):
+        Parsers(task, args=[], parser_class=TrainingParser, auto_configure_optimizers=False)
+    for command, parser in found.items():
+        for name in FIRST[command]:
+            if f"--{name}" not in parser._option_string_actions:
+                parser.add_argument(f"--{name}")
+    return found
+
+
 def run(arguments: list[str]) -> None:
     """Run one of Lightning's commands.
 
@@ -316,24 +404,22 @@ def run(arguments: list[str]) -> None:
     """
     own = [name.strip() for name in os.environ.get("NARROWS_IMPORTS", "").split(",") if name.strip()]
     set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=[*IMPORTS, *own])
-    for remark in _DO_NOT_APPLY:
-        warnings.filterwarnings("ignore", f".*{remark}")
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: "Tip" not in record.getMessage()
-    )
-    arguments = _short_forms(underscored(arguments))
-    task = _task_of(arguments)
+    arguments = underscored(arguments)
+    everything = "--help_all" in arguments
+    arguments = short_forms(["--help" if argument == "--help_all" else argument for argument in arguments])
+    task = task_of(arguments, tuple(TASKS))
     stopped = None
     try:
-        TrainingCLI(
-            task,
-            args=arguments,
-            parser_class=TrainingParser,
-            parser_kwargs={"prog": "narrows"},
-            seed_everything_default=0,
-            auto_configure_optimizers=False,
-            save_config_callback=SaveConfig,
-        )
+        with _calm_lightning():
+            TrainingCLI(
+                task,
+                args=arguments,
+                parser_class=TrainingParser if everything else BriefParser,
+                parser_kwargs={"prog": "narrows"},
+                seed_everything_default=0,
+                auto_configure_optimizers=False,
+                save_config_callback=SaveConfig,
+            )
     except KeyboardInterrupt as asked:
         stopped = asked
     # Leave the group, but not after an error: the others may be gone, and to leave would be to wait for them.
@@ -343,37 +429,49 @@ def run(arguments: list[str]) -> None:
         raise stopped
 
 
-def _task_of(arguments: Sequence[str]) -> str:
-    """The task that the options name, or else the last configuration that does: it decides which options there are."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--task", nargs="?")
-    parser.add_argument("--config", "-c", nargs="?", action="append", default=[])
-    given, _ = parser.parse_known_args(arguments)
-    named = [given.task] if given.task else []
-    for file in [Path(name) for name in reversed(given.config) if name and Path(name).is_file()]:
+@contextmanager
+def _calm_lightning() -> Iterator[None]:
+    """Lightning tells nothing of what is as it should be, and a warning is a line."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        for remark in _DO_NOT_APPLY:
+            warnings.filterwarnings("ignore", f".*{remark}")
+        warnings.showwarning = lambda message, *_: say(f"Warning: {' '.join(str(message).split())}", "yellow")
+        for logger in loggers:
+            logger.setLevel(logging.WARNING)
         try:
-            content = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except yaml.YAMLError:
-            continue  # the parser will complain of it
-        except (ValueError, RecursionError, OSError) as error:
-            got = f"{str(file)!r} ({str(error).partition(chr(10))[0]})"
-            raise InvalidArgument("config", expected="a file in YAML", got=got) from error
-        else:
-            named += [content["task"]] if isinstance(content, dict) and "task" in content else []
-    task = named[0] if named else "classification"
-    check_choice("task", task, tuple(TASKS))
-    return task
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
 
 
-def _short_forms(arguments: Sequence[str]) -> list[str]:
-    """`--data digits` for `--data.data digits`, `--model vit_mini` for `--model.model vit_mini`; files are configs."""
-    found = []
-    for argument, following in zip_longest(arguments, arguments[1:], fillvalue=""):
-        option, _, value = argument.partition("=")
-        if option in ("--data", "--model") and Path(value or following).suffix not in (".yaml", ".yml", ".json"):
-            argument = argument.replace(option, f"{option}.{option[2:]}", 1)
-        found.append(argument)
-    return found
+def _metrics(trainer: Trainer, parts: tuple[str, ...]) -> dict[str, float]:
+    """The newest metrics whose names begin with one of `parts`."""
+    return {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith(parts)}
+
+
+def _read(name: str, value: float) -> str:
+    """A metric as it is read: "held-out accuracy: 47.1 %"."""
+    part, _, what = name.partition("/")
+    share = what.removeprefix("attention_") in ("accuracy", "mean_iou", "fg_ari", "mbo")
+    number = f"{100 * value:.1f} %" if share else f"{value:.4g}"
+    return f"{'held-out' if part == 'val' else part} {what.replace('_', ' ')}: {number}"
+
+
+def _predicted(path: Path) -> dict[str, Any]:
+    """The rows of a table of predictions; of maps where they are."""
+    if path.suffix != ".csv":
+        return {"folder": path}
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = [{**row, "probability": float(row["probability"])} for row in csv.DictReader(file)]
+    return {"file": path, "predictions": rows}
+
+
+def _listed(value: Any) -> list[Any]:
+    """An option that may be one thing, several or none."""
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _only(trainer: Trainer, kind: type) -> Any:

@@ -11,7 +11,6 @@ from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
-from tqdm.auto import tqdm
 
 from narrows.data.decoding import decode_image, why_unreadable
 from narrows.data.images import IGNORED, MEAN_AND_STD, Augmentation, ImageData, ImageSet
@@ -27,6 +26,7 @@ from narrows.data.listing import (
 )
 from narrows.data.positions import keys
 from narrows.errors import DataError, InvalidArgument
+from narrows.screen import track
 from narrows.validation import check_positive
 
 log = logging.getLogger(__name__)
@@ -42,9 +42,7 @@ def find_unreadable(paths: Sequence[Path], *, allowed_share: float = UNREADABLE_
     """
     with ThreadPoolExecutor() as pool, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        progress = tqdm(
-            pool.map(why_unreadable, paths), total=len(paths), desc="Checking images", leave=False, disable=None
-        )
+        progress = track(pool.map(why_unreadable, paths), "checking images", total=len(paths), unit="images")
         faults = {path: fault for path, fault in zip(paths, progress, strict=True) if fault is not None}
     if not faults:
         return set()

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from safetensors import SafetensorError
-from tqdm import tqdm
 
 from narrows.errors import MissingExtra, NarrowsError
 from narrows.files import check_writable, locked
+from narrows.screen import say
 
 DAMAGE = (NarrowsError, SafetensorError, OSError, ValueError, TypeError, KeyError, RuntimeError)
 """What opening a damaged folder raises: JSON that is cut, weights that are missing or others."""
@@ -42,7 +42,7 @@ def kept(folder: Path, make: Callable[[], None], read: Callable[[], Found]) -> F
                 aside = next(name for name in names if not name.exists())
                 folder.rename(aside)
                 complaint = str(error).partition("\n")[0]
-                tqdm.write(f"{folder} is damaged ({complaint}). It is now {aside.name}, and is made anew.")
+                say(f"{folder} is damaged ({complaint}). It is now {aside.name}, and is made anew.")
         check_writable(folder, folder=True)
         make()
         return read()

@@ -4,7 +4,6 @@ Three parts are trained, each where it is not in its folder yet: a Llama of a fe
 classifier of digit scenes on images alone, and what makes the one read the other, on both.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from torch import nn
-from tqdm import tqdm
 
 from narrows.adapters.flamingo import Flamingo
 from narrows.data import ImageDataModule
@@ -31,6 +29,7 @@ from narrows.hub.readers import (
     without_bars,
 )
 from narrows.models import create_model
+from narrows.screen import Bar, track
 from narrows.training.classification import Classification
 from narrows.training.flamingo import FlamingoTraining
 from narrows.training.run import LAST, fit, progress_trainer, quiet_lightning, train
@@ -170,19 +169,19 @@ def _trained(tokenizer: Any, texts: list[str], steps: int) -> Any:
     model: Any = LlamaForCausalLM(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
     schedule = warmup_schedule(optimizer, warmup_steps=max(1, round(0.1 * steps)), total_steps=steps)
-    pause = 0.5 if sys.stderr.isatty() else 10
-    bar = tqdm(range(steps), desc="language model, on text", unit="step", dynamic_ncols=True, mininterval=pause)
-    for _ in bar:
-        chosen = torch.randint(len(texts), (32,)).tolist()
-        batch = tokenizer([texts[index] for index in chosen], return_tensors="pt", padding=True)
-        padded = batch["attention_mask"] == 0
-        loss = model(**batch, labels=batch["input_ids"].masked_fill(padded, -100)).loss
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        bar.set_postfix_str(f"loss {loss.item():.2f}", refresh=False)
+    with Bar("language model, on text", steps) as bar:
+        for _ in range(steps):
+            chosen = torch.randint(len(texts), (32,)).tolist()
+            batch = tokenizer([texts[index] for index in chosen], return_tensors="pt", padding=True)
+            padded = batch["attention_mask"] == 0
+            loss = model(**batch, labels=batch["input_ids"].masked_fill(padded, -100)).loss
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            bar.tail(f"loss {loss.item():.2f}")
+            bar.advance()
     return model.eval()
 
 
@@ -202,8 +201,8 @@ def examine(reader: Reader, prompts: InterleavedSet, *, batch_size: int = 64) ->
 
     def answers(label: str, of: Sequence[Document], **options: Any) -> list[str]:
         batches = [of[start : start + batch_size] for start in range(0, len(of), batch_size)]
-        bar = tqdm(batches, desc=label, unit="batch", leave=False)
-        return [answer for batch in bar for answer in reader.generate(batch, max_new_tokens=4, **options)]
+        shown = track(batches, label, unit="batches")
+        return [answer for batch in shown for answer in reader.generate(batch, max_new_tokens=4, **options)]
 
     return Answers(
         questions=len(truth),

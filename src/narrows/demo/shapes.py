@@ -1,7 +1,6 @@
 """Scenes of coloured shapes: a vision encoder that learned what cells show, and how well a reader describes them."""
 
 import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from narrows.data.documents import questions_of
 from narrows.data.images import IGNORED
@@ -21,6 +19,7 @@ from narrows.files import replacing_folder
 from narrows.hub.readers import Reader, open_vision_encoder
 from narrows.models import create_model
 from narrows.models.vit import TransformerClassifier
+from narrows.screen import Bar, track
 from narrows.training.task import parameter_groups, warmup_schedule
 
 FOLDER = Path("runs") / "flamingo_shapes"
@@ -43,17 +42,17 @@ def shapes_vision_encoder(folder: Path = FOLDER, *, steps: int = STEPS) -> Path:
         scenes = ShapeChats("train", length=steps * BATCH).scenes
         optimizer = torch.optim.AdamW(parameter_groups(model, 0.05), lr=2e-3, betas=(0.9, 0.98))
         schedule = warmup_schedule(optimizer, warmup_steps=max(1, steps // 10), total_steps=steps)
-        pause = 0.5 if sys.stderr.isatty() else 10
-        bar = tqdm(range(steps), desc="vision encoder, on tokens", unit="step", dynamic_ncols=True, mininterval=pause)
-        for step in bar:
-            shown = scenes.render(range(step * BATCH, (step + 1) * BATCH))
-            loss = token_loss(token_logits(model, normalised(shown.images)), shown)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            bar.set_postfix_str(f"loss {loss.item():.2f}", refresh=False)
+        with Bar("vision encoder, on tokens", steps) as bar:
+            for step in range(steps):
+                shown = scenes.render(range(step * BATCH, (step + 1) * BATCH))
+                loss = token_loss(token_logits(model, normalised(shown.images)), shown)
+                optimizer.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                schedule.step()
+                bar.tail(f"loss {loss.item():.2f}")
+                bar.advance()
         with replacing_folder(saved) as unfinished:
             model.eval().save_pretrained(unfinished)
 
@@ -117,7 +116,7 @@ def examine_descriptions(reader: Reader, chats: ShapeChats, *, batch_size: int =
     truth = [answer for _, answer in asked]
 
     def said(label: str, *, blind: bool) -> list[str]:
-        starts = tqdm(range(0, len(asked), batch_size), desc=label, unit="batch", leave=False)
+        starts = track(range(0, len(asked), batch_size), label, unit="batches")
         batches = ([prompt for prompt, _ in asked[start : start + batch_size]] for start in starts)
         return [one for batch in batches for one in reader.generate(batch, max_new_tokens=40, blind=blind)]
 

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from narrows.data import ImageDataModule
 from narrows.demo.cache import kept
 from narrows.errors import Terminated
 from narrows.hub.models import LoadedModel, open_model
 from narrows.models import create_model
+from narrows.screen import say
 from narrows.training.classification import Classification
 from narrows.training.run import quiet_lightning, train
 from narrows.validation import check_device
@@ -53,7 +53,7 @@ def open_scenes_vit(
 def _train(folder: Path, epochs: int, device: torch.device, check: Callable[[LoadedModel], object]) -> None:
     """Train in a folder beside, where an interrupted training goes on, and move the model when it is complete."""
     check(open_model("vit_mini", image_size=SIZE, channels=1, **MODEL))
-    tqdm.write(f"Training a small vision transformer on digit scenes, once; it is kept in {folder}")
+    say(f"Training a small vision transformer on digit scenes, once; it is kept in {folder}")
     images = ImageDataModule(DATA, image_size=SIZE)
     work = folder.with_name(f"{folder.name}.training")
     with quiet_lightning():
@@ -66,4 +66,4 @@ def _train(folder: Path, epochs: int, device: torch.device, check: Callable[[Loa
             raise Terminated(number, "The model is not finished; the same command goes on with it.") from None
         run.folder.rename(folder)
         shutil.rmtree(work, ignore_errors=True)
-    tqdm.write(f"Trained in {run.seconds:.0f} seconds; accuracy {100 * run.accuracy:.1f} % on held-out scenes")
+    say(f"Trained in {run.seconds:.0f} seconds; accuracy {100 * run.accuracy:.1f} % on held-out scenes")

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from narrows.costs import compare_speed, measure, peak_memory
 from narrows.data import ImageData, ImageDataModule, RememberedImages
@@ -37,6 +36,7 @@ from narrows.jobs.comparison import (
 )
 from narrows.jobs.report import carriers_in_use
 from narrows.models import ImageClassifier
+from narrows.screen import say, track
 from narrows.training.classification import Classification
 from narrows.training.run import LAST, Run, name_of, quiet_lightning, train
 from narrows.training.task import check_learning_rate
@@ -116,7 +116,7 @@ def compare(
     folder = new_folder(output) if resume is None else Path(resume)
     if resume is None:
         write_text(folder / SETTINGS_FILE, json.dumps(asdict(settings), indent=2) + "\n")
-    tqdm.write(_announcement(found, settings, folder))
+    say(_announcement(found, settings, folder))
     try:
         with quiet_lightning():
             interrupted = 0 if report_only else _train(settings, found, folder, place)
@@ -194,7 +194,7 @@ def _train(settings: Settings, data: ImageData, folder: Path, device: torch.devi
             try:
                 runs.append(train(task, name, images, folder, label=label, epochs=settings.epochs, device=device))
             except Diverged as error:
-                tqdm.write(f"{name}, seed {seed}: {error}")
+                say(f"{name}, seed {seed}: {error}", "yellow")
                 diverged.append((name, seed))
             except KeyboardInterrupt as stop:
                 return getattr(stop, "signum", signal.SIGINT)
@@ -217,7 +217,7 @@ def _costs(runs: Sequence[Run], data: ImageData, batch_size: int, device: torch.
         calls = {name: partial(model, images) for name, model in models.items()}
         inference = compare_speed(calls, repeats=9, device=device)
     costs = {}
-    for name, model in tqdm(models.items(), desc="measuring", unit="model"):
+    for name, model in track(list(models.items()), "measuring", unit="models"):
         narrow, tokens = None, 0
         model.eval()
         if isinstance(model, ImageClassifier):

@@ -12,7 +12,6 @@ import torch
 from jaxtyping import Float
 from scipy.special import stdtrit
 from torch import Tensor
-from tqdm import tqdm
 
 from narrows.data import IGNORED, ImageData, ImageSet
 from narrows.data.module import ObjectDataModule
@@ -22,6 +21,7 @@ from narrows.jobs.object_models import object_model, object_picture, open_object
 from narrows.jobs.report import Result, add_picture, command_of, percent
 from narrows.metrics import adjusted_rand_index, best_overlap, count_overlaps
 from narrows.models import ObjectDiscovery
+from narrows.screen import say
 from narrows.training.callbacks import RunProgress
 from narrows.training.objects import ObjectTask, find, pixel_masks, signs_of_collapse, state_of
 from narrows.training.run import fit, progress_trainer, quiet_lightning
@@ -233,7 +233,7 @@ def discover(
     else:
         length = len(found.train) // batch_size
         total = max(1, math.ceil(STEPS / max(1, length))) if epochs is None else epochs
-        tqdm.write(f"{model} on {data}: {total} epochs of {length} steps, {seeds} seed(s). Everything goes to {folder}")
+        say(f"{model} on {data}: {total} epochs of {length} steps, {seeds} seed(s). Everything goes to {folder}")
         for seed in range(len(runs), seeds):
             runs.append(_train(build, images(seed), folder, model, seed, total, device=place, precision=precision))
             write_text(folder / RUNS_FILE, json.dumps([asdict(run) for run in runs], indent=2) + "\n")

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from narrows.adapters import reduce_tokens, token_reduction
 from narrows.costs import evaluating
@@ -36,6 +35,7 @@ from narrows.jobs.report import (
 )
 from narrows.jobs.trials import COUNTED, Candidate, Trial, parse_budget, run_trials
 from narrows.routing import Routing
+from narrows.screen import say
 from narrows.validation import check_choice, check_device, check_positive
 from narrows.visualize import Cell, ParetoPoint, Report, curves, describe, gallery
 
@@ -304,13 +304,13 @@ def reduce(
 
     loaded = _open(model, data, checkpoint, opening, lambda: vit.open_scenes_vit(device=device, check=check))
     for note in loaded.notes:
-        tqdm.write(f"{note}.")
+        say(f"{note}.")
     images = load_images(vit.DATA if data is None else data, loaded, limit=limit)
     loaded.module.to(place)
     calibration = images.batch(range(min(batch_size, len(images))))[0].to(place)
     candidates = [Candidate(loaded), *_reduced(loaded, method, budget, calibration)]
     folder = new_folder(Path(output))
-    tqdm.write(
+    say(
         f"{loaded.name}: untouched and under {len(candidates) - 1} reductions, on {len(images):,} images "
         f"({images.rule}); results in {folder}"
     )
@@ -324,7 +324,7 @@ def reduce(
     if export is not None:
         with result.chosen.applied():
             exported = write_program(loaded, export, what=f"{loaded.name} under {result.chosen.name}")
-        tqdm.write(str(exported))
+        say(str(exported))
         result.written["Exported"] = exported.path
     return result
 

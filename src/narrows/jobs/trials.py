@@ -10,7 +10,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from narrows.adapters import Reduction
 from narrows.adapters.token_reduction import TargetLatency, TargetMACs
@@ -21,6 +20,7 @@ from narrows.hub.models import LoadedModel
 from narrows.jobs.images import Images
 from narrows.jobs.report import carriers_in_use
 from narrows.routing import Routing
+from narrows.screen import Bar, track
 
 COUNTED = 32
 """Images whose MACs are counted one by one."""
@@ -146,7 +146,7 @@ def run_trials(candidates: Sequence[Candidate], images: Images, *, batch_size: i
         judgements = _judge(candidates, images, batch_size)
         calls = {candidate.name: partial(candidate, first) for candidate in candidates}
         timings = compare_speed(calls, repeats=7, device=model.device)
-        bar = tqdm(candidates, desc="counting", unit="model", disable=None, leave=False)
+        bar = track(candidates, "counting", unit="models")
         return [
             Trial(
                 **vars(candidate),
@@ -167,12 +167,12 @@ def _judge(candidates: Sequence[Candidate], images: Images, batch_size: int) -> 
     model = candidates[0].model
     agreements: list[list[Tensor]] = [[] for _ in candidates]
     hits: list[list[Tensor]] = [[] for _ in candidates]
-    with tqdm(total=len(images) * len(candidates), desc="judging", unit="image", disable=None, leave=False) as bar:
+    with Bar("judging", len(images) * len(candidates), unit="images", keep=False) as bar:
         for batch, labels in images.batches(batch_size):
             answers = []
             for candidate in candidates:
                 answers.append(candidate(batch.to(model.device)).float().cpu())
-                bar.update(len(batch))
+                bar.advance(len(batch))
             for answer, agreement, hit in zip(answers, agreements, hits, strict=True):
                 if model.num_classes:
                     agreement.append((answers[0].argmax(-1) == answer.argmax(-1)).float())

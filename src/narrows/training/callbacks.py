@@ -3,9 +3,9 @@
 import copy
 import csv
 import json
-import sys
 import time
 from collections.abc import Sequence
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,12 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
-from tqdm import tqdm
 
 from narrows.adapters import reduce_tokens
 from narrows.data import IGNORED, ImageData, ImageDataModule, Position, picture
 from narrows.files import replacing, write_text
 from narrows.hub.models import save_model
+from narrows.screen import Bar
 from narrows.training.task import Task, data_of
 from narrows.visualize import save, segmentations
 from narrows.visualize.canvas import carrier_colour, to_rgb
@@ -225,16 +225,19 @@ class ReduceTokens(Callback):
 
 
 class RunProgress(Callback):
-    """A bar over all steps of a run, with epoch, training loss and the newest held-out accuracy.
+    """A bar over all steps of a run, with the training loss and the newest held-out score.
+
+    Validation, test and prediction on their own have a bar over their batches, which does not stay.
 
     Args:
         label: what is trained, at the left of the bar.
-        metric: the logged share that is shown.
+        metric: the logged score that is shown, in percent unless it is a loss.
     """
 
     def __init__(self, label: str, metric: str = "val/accuracy") -> None:
         self.label, self.metric = label, metric
-        self.accuracy: float | None = None
+        self.bar: Bar | None = None
+        self._score = ""
         self._before, self._start = 0.0, time.perf_counter()
 
     @property
@@ -253,39 +256,68 @@ class RunProgress(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the bar."""
         self._start = time.perf_counter()
-        steps = int(trainer.estimated_stepping_batches)
-        self.bar = tqdm(
-            total=steps,
-            initial=trainer.global_step,
-            desc=self.label,
-            unit="step",
-            dynamic_ncols=True,
-            mininterval=0.5 if sys.stderr.isatty() else 10,
-        )
+        steps = trainer.estimated_stepping_batches
+        if trainer.is_global_zero:
+            self.bar = Bar(self.label, int(steps) if isfinite(steps) else None, done=trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Advance the bar by one step."""
-        self.bar.update()
-        if trainer.global_step % 20 == 0:
+        """Advance the bar to where the training is."""
+        if self.bar is None:
+            return
+        self.bar.advance(trainer.global_step - self.bar.done)
+        if trainer.global_step % 20 == 0 and outputs is not None:
             self._tell(f"loss {outputs['loss']:.2f}")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Show the new held-out accuracy."""
+        """Show the new held-out score."""
         if not trainer.sanity_checking and self.metric in trainer.callback_metrics:
-            self.accuracy = trainer.callback_metrics[self.metric].item()
+            score = trainer.callback_metrics[self.metric].item()
+            self._score = f"held-out loss {score:.3f}" if "loss" in self.metric else f"held-out {100 * score:.1f} %"
             self._tell("")
+        if trainer.state.fn != "fit":
+            self._close()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close the bar."""
-        self.bar.close()
+        self._close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Close the bar where it stopped."""
-        if hasattr(self, "bar"):
+        self._close()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Open a bar over the batches, unless a training goes on."""
+        self._evaluate(trainer, trainer.num_val_batches)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Open a bar over the batches."""
+        self._evaluate(trainer, trainer.num_test_batches)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Open a bar over the batches."""
+        self._evaluate(trainer, trainer.num_predict_batches)
+
+    def on_validation_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
+        """One batch more."""
+        if trainer.state.fn != "fit" and self.bar is not None:
+            self.bar.advance()
+
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
+    on_test_end = on_predict_end = on_train_end
+
+    def _evaluate(self, trainer: Trainer, batches: Sequence[int | float]) -> None:
+        if trainer.state.fn != "fit" and trainer.is_global_zero:
+            total = sum(batches)
+            doing = {"validate": "validating", "test": "testing"}.get(trainer.state.fn or "", "predicting")
+            self.bar = Bar(doing, int(total) if isfinite(total) else None, unit="batches", keep=False)
+
+    def _close(self) -> None:
+        if self.bar is not None:
             self.bar.close()
+        self.bar = None
 
     def _tell(self, loss: str) -> None:
-        held_out = f"held-out {100 * self.accuracy:.1f} %" if self.accuracy is not None else ""
-        self.bar.set_postfix_str(", ".join(part for part in (loss, held_out) if part), refresh=False)
+        if self.bar is not None:
+            self.bar.tail(", ".join(part for part in (loss, self._score) if part))

@@ -1,12 +1,17 @@
-"""Text tables, and the formatting of cells that they share with the report."""
+"""Tables as text and on a screen, and the formatting of cells that they share with the report."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import ceil, isfinite, log10
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from narrows.errors import InvalidArgument
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 NOTHING = "–"
+GAP = 2
+"""Blanks between columns."""
 
 
 class Cell(NamedTuple):
@@ -27,6 +32,78 @@ class Column(NamedTuple):
     name: str
     cells: list[Cell]
     numeric: bool
+
+
+class ScreenTable(NamedTuple):
+    """A table to be printed on a screen.
+
+    Args:
+        columns: heads, and for those whose best value stands out whether that is the "max" or the "min".
+        rows: cells as `text_table` takes them.
+        names: columns at the left that say what a row is about: they come again where the table goes on below.
+        title: above it.
+    """
+
+    columns: Mapping[str, str | None]
+    rows: Sequence[Sequence[object]]
+    names: int = 1
+    title: str = ""
+
+    def print(self, console: "Console") -> None:
+        """Print it, in as many parts below each other as the width asks for, so that no cell is broken."""
+        from rich.table import Table
+        from rich.text import Text
+
+        columns = read_columns(list(self.columns), self.rows)
+        widths = [_width(column) for column in columns]
+        best = [
+            best_cells(column, which) if which is not None and len(self.rows) > 1 else set()
+            for column, which in zip(columns, self.columns.values(), strict=True)
+        ]
+        if self.title:
+            console.print(Text(self.title, style="bold"))
+        for number, part in enumerate(parts(widths, self.names, console.width)):
+            if number:
+                console.print()
+            shown = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0), header_style="bold")
+            # The heads on one line where there is room for all of them.
+            whole = {index: max(widths[index], len(columns[index].name)) for index in part}
+            room = console.width - GAP * (len(part) - 1)
+            chosen = whole if sum(whole.values()) <= room else {index: widths[index] for index in part}
+            for index in part:
+                side = "right" if columns[index].numeric else "left"
+                shown.add_column(Text(columns[index].name), justify=side, width=chosen[index], overflow="fold")
+            for row in range(len(self.rows)):
+                texts = [(columns[index].cells[row].text, row in best[index]) for index in part]
+                shown.add_row(*(Text(text, style="bold green" if is_best else "") for text, is_best in texts))
+            with console.capture() as captured:
+                console.print(shown)
+            console.file.write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
+
+
+def parts(widths: Sequence[int], names: int, width: int) -> list[list[int]]:
+    """Which columns stand side by side, those of the `names` in every part.
+
+    >>> parts([10, 8, 8, 8], names=1, width=30)
+    [[0, 1, 2], [0, 3]]
+    """
+    first = list(range(names))
+    room = width - sum(widths[:names]) - GAP * names
+    found: list[list[int]] = [[]]
+    used = 0
+    for index in range(names, len(widths)):
+        wanted = widths[index] + (GAP if found[-1] else 0)
+        if found[-1] and used + wanted > room:
+            found.append([])
+            used, wanted = 0, widths[index]
+        found[-1].append(index)
+        used += wanted
+    return [[*first, *part] for part in found]
+
+
+def _width(column: Column) -> int:
+    """Of the longest cell, or of the longest word of the head, which may stand on two lines."""
+    return max(map(len, ["", *column.name.split(), *(cell.text for cell in column.cells)]))
 
 
 def text_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
