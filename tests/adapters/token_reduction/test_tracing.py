@@ -5,11 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 from torch.export import Dim, export
 
 from narrows.adapters.token_reduction import reduce_tokens
 from narrows.errors import InvalidArgument
 from tests.adapters.token_reduction.families import FAMILIES, images, vit
+from tests.adapters.token_reduction.hosts import HOSTS, outputs
 from tests.support import assert_close
 
 CASES = [("vit", "ats"), ("vit", "tome"), ("dinov3", "ats"), ("siglip", "topk")]
@@ -48,6 +50,50 @@ def test_a_reduced_model_is_exported_for_any_batch(family: str, method: str, str
         program = export(model, (images(2, side),), dynamic_shapes=batch, strict=strict).module()
         for size in (1, 5):
             assert_close(program(images(size, side)), model(images(size, side)))
+
+
+class First(nn.Module):
+    """The first tensor that a model of transformers returns.
+
+    Args:
+        model: of transformers.
+        options: of its call.
+    """
+
+    def __init__(self, model: nn.Module, options: dict[str, bool]) -> None:
+        super().__init__()
+        self.model, self.options = model, options
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Features or logits."""
+        return outputs(self.model, {"pixel_values": pixel_values}, **self.options)[0]
+
+
+# The host, the method, and whether images are of any size (but the model's own, which transformers takes apart).
+OF_TRANSFORMERS = [
+    ("transformers beit", "topk", False),
+    ("transformers beit", "tome", False),
+    ("transformers beit, shared", "evit", False),
+    ("transformers deit", "topk", True),
+    ("transformers dinov2", "ats", True),
+]
+
+
+@pytest.mark.compiled
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "method", "any_size"), OF_TRANSFORMERS)
+def test_models_of_transformers_are_exported_for_any_batch_and_size(name: str, method: str, any_size: bool) -> None:
+    options = {"interpolate_pos_encoding": True} if any_size and "deit" in name else {}
+    model = First(HOSTS[name](), options)
+    dynamic = {0: Dim.DYNAMIC, **({2: Dim.DYNAMIC, 3: Dim.DYNAMIC} if any_size else {})}
+    sizes = [(48, 64), (40, 48)] if any_size else [(32, 32)]
+    generator = torch.Generator().manual_seed(0)
+    with reduce_tokens(model.model, method=method, budget=0.5):
+        program = export(model, (torch.randn(2, 3, *sizes[0]),), dynamic_shapes=(dynamic,), strict=False).module()
+        for size in sizes:
+            for batch in (1, 5):
+                given = torch.randn(batch, 3, *size, generator=generator)
+                assert_close(program(given), model(given))
 
 
 @pytest.mark.compiled

@@ -5,11 +5,12 @@ Of a block that is taken apart only attention is written here, in the steps of i
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -151,7 +152,7 @@ class Visit:
         if not state.steps:
             return mask
         ids = state.positions(mask.device)
-        return torch.take_along_dim(torch.take_along_dim(mask, ids[:, None, :, None], 2), ids[:, None, None, :], 3)
+        return _gathered(_gathered(mask, ids, 2), ids, 3)
 
     def _relative(self, source: Tensor, state: TokenState) -> Tensor:
         source = source.reshape(-1, *source.shape[-3:])
@@ -343,7 +344,8 @@ class ReducedBlock:
             return self._pruned(visit, method, min(count, visit.positions))
         assert isinstance(method, Merging)
         left = state.layout.width - prefix
-        if count < int(left * (1 - method.removes_at_most)):
+        stays = Fraction(1 - method.removes_at_most).limit_denominator(100)  # in whole numbers, which can be traced
+        if count < stays.numerator * left // stays.denominator:
             raise InvalidArgument(
                 "budget",
                 expected=f"at least {left - int(left * method.removes_at_most)} of the {left} tokens that come to "
@@ -374,7 +376,7 @@ class ReducedBlock:
         tokens, query = step.gather(visit.tokens), step.gather(query)
         bias = visit.bias
         if bias is not None and bias.shape[2] > 1:
-            bias = torch.take_along_dim(bias, step.rows[:, None, :, None], 2)
+            bias = _gathered(bias, step.rows, 2)
         attended = _attend(visit, query, key, value, after, bias)
         update = block.attention_update(attended, step.gather(normed) if block.gated else None)
         return _added(tokens, update, block.drop_paths()[0], after), after
@@ -441,7 +443,16 @@ def in_order(block: HostBlock, tokens: Float[Tensor, "R n D"]) -> Tensor:
 def _arguments(block: HostBlock, state: TokenState, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> BlockCall:
     """What the block was called with; under an exporter without the full mask that transformers makes of no mask."""
     call = block.arguments(*args, **kwargs)
-    return call if state.call.masked or not tracing() else call._replace(bias=None)
+    return call if state.call.masked or not tracing() else block.unmasked(call)
+
+
+def _gathered(bias: Shaped[Tensor, "Bb H q k"], ids: Int[Tensor, "B m"], axis: int) -> Shaped[Tensor, "B H *sizes"]:
+    """The rows (axis 2) or columns (3) of these tokens."""
+    # Not `take_along_dim`, which makes exporters write down the batch of the example.
+    shape = [ids.shape[0], *bias.shape[1:]]
+    shape[axis] = ids.shape[1]
+    index = ids[:, None, :, None] if axis == 2 else ids[:, None, None]
+    return bias.expand(ids.shape[0], -1, -1, -1).gather(axis, index.expand(shape))
 
 
 def _both(first: Tensor | None, second: Tensor | None) -> Tensor | None:

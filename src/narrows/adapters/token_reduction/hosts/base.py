@@ -121,6 +121,10 @@ class HostBlock(ABC):
     def arguments(self, *args: Any, **kwargs: Any) -> BlockCall:
         """The call's arguments, the tokens first; raises for one that a reduction cannot honour."""
 
+    def unmasked(self, call: BlockCall) -> BlockCall:
+        """The call without its mask, where an exporter made a full one of none."""
+        return call._replace(bias=None)
+
     def narrowed(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], rotary: Tensor | None, bias: Tensor | None, prefix: int
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -408,6 +408,13 @@ class RelativeBlock(TransformersBlock):
             relative = own if relative is None else own + relative
         return call._replace(relative=relative)
 
+    def unmasked(self, call: BlockCall) -> BlockCall:
+        """Relative positions that all layers share have the full mask added to them: truth values, but for "eager"."""
+        if call.bias is None or not self.attention.config.use_shared_relative_position_bias:
+            return super().unmasked(call)
+        shared = call.bias[:1] - 1.0 * self.fused
+        return call._replace(bias=None, relative=shared if call.relative is None else call.relative + shared)
+
     def narrowed(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], rotary: Tensor | None, bias: Tensor | None, prefix: int
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
