@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from narrows.adapters.flamingo import Flamingo
+from narrows.errors import InvalidArgument
 from tests.adapters.flamingo.hosts import flamingo, language_model, media, text
 
 PADDED = text("ab#c#de.")[0]
@@ -99,6 +100,26 @@ def test_options_of_the_trainer_change_no_step(options: dict[str, Any], tmp_path
     _, expected, theirs = trained(plain, tmp_path / "other")
     assert losses == pytest.approx(expected, abs=1e-4)
     assert held_out == pytest.approx(theirs, abs=1e-4)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_who_goes_through_the_head_themselves_gets_hidden_states_that_read_media(lora: bool) -> None:
+    """TRL's trainers do, in pieces: tried with SFTTrainer 1.16, whose losses were those of the Trainer."""
+    lm = language_model("llama")
+    if lora:
+        lm = get_peft_model(lm, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    model = flamingo(lm).eval()
+    given = {"input_ids": text("ab#c#de."), "attention_mask": (text("ab#c#de.") != 0).long(), "media": media(1, 2)}
+    hidden = model.base_model(**given, use_cache=False).last_hidden_state
+    torch.testing.assert_close(model.get_output_embeddings()(hidden), model(**given).logits)
+    blind = model.base_model(**given | {"media": media(1, 2).roll(1, 1)}).last_hidden_state
+    assert not torch.allclose(blind, hidden)
+
+
+def test_hidden_states_without_a_learned_prompt_are_refused() -> None:
+    prompted = get_peft_model(language_model("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    with pytest.raises(InvalidArgument, match="no prompt of peft where hidden states are asked for"):
+        flamingo(prompted).base_model(text("ab#c#de."), media=media(1, 2))
 
 
 def test_smoothed_labels_are_those_of_the_next_token(tmp_path: Path) -> None:

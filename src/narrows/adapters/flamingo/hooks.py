@@ -68,6 +68,13 @@ class MediaHooks:
         for handle in (*self._handles, *(handle for _, handle in self._on_layers.values())):
             handle.remove()
 
+    def headless(self, backbone: nn.Module, **kwargs: Any) -> Any:
+        """What the language model's backbone returns, called by itself: no hook on the model around it runs."""
+        self._begin(backbone, (), kwargs)
+        output = backbone(**kwargs)
+        self._end(backbone, (), kwargs, output)
+        return output
+
     # All four are called without their last argument where another thread removes them meanwhile; no call of theirs is.
 
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:

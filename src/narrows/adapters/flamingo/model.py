@@ -193,6 +193,36 @@ class Flamingo(
         call = self._call(input_ids, media, media_mask, media_locations, kwargs)
         return run(self._hooks, call, self.language_model, input_ids=input_ids, **kwargs)
 
+    @property
+    def base_model(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The last hidden states in place of logits; called with what `forward` takes, but for `labels`.
+
+        Trainers that go through the head themselves, in pieces, ask for it: TRL's.
+        """
+        return self._hidden_states
+
+    def _hidden_states(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        media: Media | None = None,
+        media_mask: Bool[Tensor, "B M *N"] | None = None,
+        media_locations: Bool[Tensor, "B T"] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if virtual_tokens(self.language_model):
+            raise InvalidArgument(
+                "language_model",
+                expected="no prompt of peft where hidden states are asked for, which would be those without it",
+                got=type(self.language_model).__name__,
+            )
+        kwargs |= {} if attention_mask is None else {"attention_mask": attention_mask}
+        call = self._call(input_ids, media, media_mask, media_locations, kwargs)
+        backbone = find_host(self.language_model).model.base_model
+        assert self._hooks is not None
+        return run(self._hooks, call, self._hooks.headless, backbone, input_ids=input_ids, **kwargs)
+
     @torch.no_grad()
     def generate(
         self,
