@@ -179,7 +179,7 @@ def test_a_lock_is_waited_for_and_dies_with_its_process(tmp_path, capsys):
     signal.setitimer(signal.ITIMER_REAL, 0.3)
     with locked(tmp_path / "cache", tell="waiting"):
         assert other.wait() == -signal.SIGKILL, "inside while the other was"
-    assert capsys.readouterr().out == "waiting\n"
+    assert capsys.readouterr().err == "waiting\n"
     with locked(tmp_path / "cache", tell="waiting"):
         pass
     assert capsys.readouterr().out == ""

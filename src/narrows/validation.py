@@ -190,7 +190,7 @@ def check_not_negative(**values: int | float) -> None:
             raise InvalidArgument(name, expected="a number of 0 or more", got=value)
 
 
-def check_positive_number(**values: float) -> None:
+def check_positive_number(**values: Any) -> None:
     """Raise on the first of the named numbers that is not positive and finite."""
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, Real | torch.SymFloat):

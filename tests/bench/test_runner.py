@@ -278,6 +278,7 @@ class TestOnAGpu:
     def test_bfloat16_in_all_modes_is_what_runs_by_default(self, room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         asked = []
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
         monkeypatch.setattr(runner, "race", lambda case, device, **options: asked.append(options) or [])
         run("fake/a", device="cuda")
         run("fake/a", device="cuda", dtype="float32", modes=["compiled", "eager"])
@@ -295,6 +296,7 @@ class TestQuick:
     def _usual(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(runner, "USUAL", ("other/a", "fake/a"))
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
 
     def test_usual_cases_in_their_order_and_compiled_last(self, monkeypatch: pytest.MonkeyPatch) -> None:
         asked = []

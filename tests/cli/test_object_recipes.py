@@ -35,7 +35,7 @@ def test_papers_have_their_recipes_and_these_say_what_to_expect_and_by_whom() ->
 def test_a_recipe_trains_and_validates(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     timm = pytest.importorskip("timm")
     save_model(timm.create_model("test_vit", num_classes=0), tmp_path / "vit")
-    small = f"--model.backbone timm:local-dir:{tmp_path / 'vit'} --data.image_size 48 --data.batch_size 1"
+    small = f"--model.backbone timm:local-dir:{tmp_path / 'vit'} --data.image_size 96 --data.batch_size 1"
     data = data_of(recipe, tmp_path)
     monkeypatch.chdir(tmp_path)
     assert main(["fit", "--config", str(recipe), "--data", str(data), *small.split(), *QUICK.split()]) == 0

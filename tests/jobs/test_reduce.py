@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -13,10 +14,10 @@ import torch
 
 import narrows
 from narrows.costs import Timing, macs_per_sample
-from narrows.data import DigitScenes
+from narrows.data import DigitScenes, ImageSet
 from narrows.demo import vit
 from narrows.errors import CannotWrite, InvalidArgument, InvalidType, NarrowsError
-from narrows.hub.models import open_model
+from narrows.hub.models import LoadedModel, open_model
 from narrows.jobs.images import Images, load_images
 from narrows.jobs.reduce import ReductionResult, parse_budget, reduce
 from narrows.jobs.report import mean_difference
@@ -118,14 +119,22 @@ def test_the_report_is_one_file_with_table_curve_and_pictures(result: ReductionR
 def _trial(name: str, right: list[int], seconds: Sequence[float], macs: int, **options: object) -> Trial:
     scores = torch.tensor(right, dtype=torch.float32)
     return Trial(
-        **{"model": None, "method": name, "same": scores, "right": scores, "macs": (macs,), "kept": 4.0, "batch": 8}
+        **{
+            "model": Mock(spec=LoadedModel),
+            "method": name,
+            "same": scores,
+            "right": scores,
+            "macs": (macs,),
+            "kept": 4.0,
+            "batch": 8,
+        }
         | {"timing": Timing(tuple(seconds)), "memory": 1}
         | options
     )
 
 
 def _found(*trials: Trial, labelled: bool = True) -> ReductionResult:
-    images = Images(None, tuple(range(len(trials[0].scores))), "all", labelled=labelled)
+    images = Images(Mock(spec=ImageSet), tuple(range(len(trials[0].scores))), "all", labelled=labelled)
     return ReductionResult(trials, images, Path("x"), {})
 
 

@@ -161,8 +161,8 @@ def test_any_module_can_be_an_expert() -> None:
     layer = SoftMoE(DIM, num_experts=3, slots_per_expert=2, experts=lambda index: nn.Linear(DIM, DIM))
     x = torch.randn(2, 5, DIM)
     assert len(list(layer.experts)) == 3
-    keys = layer._keys(x, None)
-    logits = keys.token_keys @ keys.slot_keys.mT
+    _, token_keys, slot_keys, *_ = layer._keys(x, None)
+    logits = token_keys @ slot_keys.mT
     slots = (logits.softmax(1).mT @ x).unflatten(1, (2, 3))
     outputs = torch.stack([layer.experts[e](slots[:, :, e]) for e in range(3)], 2).flatten(1, 2)
     assert_close(layer(x), logits.softmax(-1) @ outputs, 1e-6)

@@ -65,7 +65,7 @@ def test_costs_are_logarithmic_beyond_a_factor_of_eight(dearest: float, scale: s
 
 def test_axis_and_bars_end_where_there_is_no_more_quality() -> None:
     points = [ParetoPoint("sure", 1e6, 99.5, 2.0), ParetoPoint("lost", 2e6, 1.0, 3.0)]
-    (axes,) = pareto(points, x="MACs", y="accuracy (%)", bounds=(0, 100)).axes
+    (axes,) = pareto(points, x="MACs", y="accuracy (%)", bounds=(0.0, 100.0)).axes
     assert axes.get_ylim() == (0, 100)
     bars = sorted(tuple(segment[:, 1]) for bar in axes.collections for segment in bar.get_segments())
     np.testing.assert_allclose(bars, [(0, 4), (97.5, 100)])
@@ -74,7 +74,7 @@ def test_axis_and_bars_end_where_there_is_no_more_quality() -> None:
     assert free.get_ylim()[1] > 101.5
     lines = {"ats": [ParetoPoint("ats", 70, 99.8)]}
     low, high = (
-        curves(lines, ParetoPoint("all", 90, 100), x="x", y="y", least_span=8, bounds=(0, 100)).axes[0].get_ylim()
+        curves(lines, ParetoPoint("all", 90, 100), x="x", y="y", least_span=8.0, bounds=(0.0, 100.0)).axes[0].get_ylim()
     )
     assert (low, high) == (92, 100)
 

@@ -37,7 +37,7 @@ from narrows.training.task import warmup_schedule
 
 FOLDER = Path("runs") / "flamingo_digits"
 ENCODER = "sepvit_mini"
-ENCODER_EPOCHS = 12
+ENCODER_EPOCHS = 20
 LANGUAGE_MODEL: dict[str, Any] = {
     "hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4,
     "max_position_embeddings": 128,

@@ -323,7 +323,7 @@ def write_report(comparison: Comparison, data: ImageData, device: torch.device) 
     )
     report.section("Accuracy against cost")
     points = comparison.points()
-    figure = pareto(points, x="MACs per image", y="held-out accuracy (%)", bounds=(0, 100))
+    figure = pareto(points, x="MACs per image", y="held-out accuracy (%)", bounds=(0.0, 100.0))
     caption = "A model is on the line if it is more accurate than every cheaper one by more than the 95 % interval."
     alt = "Accuracy against MACs per image. " + "; ".join(
         f"{point.name}: {point.quality:.1f} ± {point.spread:.1f} % at {point.cost / 1e6:.2f} M" for point in points

@@ -401,7 +401,7 @@ def _write_report(result: ReductionResult) -> None:
         for method in dict.fromkeys(trial.method for trial in reduced)
     }
     untouched = result.point(result.untouched)
-    bounds = (0, 100) if result.classifies else (-100, 100)
+    bounds = (0.0, 100.0) if result.classifies else (-100.0, 100.0)
     figure = curves(lines, untouched, x="MACs per image", y=result.quality, least_span=LEAST_SPAN, bounds=bounds)
     caption = "A line for each method through its budgets; dashed, what the untouched model reaches."
     alt = f"{result.quality} against MACs per image. " + "; ".join(
