@@ -195,7 +195,7 @@ def check_positive_number(**values: Any) -> None:
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, Real | torch.SymFloat):
             raise InvalidType(name, expected="a positive number", got=repr(value))
-        if not 0 < value < float("inf"):
+        if not 0 < value < float("inf"):  # pyright: ignore[reportOperatorIssue]
             raise InvalidArgument(name, expected="a positive number", got=value)
 
 
