@@ -4,7 +4,7 @@ Nothing is computed. What an operation needs inside itself, and how an allocator
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from tests.launches import fused_attention, replace_by_fakes
 
 def peak_on_a_gpu(
     make: Callable[[], nn.Module],
-    call: Callable[[nn.Module, torch.device], Tensor],
+    call: Callable[[nn.Module, torch.device], Tensor | Sequence[Tensor]],
     *,
     dtype: torch.dtype = torch.bfloat16,
     backward: bool = False,
@@ -26,7 +26,7 @@ def peak_on_a_gpu(
 
     Args:
         make: makes the module, anywhere.
-        call: runs it on inputs that it makes on the device it is given.
+        call: runs it on inputs that it makes on the device it is given, and returns what is learned from.
         dtype: of the parameters.
         backward: with gradients of all that asks for one, which are part of the memory; without gradients otherwise.
     """
@@ -40,6 +40,6 @@ def peak_on_a_gpu(
                 with torch.no_grad():
                     call(module, device)
                 return
-            run_backward(lambda: [call(module, device)])
+            run_backward(lambda: [found] if isinstance(found := call(module, device), Tensor) else list(found))
 
         return peak_memory(run)
