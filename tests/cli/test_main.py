@@ -164,3 +164,15 @@ def test_a_message_fits_a_screen_and_drives_no_terminal(
     assert shown.startswith(r"narrows: checkpoint: expected weights, got a tensor called \x1b[2J\udcff www")
     assert shown.endswith("(--debug shows all of it)\n")
     assert len(shown) < 15 * 80 + 20
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["info"], ["fit", "--help-all"], ["info", "--json"]], ids=" ".join)
+def test_a_reader_that_went_away_ends_a_command_without_a_word(arguments):
+    command = subprocess.Popen(
+        [sys.executable, "-m", "narrows", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert command.stdout is not None
+    assert command.stderr is not None
+    command.stdout.close()
+    assert command.stderr.read() == ""
+    assert command.wait() == 141

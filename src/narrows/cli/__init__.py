@@ -5,11 +5,12 @@ import importlib
 import json
 import math
 import os
+import select
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from textwrap import wrap
 from types import FrameType
@@ -97,15 +98,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run `narrows <arguments>` and return its exit code.
 
     0 is success, 1 an error narrows explains, 2 a command or option that does not exist; 130 Ctrl-C, 143 SIGTERM, 129
-    SIGHUP: the number of the signal and 128.
+    SIGHUP, 141 a reader of the output that went away (`| head`): the number of the signal and 128.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given or bool(os.environ.get("NARROWS_DEBUG"))
     as_json = JSON.set("--json" in given)
     try:
         with _signals_raise(), quiet("--quiet" in given):
-            return _run([argument for argument in given if argument not in SWITCHES])
+            code = _run([argument for argument in given if argument not in SWITCHES])
+            return 141 if _nobody_reads() else code
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return 141
         told = _told(error)
         if debug or told is None:
             raise
@@ -115,9 +119,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tell(f"\nnarrows: stopped. {interrupt}".rstrip(), "yellow")
         return 128 + getattr(interrupt, "signum", signal.SIGINT)
     except SystemExit as stop:
+        if _nobody_reads():
+            return 141
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     finally:
         JSON.reset(as_json)
+
+
+def _nobody_reads() -> bool:
+    """Whether the reader of our output went away, as `head` does; what is left of it is dropped then."""
+    with suppress(BrokenPipeError):
+        sys.stdout.flush()
+    try:
+        place, pipe = sys.stdout.fileno(), select.poll()
+    except (AttributeError, OSError):  # no pipe of a system with polls
+        return False
+    pipe.register(place, 0)
+    gone = any(event & select.POLLERR for _, event in pipe.poll(0))
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), place)
+    return gone
 
 
 def answer(command: str, data: Callable[[], Mapping[str, Any]], *shown: "str | ScreenTable") -> None:
