@@ -129,7 +129,8 @@ def test_results_of_reductions_and_exports_as_json(tmp_path, capsys):
         assert f"`{name}`" in DOCUMENTED, f"docs/commands.md does not say what {name} is"
 
 
-def test_quiet_leaves_the_result_alone(tmp_path, capsys):
+def test_quiet_leaves_the_result_alone(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")  # how wide columns are depends on the speeds in them
     model, images = save_ours(tmp_path / "model"), save_images(tmp_path / "images")
     few = ["--method", "topk", "--budget", "0.5", "--limit", "4", "--output", str(tmp_path / "runs")]
     line = ["reduce", "--model", model, "--data", images, *few, "--device", "cpu"]
@@ -140,4 +141,4 @@ def test_quiet_leaves_the_result_alone(tmp_path, capsys):
     assert main(line) == 0
     again = capsys.readouterr()
     assert "results in" in again.err
-    assert again.out.splitlines()[0] == printed.out.splitlines()[0]
+    assert again.out.splitlines()[0].split() == printed.out.splitlines()[0].split()
