@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -83,6 +83,12 @@ class ImageData:
     def num_classes(self) -> int:
         """How many classes there are."""
         return len(self.classes)
+
+
+def normalised(images: UInt8[Tensor, "*B 3 H W"]) -> Float[Tensor, "*B 3 H W"]:
+    """8-bit colour images normalised for a model."""
+    mean, std = (torch.tensor(value).view(3, 1, 1) for value in MEAN_AND_STD[3])
+    return (images.float() / 255 - mean) / std
 
 
 def picture(images: Float[Tensor, "*B C H W"]) -> Float[Tensor, "*B C H W"]:

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from narrows.data.images import IGNORED, MEAN_AND_STD, ImageData, ImageSet
+from narrows.data.images import IGNORED, ImageData, ImageSet, normalised
 from narrows.data.positions import keys, uniforms
 from narrows.data.scenes import SegmentedDigits
 from narrows.data.tabletop import TabletopScenes
@@ -306,12 +306,6 @@ def load_object_scenes(
         channels=3,
         held_out_rule="scenes of numbers of their own",
     )
-
-
-def normalised(images: UInt8[Tensor, "*B 3 H W"]) -> Float[Tensor, "*B 3 H W"]:
-    """8-bit colour images normalised for a model."""
-    mean, std = (torch.tensor(value).view(3, 1, 1) for value in MEAN_AND_STD[3])
-    return (images.float() / 255 - mean) / std
 
 
 def _rgb(

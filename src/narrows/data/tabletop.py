@@ -13,7 +13,7 @@ from jaxtyping import Float, Int, UInt8
 from numpy.typing import NDArray
 from torch import Tensor
 
-from narrows.data.images import MEAN_AND_STD, ImageSet
+from narrows.data.images import ImageSet, normalised
 from narrows.data.positions import keys, uniforms
 from narrows.errors import InvalidArgument, MissingExtra
 from narrows.validation import check_choice, check_positive
@@ -89,8 +89,7 @@ class TabletopScenes(ImageSet):
     ) -> tuple[Float[Tensor, "B *T 3 H W"], Int[Tensor, "B *T H W"]]:
         """Normalised images or clips, and the number of the object in each pixel, 0 on the table."""
         scenes = self.render(indices, epoch)
-        mean, std = (torch.tensor(value).view(3, 1, 1) for value in MEAN_AND_STD[3])
-        return (scenes.images.float() / 255 - mean) / std, scenes.masks
+        return normalised(scenes.images), scenes.masks
 
     def render(self, indices: Sequence[int], epoch: int = 0) -> Rendered:
         """These scenes as they are seen."""

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from narrows.data.documents import questions_of
-from narrows.data.images import IGNORED
-from narrows.data.object_scenes import COLOURS, SHAPES, ObjectScene, normalised
+from narrows.data.images import IGNORED, normalised
+from narrows.data.object_scenes import COLOURS, SHAPES, ObjectScene
 from narrows.data.scene_documents import CELLS, ShapeChats, cells_of, described
 from narrows.demo.cache import kept
 from narrows.files import replacing_folder

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -74,10 +74,7 @@ class MLPDecoder(nn.Module):
         self.grid, self.feature_dim = (int(grid[0]), int(grid[1])), int(feature_dim)
         self.slot_map = None if input_dim is None else nn.Linear(slot_dim, input_dim, **factory)
         self.positions = nn.Parameter(torch.empty(grid[0] * grid[1], width, **factory))
-        layers: list[nn.Module] = []
-        for incoming, outgoing in pairwise((width, *hidden_dims)):
-            layers += [nn.Linear(incoming, outgoing, **factory), nn.ReLU()]
-        self.mlp = nn.Sequential(*layers, nn.Linear((width, *hidden_dims)[-1], feature_dim + 1, **factory))
+        self.mlp = relu_mlp((width, *hidden_dims, feature_dim + 1), **factory)
         self._reset_own()
 
     def _reset_own(self) -> None:
@@ -348,6 +345,14 @@ def shares_of(logits: Float[Tensor, "*logits"], slot_mask: Tensor | None, *, dim
     greatest = logits.masked_fill(present == 0, torch.finfo(logits.dtype).min).amax(dim, keepdim=True).detach()
     weights = (logits - greatest).clamp(max=20).exp() * present  # one that is left out may have been far above
     return weights / weights.sum(dim, keepdim=True).clamp(min=torch.finfo(logits.dtype).tiny)
+
+
+def relu_mlp(widths: Sequence[int], **factory: Any) -> nn.Sequential:
+    """Linear maps from each of these widths to the next, with a ReLU between them."""
+    layers: list[nn.Module] = []
+    for incoming, outgoing in pairwise(widths):
+        layers += [nn.Linear(incoming, outgoing, **factory), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
 
 
 def positions_on(positions: Float[Tensor, "N width"], own: Grid, grid: Grid) -> Float[Tensor, "M width"]:

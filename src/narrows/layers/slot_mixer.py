@@ -1,7 +1,6 @@
 """The slot mixer, which decodes positions that read the slots first, and the block it shares with predictors."""
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 from jaxtyping import Bool, Float
@@ -9,7 +8,7 @@ from torch import Tensor, nn
 
 from narrows.errors import InvalidArgument
 from narrows.layers.initialisation import draw_, reset_submodules
-from narrows.layers.slot_decoders import DecodedFeatures, Grid, positions_on, shares_of
+from narrows.layers.slot_decoders import DecodedFeatures, Grid, positions_on, relu_mlp, shares_of
 from narrows.ops.attention import attention
 from narrows.validation import check_positive, checked
 
@@ -113,10 +112,7 @@ class SlotMixer(nn.Module):
         self.norm_memory, self.norm_positions, self.norm_slots = (nn.LayerNorm(slot_dim, **factory) for _ in range(3))
         self.blocks = nn.ModuleList(SlotBlock(slot_dim, heads, pre_norm=True, **factory) for _ in range(depth))
         self.to_q, self.to_k = (nn.Linear(slot_dim, slot_dim, bias=False, **factory) for _ in range(2))
-        layers: list[nn.Module] = []
-        for incoming, outgoing in pairwise((slot_dim, *hidden_dims)):
-            layers += [nn.Linear(incoming, outgoing, **factory), nn.ReLU()]
-        self.mlp = nn.Sequential(*layers, nn.Linear((slot_dim, *hidden_dims)[-1], feature_dim, **factory))
+        self.mlp = relu_mlp((slot_dim, *hidden_dims, feature_dim), **factory)
         self._reset_own()
 
     def _reset_own(self) -> None:
