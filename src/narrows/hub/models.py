@@ -18,6 +18,7 @@ from narrows.checkpoints.files import Renamed, find_weights, fit_weights
 from narrows.data.images import MEAN_AND_STD
 from narrows.errors import InvalidArgument, MissingExtra, NarrowsError
 from narrows.files import replacing_folder
+from narrows.hub.strict import check_claimed_layers, few, surplus_layers
 from narrows.models import ImageClassifier, create_model, list_models, load_model
 from narrows.models.base import MODEL_CARD, SavedModel
 from narrows.models.card import named_classes, timm_card
@@ -412,6 +413,7 @@ def _open_transformers(name: str, checkpoint: Checkpoint | None, arguments: Mapp
     if not Path(name).is_dir():
         check_hub(name, hint=f"If it is a folder, check the path; else {FETCH.format(name)}.")
     config, processor = _read(name, AutoConfig), _read(name, AutoImageProcessor)
+    check_claimed_layers("model", config, name)
     architecture = (config.architectures or [""])[0]
     kind: Any = AutoModelForImageClassification if architecture.endswith("ForImageClassification") else AutoModel
     classifies = kind is AutoModelForImageClassification
@@ -480,8 +482,11 @@ def _read_model(name: str, kind: Any) -> tuple[Any, tuple[str, ...]]:
         model, _ = _read(name, kind, output_loading_info=True, add_pooling_layer=False)
         return model, ("The saved weights have no pooler: features are those of the first token",)
     if missing:
-        got = f"{f'hf:{name}'!r} without {', '.join(missing[:4])}" + (" and more" if len(missing) > 4 else "")
+        got = f"{f'hf:{name}'!r} without {few(missing)}"
         raise InvalidArgument("model", expected=f"all weights of a {type(model).__name__}", got=got)
+    if surplus := surplus_layers(model, report):
+        expected = "as many layers as its configuration counts"
+        raise InvalidArgument("model", expected=expected, got=f"{f'hf:{name}'!r} with {few(surplus)} besides")
     return model, ()
 
 

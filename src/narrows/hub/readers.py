@@ -27,6 +27,7 @@ from narrows.data.folder import image_transform
 from narrows.errors import InvalidArgument, MissingExtra
 from narrows.files import replacing_folder, write_text
 from narrows.hub.models import FETCH, LoadedModel, check_hub, open_model
+from narrows.hub.strict import check_claimed_layers, check_gguf_layers, few, surplus_layers
 from narrows.models import ImageClassifier
 from narrows.validation import check_choice
 from narrows.weights import config_text, misfits, read_config, write_safetensors
@@ -97,7 +98,7 @@ def open_language_model(name: str | Path, *, dtype: str | None = None) -> tuple[
         MissingExtra: transformers, or for a GGUF file gguf, is not installed.
     """
     try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
     except ImportError as error:
         raise MissingExtra("transformers", extra="transformers", purpose="open a language model") from error
     if dtype is not None:
@@ -109,24 +110,33 @@ def open_language_model(name: str | Path, *, dtype: str | None = None) -> tuple[
         if find_spec("gguf") is None:
             raise MissingExtra("gguf", extra="gguf", purpose="open a GGUF file")
         options["gguf_file"] = file
+        if (path := Path(place, file)).is_file():
+            check_gguf_layers("language_model", path)
         weights = {"dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)} | weights
     if not Path(place).is_dir():
         check_hub(place, hint=f"If it is a folder, check the path; else {FETCH.format(place)}.")
     try:
         with without_bars():
+            if file is None:
+                check_claimed_layers("language_model", AutoConfig.from_pretrained(place, **options), place)
             tokenizer = AutoTokenizer.from_pretrained(place, **options)
             loaded: Any = AutoModelForCausalLM.from_pretrained(place, output_loading_info=True, **options, **weights)
             model, report = loaded
+    except InvalidArgument:
+        raise
     except Exception as error:  # the hub, the network, the disk and transformers fail in ways of their own
         raise InvalidArgument(
             "language_model",
             expected="a folder or a hub name of a causal language model with its tokenizer, or a GGUF file",
             got=f"{str(name)!r}: {(str(error) or type(error).__name__).splitlines()[0][:300]}",
         ) from error
-    if missing := sorted(report["missing_keys"]):  # transformers draws them at random, and only warns
+    if missing := sorted(report["missing_keys"]):
         raise InvalidArgument(
-            "language_model", expected="all weights of it", got=f"{str(name)!r} without {', '.join(missing[:4])}"
+            "language_model", expected="all weights of it", got=f"{str(name)!r} without {few(missing)}"
         )
+    if surplus := surplus_layers(model, report):
+        expected = "as many layers as its configuration counts"
+        raise InvalidArgument("language_model", expected=expected, got=f"{str(name)!r} with {few(surplus)} besides")
     return model.eval(), tokenizer
 
 
