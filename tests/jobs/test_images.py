@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from narrows.errors import DataError, InvalidArgument, NarrowsError
@@ -103,3 +104,29 @@ def test_folders_without_readable_images_are_refused(tmp_path: Path) -> None:
     truncate(write_image(tmp_path / "broken.png"))
     with pytest.raises(DataError, match="none of the images can be read"):
         load_images(tmp_path, THEIRS, limit=1)
+
+
+def test_a_table_is_looked_at_as_a_folder_is(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    root = write_classes(tmp_path / "photos", {"cat": 4, "dog": 6})
+    files = sorted(root.rglob("*.png"))
+    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])}
+    rows = {"image": [str(file) for file in files], "label": [int("dog" in file.parts) for file in files]}
+    table = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
+    theirs = replace(THEIRS, classes=("bird", "dog", "cat"), num_classes=3, prepare=lambda image: as_tensor(image))
+    of_folder, of_table = (load_images(data, theirs, limit=7) for data in (root, table))
+    assert of_table.labelled
+    assert of_table.rule == "every image in the split rows"
+    for ours, expected in zip(of_table.batch(range(7)), of_folder.batch(range(7)), strict=True):
+        assert torch.equal(ours, expected)
+    assert of_table.names([0, 6]) == of_folder.names([0, 6]) == ["cat", "dog"]
+    unlabelled = load_images(table.remove_columns("label"), theirs, limit=100)
+    assert not unlabelled.labelled
+    assert (len(unlabelled), unlabelled.names([3])) == (10, ["3"])
+    held_out = load_images(table, OURS, limit=100)
+    assert held_out.rule == "held out: 20% of the images, chosen by a hash of the number of the row"
+    assert len(held_out) < 10
+
+
+def as_tensor(image: Image.Image) -> torch.Tensor:
+    return torch.frombuffer(bytearray(image.resize((8, 8)).tobytes()), dtype=torch.uint8).view(8, 8, 3).movedim(2, 0)

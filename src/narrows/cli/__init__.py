@@ -75,6 +75,7 @@ EXTRAS: dict[str, dict[str, str]] = {
     },
     "onnx": {"onnx": "onnx", "onnxscript": "onnxscript", "onnxruntime": "onnxruntime"},
     "gguf": {"gguf": "gguf"},
+    "datasets": {"datasets": "datasets"},
     "objects": {"pycocotools": "pycocotools", "tfrecord": "tfrecord"},
     "scenes": {"pybullet": "pybullet"},
 }

@@ -1,10 +1,12 @@
-"""Image files as data sets: how they are checked, read and transformed."""
+"""Image files, and pictures in tables, as data sets: how they are checked, read and transformed."""
 
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from itertools import groupby
+from pathlib import Path, PurePath
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -17,14 +19,18 @@ from narrows.data.images import IGNORED, MEAN_AND_STD, Augmentation, ImageData, 
 from narrows.data.listing import (
     HELD_OUT_SHARE,
     PARTS,
+    LabelledImages,
+    Place,
     Sample,
     find_images,
     list_folder,
+    list_table,
     printable,
     say_left_out,
     split,
 )
 from narrows.data.positions import keys
+from narrows.data.tables import Data, Table, is_table, open_table
 from narrows.errors import DataError, InvalidArgument
 from narrows.screen import track
 from narrows.validation import check_positive
@@ -33,9 +39,11 @@ log = logging.getLogger(__name__)
 
 UNREADABLE_SHARE = 0.01
 
+_AnyPlace = TypeVar("_AnyPlace", bound=Place)
 
-def find_unreadable(paths: Sequence[Path], *, allowed_share: float = UNREADABLE_SHARE) -> set[Path]:
-    """Files that cannot be decoded. Each is tried, JPEG at an eighth of its size.
+
+def find_unreadable(paths: Sequence[_AnyPlace], *, allowed_share: float = UNREADABLE_SHARE) -> set[_AnyPlace]:
+    """Pictures that cannot be decoded. Each is tried, JPEG at an eighth of its size.
 
     Raises:
         DataError: more than one, and more than `allowed_share` of all.
@@ -55,18 +63,18 @@ def find_unreadable(paths: Sequence[Path], *, allowed_share: float = UNREADABLE_
 
 
 class FolderImages(ImageSet):
-    """Image files and their labels, resized and normalised.
+    """Image files, or pictures in tables, and their labels, resized and normalised.
 
     With an augmentation, images are cropped and flipped at random, as a pure function of (seed, epoch, index); without,
     they are cropped at the centre.
 
     Args:
-        samples: files and labels.
+        samples: files or rows, and labels.
         image_size: side of the square images.
         channels: 3, or 1 for grey images.
         augmentation: of training images; None crops at the centre.
         seed: of the augmentation.
-        root: the folder that names of images are relative to, if any.
+        root: the folder or table that names of images are relative to, if any.
         prepare: transform of an upright RGB image to a tensor that replaces resizing, augmentation and normalisation.
     """
 
@@ -78,7 +86,7 @@ class FolderImages(ImageSet):
         channels: int = 3,
         augmentation: Augmentation | None = None,
         seed: int = 0,
-        root: Path | None = None,
+        root: PurePath | None = None,
         prepare: Callable[[Image.Image], Tensor] | None = None,
     ) -> None:
         self.samples, self.augmentation, self.seed, self.root = tuple(samples), augmentation, seed, root
@@ -88,9 +96,10 @@ class FolderImages(ImageSet):
         return len(self.samples)
 
     def name(self, index: int) -> str:
-        """The file, with what cannot be printed as escapes."""
-        path = self.samples[index][0]
-        return printable((path if self.root is None else path.relative_to(self.root)).as_posix())
+        """The file or the row, with what cannot be printed as escapes."""
+        place = self.samples[index][0]
+        inside = str(place) if self.root is None else "/".join(place.parts[len(self.root.parts) :])
+        return printable(inside)
 
     def batch(self, indices: Sequence[int], epoch: int = 0) -> tuple[Float[Tensor, "B C H W"], Int[Tensor, "B"]]:
         """Normalised images and labels."""
@@ -129,26 +138,27 @@ def image_transform(
 
 
 def load_folder(
-    root: Path, *, image_size: int, seed: int, unreadable_share: float, augmentation: Augmentation
+    data: Path | Table, *, image_size: int, seed: int, unreadable_share: float, augmentation: Augmentation
 ) -> ImageData:
-    """The folder as `ImageData`; see `narrows.data.load`."""
-    _check_is_folder(root)
-    listed = list_folder(root)
-    every = [path for samples in (listed.training, *listed.held_out.values()) for path, _ in samples]
+    """The folder or table as `ImageData`; see `narrows.data.load`."""
+    listed = list_images(data)
+    root = listed.root
+    every = [place for samples in (listed.training, *listed.held_out.values()) for place, _ in samples]
     skipped = find_unreadable(every, allowed_share=unreadable_share)
     train = _without(listed.training, skipped)
     if listed.held_out:
         first, last = min(listed.held_out, key=_order), max(listed.held_out, key=_order)
         held_out, test = (_without(listed.held_out[part], skipped) for part in (first, last))
-        rule = f"the folder {listed.names[first]}/"
+        rule = listed.describe(first)
     else:
         train_root = root / listed.names["training"]
         train, held_out = split(train, root=train_root, classes=listed.classes)
         test = held_out
-        rule = f"{HELD_OUT_SHARE:.0%} of the images, chosen by a hash of the path inside {train_root.name}/"
+        hashed = f"the path inside {train_root.name}/" if isinstance(data, Path) else "the number of the row"
+        rule = f"{HELD_OUT_SHARE:.0%} of the images, chosen by a hash of {hashed}"
     for name, samples in (("training", train), ("validation", held_out), ("test", test)):
         if not samples:
-            raise DataError(f"{root}: no readable image among the {name} images. Add some, or remove the empty folder.")
+            raise DataError(f"{root}: no readable image among the {name} images. Add some, or remove the empty part.")
     say_left_out(root, listed.left_out)
 
     def images(samples: Sequence[Sample], augmentation: Augmentation | None = None) -> FolderImages:
@@ -164,34 +174,56 @@ def load_folder(
         image_size=image_size,
         channels=3,
         held_out_rule=rule,
-        skipped=tuple(sorted(skipped)),
+        skipped=tuple(sorted(skipped, key=str)),
         left_out=listed.left_out,
     )
 
 
-def load_unlabelled(paths: Iterable[str | Path], *, image_size: int, channels: int) -> FolderImages:
-    """Image files, and all in folders, without labels, for a model of this image size and number of channels."""
-    files = find_images(paths)
-    skipped = find_unreadable(files)
-    samples = [(file, IGNORED) for file in files if file not in skipped]
-    return FolderImages(samples, image_size=image_size, channels=channels)
+def list_images(data: Path | Table) -> LabelledImages:
+    """Classes and images of a folder or a table, as `list_folder` and `list_table` find them."""
+    if isinstance(data, Table):
+        return list_table(data)
+    expected = "'digits' or a folder with one folder of images for each class, or hf:<name>"
+    if data.is_file():
+        hint = "Name the folder that holds the class folders."
+        raise InvalidArgument("data", expected=expected, got=f"the file {data}", hint=hint)
+    if not data.is_dir():
+        got = f"{str(data)!r}, which does not exist"
+        raise InvalidArgument("data", expected=expected, got=got, hint="Check the path.")
+    return list_folder(data)
 
 
-def _check_is_folder(root: Path) -> None:
-    expected = "'digits' or a folder with one folder of images for each class"
-    if root.is_file():
-        raise InvalidArgument(
-            "data", expected=expected, got=f"the file {root}", hint="Name the folder that holds the class folders."
-        )
-    if not root.is_dir():
-        raise InvalidArgument(
-            "data", expected=expected, got=f"{str(root)!r}, which does not exist", hint="Check the path."
-        )
+def load_unlabelled(
+    places: Iterable[Data],
+    *,
+    image_size: int,
+    channels: int,
+    root: PurePath | None = None,
+    prepare: Callable[[Image.Image], Tensor] | None = None,
+) -> FolderImages:
+    """Image files, and all in folders and tables, without labels.
+
+    Args:
+        places: files, folders, and tables as `narrows.data.load` takes them.
+        image_size: side of the images a model takes.
+        channels: those a model takes.
+        root, prepare: of `FolderImages`.
+    """
+    found: list[Place] = []
+    for known_as_table, group in groupby(places, is_table):
+        if known_as_table:
+            tables = [open_table(data) for data in group]
+            found += [row for table in tables for split in table.splits for row in table.rows(split)]
+        else:
+            found += find_images(group)
+    skipped = find_unreadable(found)
+    samples = [(place, IGNORED) for place in found if place not in skipped]
+    return FolderImages(samples, image_size=image_size, channels=channels, root=root, prepare=prepare)
 
 
 def _order(part: str) -> int:
     return list(PARTS).index(part)
 
 
-def _without(samples: Iterable[Sample], skipped: set[Path]) -> list[Sample]:
+def _without(samples: Iterable[Sample], skipped: set[Place]) -> list[Sample]:
     return [sample for sample in samples if sample[0] not in skipped]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from narrows.data.positions import Position
+from narrows.data.tables import Row
 from narrows.errors import InvalidArgument
 
 IGNORED = -100
@@ -56,7 +57,7 @@ class ImageData:
     """Images to train on and images to evaluate on.
 
     Args:
-        name: "digits", or the folder.
+        name: "digits", or the folder or table.
         train: for training.
         held_out: for validation; shares no image with `train`.
         test: for testing: `held_out` again, unless the folder has both a `val` and a `test`.
@@ -76,7 +77,7 @@ class ImageData:
     image_size: int
     channels: int
     held_out_rule: str
-    skipped: tuple[Path, ...] = ()
+    skipped: tuple[Path | Row, ...] = ()
     left_out: str = ""
 
     @property

@@ -1,4 +1,4 @@
-"""Which image files a folder holds, what their classes are, and which of them are held out."""
+"""Which images a folder or a table holds, what their classes are, and which of them are held out."""
 
 import hashlib
 import logging
@@ -9,9 +9,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from narrows.data.decoding import EXTENSIONS, begins_like_an_image
+from narrows.data.tables import Row, Table
 from narrows.errors import DataError, InvalidArgument
 
 log = logging.getLogger(__name__)
@@ -29,7 +30,10 @@ LISTED_FOLDERS = "links to folders that are listed already"
 
 SYSTEM_NAMES = ("__macosx", "thumbs.db", "desktop.ini")
 
-Sample = tuple[Path, int]
+Place = Path | Row
+"""Where a picture is: a file, or a row of a table."""
+
+Sample = tuple[Place, int]
 
 
 def printable(name: str) -> str:
@@ -159,27 +163,32 @@ def walk(root: Path) -> Tree:
 
 
 @dataclass(frozen=True)
-class ImageFolder:
-    """The labelled images of a folder.
+class LabelledImages:
+    """The labelled images of a folder or of a table.
 
     Args:
-        root: the folder.
+        root: the folder, or what the table is called.
         classes: names of the classes; labels count in this order.
-        training: training images, or all images where no part of the folder is held out.
-        held_out: the images of the validation folder and of the test folder, by "validation" and "test".
-        names: what these folders are called, and by "training" that of the training images; empty for `root` itself.
+        training: training images, or all images where no part is held out.
+        held_out: the images of the validation part and of the test part, by "validation" and "test".
+        names: what the folders or splits of the parts are called, "training" among them; empty for `root` itself.
         left_out: what was left out, in words.
     """
 
-    root: Path
+    root: PurePath
     classes: tuple[str, ...]
     training: list[Sample]
     held_out: Mapping[str, list[Sample]]
     names: Mapping[str, str]
     left_out: str
 
+    def describe(self, part: str) -> str:
+        """The folder or the split of a part, in words."""
+        name = self.names[part]
+        return f"the folder {name or self.root.name}/" if isinstance(self.root, Path) else f"the split {name}"
 
-def list_folder(root: Path) -> ImageFolder:
+
+def list_folder(root: Path) -> LabelledImages:
     """Classes and images of `root/<class>/<image>`, or of `root/train/<class>/<image>` with `val` and `test` beside it.
 
     Raises:
@@ -210,7 +219,7 @@ def list_folder(root: Path) -> ImageFolder:
     held_out = {
         kind: _known(tree, folder, labels) for kind, folder in parts.items() if kind != "training"
     }  # fmt: skip
-    return ImageFolder(
+    return LabelledImages(
         root,
         tuple(map(printable, classes)),
         [(root.joinpath(*names), labels[names[depth - 1]]) for names in training if len(names) > depth],
@@ -220,10 +229,51 @@ def list_folder(root: Path) -> ImageFolder:
     )
 
 
-def split(samples: Sequence[Sample], *, root: Path, classes: Sequence[str]) -> tuple[list[Sample], list[Sample]]:
-    """Training and held-out samples: a fifth is held out by the hash of the path inside `root`.
+def list_table(table: Table) -> LabelledImages:
+    """Classes and pictures of a table, by its columns of the types `Image` and `ClassLabel`.
 
-    A file thereby stays in its split when others are added or removed. Each class keeps at least one file in each
+    Splits are parts by the names that folders have (`train`, `validation`, `test`, ...); of a table with a single split
+    all are training images. Classes are those of the training images.
+
+    Raises:
+        DataError: no such columns, or several; no split to train on, or two of one part; a single class; a class that
+            the training images do not have.
+    """
+    parts = _splits(table)
+    column = table.column(parts["training"], "ClassLabel")
+    classes = {part: table.classes(split) for part, split in parts.items()}
+    trained = set(classes["training"])
+    known = [name for name in table.splits[parts["training"]].features[column].names if name in trained]
+    if len(known) < 2:
+        only = f"the single class {known[0]!r}" if known else "no row with a class"
+        raise DataError(f"{table.root}, split {parts['training']}, holds {only}: nothing to tell apart.")
+    labels = {name: label for label, name in enumerate(known)}
+    samples: dict[str, list[Sample]] = {}
+    left_out = [f"the split {split}" for split in table.splits if split not in parts.values()]
+    for part, split in parts.items():
+        found = [(row, name) for row, name in zip(table.rows(split), classes[part], strict=True) if name is not None]
+        if unknown := sorted({name for _, name in found} - labels.keys()):
+            raise DataError(
+                f"{table.root}, split {split}, holds classes that the training images do not: "
+                f"{', '.join(map(printable, unknown[:8]))}. Rename or remove them."
+            )
+        samples[part] = [(row, labels[name]) for row, name in found]
+        if without := classes[part].count(None):
+            left_out.append(f"{without:,} rows of the split {split} without a class")
+    return LabelledImages(
+        root=table.root,
+        classes=tuple(map(printable, known)),
+        training=samples.pop("training"),
+        held_out={part: found for part, found in samples.items() if found},
+        names=parts,
+        left_out="; ".join(left_out),
+    )
+
+
+def split(samples: Sequence[Sample], *, root: PurePath, classes: Sequence[str]) -> tuple[list[Sample], list[Sample]]:
+    """Training and held-out samples: a fifth is held out by the hash of the path inside `root`, or number of the row.
+
+    An image thereby stays in its split when others are added or removed. Each class keeps at least one file in each
     split: the one with the smallest hash is held out, the one with the greatest trained on.
 
     Raises:
@@ -231,14 +281,14 @@ def split(samples: Sequence[Sample], *, root: Path, classes: Sequence[str]) -> t
     """
     train: list[Sample] = []
     held_out: list[Sample] = []
-    of_class: list[list[tuple[float, Path]]] = [[] for _ in classes]
+    of_class: list[list[tuple[float, Place]]] = [[] for _ in classes]
     for path, label in samples:
         of_class[label].append((path_hash(path.parts[len(root.parts) :]), path))
     for label, (name, files) in enumerate(zip(classes, of_class, strict=True)):
         if len(files) < 2:
             raise DataError(
                 f"{root}: class {name!r} has {len(files)} readable image(s) and needs at least 2, one to train on and "
-                "one to hold out. Add images or remove the folder."
+                "one to hold out. Add images or remove the class."
             )
         files.sort()
         below = sum(value < HELD_OUT_SHARE for value, _ in files)
@@ -273,8 +323,8 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
     return found
 
 
-def say_left_out(root: Path, described: str) -> None:
-    """Say, once, what of a folder was left out, in the words of `Tree.describe_left_out`; nothing of nothing."""
+def say_left_out(root: PurePath, described: str) -> None:
+    """Say, once, what of a folder or a table was left out, in words; nothing of nothing."""
     if described:
         say_once(f"{printable(str(root))}: left out {described}")
 
@@ -324,6 +374,22 @@ def _parts(tree: Tree) -> dict[str, tuple[str, ...]]:
         (name, *_) = (folder[0] for folder in parts.values())
         raise DataError(f"{root} holds {name}/ but no train/. Expected {root}/train/<class>/<image> beside it.")
     return {"training": (), **parts}
+
+
+def _splits(table: Table) -> dict[str, str]:
+    """The split of each part."""
+    if len(table.splits) == 1:
+        return {"training": next(iter(table.splits))}
+    of_part = defaultdict[str, list[str]](list)
+    for split in table.splits:
+        if (part := part_called(split)) is not None:
+            of_part[part].append(split)
+    for part, splits in of_part.items():
+        if len(splits) > 1:
+            raise DataError(f"{table.root}: {' and '.join(splits)} are both splits of {part} images. Leave one out.")
+    if "training" not in of_part:
+        raise DataError(f"{table.root} has the splits {', '.join(table.splits)}: expected one that is called train.")
+    return {part: splits[0] for part, splits in of_part.items()}
 
 
 def _known(tree: Tree, folder: tuple[str, ...], labels: Mapping[str, int]) -> list[Sample]:

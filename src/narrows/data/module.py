@@ -15,6 +15,7 @@ from narrows.data.object_folder import load_object_folder
 from narrows.data.object_scenes import OBJECT_SCENES, load_object_scenes
 from narrows.data.positions import PositionSampler
 from narrows.data.scenes import load_segmented
+from narrows.data.tables import Data
 from narrows.errors import DataError, InvalidArgument
 from narrows.validation import check_not_negative, check_positive
 
@@ -134,21 +135,22 @@ def _unchanged(batch: Any) -> Any:
 
 
 class ImageDataModule(PositionedDataModule):
-    """Digit scenes or a folder of images, in an order that is a pure function of (seed, epoch, position).
+    """Digit scenes, a folder or a table of images, in an order that is a pure function of (seed, epoch, position).
 
     Args:
-        data: "digits", "small_digits", or a folder with one folder of images for each class.
-        image_size: side of the square images; by default 32 for digits, 64 for small digits and folders.
+        data: "digits", "small_digits", a folder with one folder of images for each class, or a table of the `datasets`
+            library: "hf:<name>", a folder that `save_to_disk` wrote, a `Dataset` or a `DatasetDict`.
+        image_size: side of the square images; by default 32 for digits, 64 for all else.
         batch_size: images in a batch of one process.
         num_workers: worker processes that prepare images; 0 prepares them in the training process.
         seed: of scenes, augmentation and order.
-        images: what `predict` looks at: image files, or folders of them; by default the held-out images.
-        augmentation: of a folder's training images; by default random crops and flips.
+        images: what `predict` looks at: image files, folders of them, "hf:<name>"; by default the held-out images.
+        augmentation: of training images that are no scenes; by default random crops and flips.
     """
 
     def __init__(
         self,
-        data: str = "digits",
+        data: Data = "digits",
         *,
         image_size: int | None = None,
         batch_size: int = 64,
@@ -206,7 +208,7 @@ class SegmentationDataModule(ImageDataModule):
     @cached_property
     def loaded(self) -> ImageData:
         """The scenes."""
-        return load_segmented(self.data, image_size=self.image_size, seed=self.seed)
+        return load_segmented(str(self.data), image_size=self.image_size, seed=self.seed)
 
 
 class ObjectDataModule(ImageDataModule):
@@ -242,7 +244,7 @@ class ObjectDataModule(ImageDataModule):
         """The images or clips."""
         if self.data in OBJECT_SCENES:
             return load_object_scenes(
-                self.data, image_size=self.image_size, frames=self.frames, length=self.length, seed=self.seed
+                str(self.data), image_size=self.image_size, frames=self.frames, length=self.length, seed=self.seed
             )
         if not Path(self.data).exists():
             expected = f"one of {', '.join(OBJECT_SCENES)}, or a folder"

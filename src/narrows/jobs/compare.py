@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from narrows.costs import compare_speed, measure, peak_memory
 from narrows.data import ImageData, ImageDataModule, RememberedImages
+from narrows.data.tables import Data, data_name, opened
 from narrows.errors import Diverged, InvalidArgument, NarrowsError, Terminated
 from narrows.files import locked, new_folder, replacing, write_text
 from narrows.hub.models import open_model
@@ -48,7 +49,7 @@ RUNS_FILE = "runs.csv"
 
 
 def compare(
-    data: str = "digits",
+    data: Data = "digits",
     *,
     models: Sequence[str] = MODELS,
     seeds: int = 1,
@@ -68,19 +69,20 @@ def compare(
 
     Args:
         data: "digits" (scenes with handwritten digits, no download), "small_digits" (the digit a quarter as wide as the
-            scene), or a folder with one folder of images per class.
+            scene), a folder with one folder of images per class, or a table of the `datasets` library: "hf:<name>", a
+            folder that `save_to_disk` wrote, from Python a `Dataset` or a `DatasetDict`.
         models: registry names, which begin with random weights (`narrows info` lists them), or "timm:<name>", or a
             folder with a saved model, which begin with the weights they have and a tenth of the learning rate; in a
             shell separated by commas.
         seeds: how many seeds each model is trained from; two or more give a spread.
         epochs: passes over the training images; by default 10, or as many as make 600 steps of a small folder.
         batch_size: images in a training step; by default 64, less for a small folder: a sixteenth of its images.
-        image_size: side of the images in pixels; by default 32 for digits, 64 for small digits and folders.
+        image_size: side of the images in pixels; by default 32 for digits, 64 for small digits and all else.
         learning_rate: the peak learning rate of models that begin with random weights.
         output: folder of all comparisons.
         device: "auto", "cpu", "cuda", "cuda:1" or "mps".
         resume: folder of a comparison that was stopped: what is finished is kept, the model at hand goes on where it
-            was, and the settings are those it was begun with.
+            was, and the settings are those it was begun with. Data from Python are given again.
         report_only: with `resume`, train nothing and report on what is finished, while another process trains, say.
 
     Raises:
@@ -97,15 +99,17 @@ def compare(
         raise InvalidArgument("resume", expected="the folder of a comparison to report on", got=None)
     place = check_device(device)
     asked = {
-        "data": data, "models": list(models), "seeds": seeds, "epochs": epochs, "batch_size": batch_size,
+        "data": data_name(data), "models": list(models), "seeds": seeds, "epochs": epochs, "batch_size": batch_size,
         "image_size": image_size, "learning_rate": learning_rate,
     }  # fmt: skip
     if resume is None:
-        found = ImageDataModule(data, image_size=image_size).loaded
+        source = opened(data)
+        found = ImageDataModule(source, image_size=image_size).loaded
         settings = _settings(asked, found)
     else:
         settings = _read_settings(Path(resume), asked)
-        found = ImageDataModule(settings.data, image_size=settings.image_size).loaded
+        source = opened(settings.data if isinstance(data, str) else data)
+        found = ImageDataModule(source, image_size=settings.image_size).loaded
         if (len(found.train), len(found.held_out)) != (settings.num_train, settings.num_held_out) or list(
             found.classes
         ) != list(settings.classes):
@@ -119,7 +123,7 @@ def compare(
     say(_announcement(found, settings, folder))
     try:
         with quiet_lightning():
-            interrupted = 0 if report_only else _train(settings, found, folder, place)
+            interrupted = 0 if report_only else _train(settings, source, found, folder, place)
         runs, diverged = _read_runs(folder)
         if interrupted and not runs:
             raise Terminated(interrupted)
@@ -171,7 +175,7 @@ def _read_settings(folder: Path, asked: Mapping[str, Any]) -> Settings:
     return settings
 
 
-def _train(settings: Settings, data: ImageData, folder: Path, device: torch.device) -> int:
+def _train(settings: Settings, source: Data, data: ImageData, folder: Path, device: torch.device) -> int:
     """Train what is not finished yet, and note each in the folder; the signal that cut it short, or 0."""
     loaded = {0: replace(data, train=RememberedImages(data.train))}
     with locked(folder / "compare", tell=f"Waiting for another process that works in {folder}"):
@@ -182,9 +186,7 @@ def _train(settings: Settings, data: ImageData, folder: Path, device: torch.devi
                 continue
             label = f"{number}/{settings.seeds * len(settings.models)} {name}"
             label += f" seed {seed}" if settings.seeds > 1 else ""
-            images = ImageDataModule(
-                settings.data, image_size=settings.image_size, batch_size=settings.batch_size, seed=seed
-            )
+            images = ImageDataModule(source, image_size=settings.image_size, batch_size=settings.batch_size, seed=seed)
             if seed not in loaded:  # all models of a seed see the same images, each drawn or read once
                 loaded = {seed: replace(images.loaded, train=RememberedImages(images.loaded.train))}
             images.loaded = loaded[seed]

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from narrows.data import IGNORED, ImageSet, load
 from narrows.data.decoding import EXTENSIONS
-from narrows.data.folder import FolderImages, find_unreadable
-from narrows.data.listing import PARTS, find_images, list_folder, say_left_out, walk
+from narrows.data.folder import FolderImages, find_unreadable, list_images, load_unlabelled
+from narrows.data.listing import PARTS, say_left_out, walk
 from narrows.data.scenes import SCENES
+from narrows.data.tables import Data, Table, is_table, open_table
 from narrows.errors import DataError, InvalidArgument
 from narrows.hub.models import LoadedModel
 
@@ -56,17 +57,17 @@ class Images:
         ]
 
 
-def load_images(data: str | Path, model: LoadedModel, *, limit: int) -> Images:
+def load_images(data: Data, model: LoadedModel, *, limit: int) -> Images:
     """The images in `data` for a model, at most `limit`, evenly spread over all there are.
 
     Of a model of narrows, which may have been trained on them, only held-out images are looked at (see
-    `narrows.data.load`); of other models every image in the folder. A folder has one folder of images for each class
-    and then gives accuracy too, where its classes can be told to be the model's: by their names (ImageNet's WordNet ids
-    among them), or, where the model has no names for them, by being as many. A folder without classes is searched in
-    depth.
+    `narrows.data.load`); of other models every image of the validation part, the test part or else the training part. A
+    folder has one folder of images for each class, a table a column of them, and then gives accuracy too, where the
+    classes can be told to be the model's: by their names (ImageNet's WordNet ids among them), or, where the model has
+    no names for them, by being as many. A folder without classes is searched in depth, and a table in all its splits.
 
     Args:
-        data: "digits", "small_digits", or a folder of images.
+        data: "digits", "small_digits", or a folder or a table of images, as `narrows.data.load` takes them.
         model: the model.
         limit: at most so many images.
 
@@ -75,36 +76,45 @@ def load_images(data: str | Path, model: LoadedModel, *, limit: int) -> Images:
             other classes than a model of narrows was trained on.
         DataError: images that cannot be read.
     """
-    check_data(data)
-    scenes = str(data) in SCENES
-    if scenes and (model.prepare is not None or model.channels != 1):
+    data = check_data(data)
+    if isinstance(data, str) and (model.prepare is not None or model.channels != 1):
         got = f"{str(data)!r}, which are grey"
         raise InvalidArgument("data", expected="a folder of images", got=got, hint=f"{model.name} takes colour.")
-    root = Path(data)
-    if scenes or (model.prepare is None and _has_classes(root)):
+    if isinstance(data, str) or (model.prepare is None and _has_classes(data)):
         found = _held_out(data, model)
-    elif _has_classes(root):
-        found = _labelled(root, model)
+    elif _has_classes(data):
+        found = _labelled(data, model)
     else:
-        found = _unlabelled(root, model)
+        found = _unlabelled(data, model)
     return replace(found, chosen=evenly_spaced(len(found.images), limit))
 
 
-def check_data(data: str | Path) -> None:
-    """Raise unless `data` names digit scenes or a folder with images.
+def check_data(data: Data) -> str | Path | Table:
+    """The name of digit scenes, a folder with images, or the table that `data` names, opened.
 
     Raises:
-        InvalidArgument: neither.
+        InvalidArgument: none of these.
+        DataError: a table that cannot be opened, or has no pictures.
     """
-    if str(data) in SCENES:
-        return
+    if isinstance(data, str | Path) and str(data) in SCENES:
+        return str(data)
+    if is_table(data):
+        table = open_table(data)
+        for split in table.splits:
+            table.column(split, "Image")
+        return table
     root = Path(data)
     if not root.is_dir():
-        expected = f"{', '.join(map(repr, SCENES))} or a folder of images"
-        raise InvalidArgument("data", expected=expected, got=f"{str(data)!r}, which is no folder")
+        raise InvalidArgument(
+            "data",
+            expected=f"{', '.join(map(repr, SCENES))} or a folder of images",
+            got=f"{str(data)!r}, which is no folder",
+            hint="Data sets of the Hugging Face hub are called hf:<name>.",
+        )
     if not walk(root).files:
         expected = f"a folder with images ({', '.join(EXTENSIONS)})"
         raise InvalidArgument("data", expected=expected, got=f"{str(data)!r}, which has none")
+    return root
 
 
 def evenly_spaced(count: int, limit: int) -> tuple[int, ...]:
@@ -116,7 +126,7 @@ def evenly_spaced(count: int, limit: int) -> tuple[int, ...]:
     return tuple(range(count)) if count <= limit else tuple(index * count // limit for index in range(limit))
 
 
-def _held_out(data: str | Path, model: LoadedModel) -> Images:
+def _held_out(data: str | Path | Table, model: LoadedModel) -> Images:
     loaded = load(data, image_size=model.size[0])
     if loaded.channels != model.channels:
         raise InvalidArgument("data", expected=f"images of {model.channels} channels", got=f"{loaded.channels}")
@@ -137,30 +147,29 @@ def _shown(classes: Sequence[str]) -> str:
     return f"{len(classes)}: {', '.join(map(repr, classes[:6]))}{' and more' if len(classes) > 6 else ''}"
 
 
-def _has_classes(root: Path) -> bool:
-    """Whether images stand in more than one folder inside `root`, and none in `root` itself."""
-    files = walk(root).files
+def _has_classes(data: Path | Table) -> bool:
+    """Whether a table has a column of classes, or a folder its images in more than one folder and none beside them."""
+    if isinstance(data, Table):
+        return any(data.has_classes(split) for split in data.splits)
+    files = walk(data).files
     return all(len(names) > 1 for names in files) and len({names[0] for names in files}) > 1
 
 
-def _labelled(root: Path, model: LoadedModel) -> Images:
-    listed = list_folder(root)
+def _labelled(data: Path | Table, model: LoadedModel) -> Images:
+    listed = list_images(data)
     part = min(listed.held_out, key=list(PARTS).index, default="training")
     samples, classes = listed.held_out.get(part, listed.training), listed.classes
     labels = _labels(classes, model)
-    skipped = find_unreadable([path for path, _ in samples])
-    kept = [(path, IGNORED if labels is None else labels[label]) for path, label in samples if path not in skipped]
-    rule = f"every image in {listed.names[part] or root.name}/"
+    skipped = find_unreadable([place for place, _ in samples])
+    kept = [(place, IGNORED if labels is None else labels[label]) for place, label in samples if place not in skipped]
+    rule = f"every image in {listed.describe(part)}"
     if labels is None:
         rule += f", whose {len(classes)} classes cannot be told to be among the model's {model.num_classes}"
-    say_left_out(root, listed.left_out)
-    return Images(
-        _files(kept, root, model),
-        (),
-        rule,
-        labelled=labels is not None,
-        classes=model.classes or classes,
+    say_left_out(listed.root, listed.left_out)
+    images = FolderImages(
+        kept, image_size=model.size[0], channels=model.channels, root=listed.root, prepare=model.prepare
     )
+    return Images(images, (), rule, labelled=labels is not None, classes=model.classes or classes)
 
 
 def _labels(classes: Sequence[str], model: LoadedModel) -> list[int] | None:
@@ -172,14 +181,11 @@ def _labels(classes: Sequence[str], model: LoadedModel) -> list[int] | None:
     return list(range(len(classes))) if len(classes) == model.num_classes and not named else None
 
 
-def _unlabelled(root: Path, model: LoadedModel) -> Images:
-    files = find_images([root])
-    skipped = find_unreadable(files)
-    kept = [(file, IGNORED) for file in files if file not in skipped]
-    if not kept:
+def _unlabelled(data: Path | Table, model: LoadedModel) -> Images:
+    root = data.root if isinstance(data, Table) else data
+    images = load_unlabelled(
+        [data], image_size=model.size[0], channels=model.channels, root=root, prepare=model.prepare
+    )
+    if not len(images):
         raise DataError(f"{root}: none of the images can be read.")
-    return Images(_files(kept, root, model), (), f"every image in {root.name}/, which has no labels")
-
-
-def _files(samples: Sequence[tuple[Path, int]], root: Path, model: LoadedModel) -> FolderImages:
-    return FolderImages(samples, image_size=model.size[0], channels=model.channels, root=root, prepare=model.prepare)
+    return Images(images, (), f"every image in {root.name}/, which has no labels")

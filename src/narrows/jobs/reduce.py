@@ -15,6 +15,7 @@ from narrows.adapters import reduce_tokens, token_reduction
 from narrows.costs import evaluating
 from narrows.costs.cost import scaled
 from narrows.data.scenes import SCENES
+from narrows.data.tables import Data, data_name
 from narrows.demo import vit
 from narrows.errors import InvalidArgument
 from narrows.files import check_writable, new_folder, write_text
@@ -234,7 +235,7 @@ def _best(scores: Sequence[Tensor]) -> str | None:
 def reduce(
     model: str | None = None,
     *,
-    data: str | Path | None = None,
+    data: Data | None = None,
     checkpoint: str | Path | None = None,
     checkpoint_key: str | None = None,
     num_classes: int | None = None,
@@ -256,8 +257,9 @@ def reduce(
     Args:
         model: timm:<name>, hf:<name or folder>, a folder written by narrows, or a registry name; by default a small
             vision transformer that is trained on digit scenes, once, in a few minutes, and kept.
-        data: a folder of images, with one folder for each class (for accuracy too) or without; "digits" or
-            "small_digits" for models of digit scenes.
+        data: a folder of images, with one folder for each class (for accuracy too) or without; a table of the
+            `datasets` library: "hf:<name>", a folder that `save_to_disk` wrote, from Python a `Dataset` or a
+            `DatasetDict`; "digits" or "small_digits" for models of digit scenes.
         checkpoint: a file with weights for the model, as training scripts leave it (safetensors, .pth, .ckpt, with or
             without optimizer and arguments beside them); nothing is downloaded then.
         checkpoint_key: which weights in that file, "model_ema" or "teacher" say; by default it is found out.
@@ -279,9 +281,9 @@ def reduce(
         NarrowsError: weights that cannot be downloaded.
     """
     options = {
-        "model": model, "data": data, "checkpoint": checkpoint, "checkpoint_key": checkpoint_key,
-        "num_classes": num_classes, "image_size": image_size, "method": list(method), "budget": list(budget),
-        "limit": limit, "batch_size": batch_size,
+        "model": model, "data": data if data is None else data_name(data), "checkpoint": checkpoint,
+        "checkpoint_key": checkpoint_key, "num_classes": num_classes, "image_size": image_size,
+        "method": list(method), "budget": list(budget), "limit": limit, "batch_size": batch_size,
     }  # fmt: skip
     check_positive(limit=limit, batch_size=batch_size)
     place = check_device(device)
@@ -302,10 +304,12 @@ def reduce(
     def check(untrained: LoadedModel) -> None:
         _reduced(untrained, method, budget, torch.rand(2, untrained.channels, *untrained.size))
 
-    loaded = _open(model, data, checkpoint, opening, lambda: vit.open_scenes_vit(device=device, check=check))
+    # Before the model: nothing is trained or downloaded for a mistyped path.
+    source = None if data is None else check_data(data)
+    loaded = _open(model, source, checkpoint, opening, lambda: vit.open_scenes_vit(device=device, check=check))
     for note in loaded.notes:
         say(f"{note}.")
-    images = load_images(vit.DATA if data is None else data, loaded, limit=limit)
+    images = load_images(vit.DATA if source is None else source, loaded, limit=limit)
     loaded.module.to(place)
     calibration = images.batch(range(min(batch_size, len(images))))[0].to(place)
     candidates = [Candidate(loaded), *_reduced(loaded, method, budget, calibration)]
@@ -331,22 +335,20 @@ def reduce(
 
 def _open(
     model: str | None,
-    data: str | Path | None,
+    data: Data | None,
     checkpoint: str | Path | None,
     opening: Mapping[str, Any],
     by_default: Callable[[], LoadedModel],
 ) -> LoadedModel:
-    """The model, after everything that it needs was looked at: nothing is trained or downloaded for a mistyped path."""
-    if data is not None:
-        check_data(data)
+    """The model named, or that of narrows where none is."""
     if model is None:
         for name, value in ({"checkpoint": checkpoint} | dict(opening)).items():
             if value is not None:
                 raise InvalidArgument(name, expected="a model that it belongs to", got="none", hint="Add --model.")
-        if data is not None and str(data) not in SCENES:
+        if data is not None and data not in tuple(SCENES):
             raise InvalidArgument(
                 "model",
-                expected=f"one for the images in {str(data)!r}",
+                expected=f"one for the images in {data_name(data)!r}",
                 got="none",
                 hint="The model that narrows trains for itself reads digit scenes only. Add --model timm:<name>, say.",
             )
