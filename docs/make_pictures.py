@@ -1,6 +1,7 @@
 """Redraws the pictures of the documentation: trains what `narrows compare` trains, then draws with `narrows.visualize`.
 
-Run it with `make pictures`; `python docs/make_pictures.py runs/<time>` draws from a comparison that is there already.
+Run it with `make pictures`; `python docs/make_pictures.py runs/<time> runs/<time>` draws from a comparison and from
+object models (of `narrows discover`) that are there already.
 `segmentation.png` is the `predictions.png` that the commands of `dense.md` leave behind.
 """
 
@@ -14,18 +15,21 @@ from PIL import Image
 from skimage.data import astronaut, chelsea, coffee, rocket
 
 from narrows import GatedCrossAttentionBlock, load_model, reduce_tokens
-from narrows.data import DigitScenes, picture
+from narrows.data import DigitScenes, SpriteScenes, picture
 from narrows.jobs.compare import compare
+from narrows.jobs.discover import discover
 from narrows.jobs.generate import generate
+from narrows.jobs.object_models import object_picture
 from narrows.jobs.reduce import reduce
+from narrows.models import ObjectDiscovery
 from narrows.visualize import overlay, reading, save
 
 PICTURES = Path(__file__).parent / "pictures"
 SAMPLE = 6
+OBJECT_SCENES = (1, 2, 3, 4)
 
 # Which of a model's bottlenecks stands for its mechanism.
 MECHANISMS = {
-    "slot_attention": ("slot_vit_mini", -1),
     "soft_moe": ("soft_moe_vit_mini", -1),
     "sepvit": ("sepvit_mini", 1),
     "perceiver_resampler": ("resampler_vit_mini", -1),
@@ -39,6 +43,19 @@ def draw_mechanisms(models: Path) -> None:
     for name, (model, bottleneck) in MECHANISMS.items():
         routing = load_model(models / f"{model}-seed0").routing(images)[bottleneck]
         save(overlay(picture(images)[0], routing), PICTURES / f"{name}.png")
+
+
+def draw_objects(folder: Path) -> None:
+    """Objects that slots found without a label: which tokens each slot takes, and what a decoder makes of it."""
+    model = load_model(folder)
+    assert isinstance(model, ObjectDiscovery)
+    scenes = SpriteScenes("held_out")
+    save(object_picture(model, *scenes.batch(OBJECT_SCENES)), PICTURES / "objects.png")
+    shrink(PICTURES / "objects.png", PICTURES / "objects.png")
+    images, _ = scenes.batch(OBJECT_SCENES[:1])
+    encoded, generator = model.encoder(images), torch.Generator().manual_seed(0)
+    routing = model.slot_attention.routing(encoded.tokens, generator=generator).with_grid(encoded.grid)
+    save(overlay(picture(images)[0], routing), PICTURES / "slot_attention.png")
 
 
 def draw_text_and_media() -> None:
@@ -81,8 +98,10 @@ def shrink(picture: Path, target: Path, *, by: int = 1) -> None:
 def main() -> None:
     """Draw them all."""
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else compare(output="runs").folder
+    objects = Path(sys.argv[2]) if len(sys.argv) > 2 else discover(output="runs").folder
     PICTURES.mkdir(exist_ok=True)
     draw_mechanisms(folder / "models")
+    draw_objects(objects / "models" / "slot_autoencoder-seed0")
     draw_text_and_media()
     draw_merged_tokens()
     generate(picture=PICTURES / "flamingo_digits.png")

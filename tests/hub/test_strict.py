@@ -21,9 +21,9 @@ transformers = pytest.importorskip("transformers")
 
 def save_language_model(folder: Path) -> str:
     """A Llama of two layers, with the tokenizer of the GGUF file."""
-    model, tokenizer = open_language_model(save_gguf(folder / "small.gguf"))
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    parts: tuple[Any, Any] = open_language_model(save_gguf(folder / "small.gguf"))
+    for part in parts:
+        part.save_pretrained(folder)
     (folder / "small.gguf").unlink()
     return str(folder)
 

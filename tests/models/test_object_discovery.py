@@ -312,6 +312,15 @@ def test_the_number_of_slots_of_a_call_and_the_size_of_masks() -> None:
     assert_close(found.masks.sum(1), torch.ones(2, 24, 20))
 
 
+@pytest.mark.parametrize("gradient", ["full", "last"])
+def test_the_iterations_of_a_call_are_those_it_asks_for(gradient: str) -> None:
+    model, x, slots = build("clips", gradient=gradient), inputs("clips"), starts()
+    asked, own = model(x, slots=slots, num_iterations=6), model(x, slots=slots)
+    model.slot_attention.num_iterations = 6
+    assert_close(asked.slots, model(x, slots=slots).slots)
+    assert not torch.allclose(asked.slots, own.slots)
+
+
 def test_the_bilevel_gradient_is_that_of_the_last_iteration_at_the_settled_slots() -> None:
     model, x = build("features", initial_slots="learned", gradient="bilevel").double(), inputs("features").double()
     learned = model.slot_attention.initial_slots.slots
@@ -492,6 +501,7 @@ def test_state_dict_keys_of_presets_are_what_they_were(name: str) -> None:
         (lambda: build("images", gradient="some"), "gradient: expected"),
         (lambda: build("images", initial_slots="zero"), "initial_slots: expected"),
         (lambda: build("images", num_slots=0), "num_slots: expected"),
+        (lambda: build("images")(inputs("images"), num_iterations=0), "num_iterations: expected"),
         (lambda: build("features", num_slots=10), "num_slots: expected at most the 9 positions of the decoder, got 10"),
         (lambda: build("mixed clips", num_slots=10), "num_slots: expected at most the 9 positions of the decoder"),
         (lambda: build("images", num_slots=65), "num_slots: expected at most the 64 positions of the decoder"),

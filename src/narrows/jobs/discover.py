@@ -29,8 +29,10 @@ from narrows.training.task import data_of
 from narrows.validation import check_choice, check_device, check_positive
 from narrows.visualize import Cell
 
-STEPS = 10_000
-"""Training steps by default."""
+STEPS, CLIP_STEPS = 16_000, 8_000
+"""Training steps by default, of images and of clips."""
+BATCH, CLIP_BATCH = 16, 4
+"""Images and clips in a step by default."""
 NUM_PICTURES = 6
 SCORES = ("fg_ari", "mbo", "attention_fg_ari", "attention_mbo")
 COLUMNS = {
@@ -133,12 +135,12 @@ class Discovery(Result):
 
     def rows(self) -> list[list[object]]:
         """A row for each seed, and one for their mean."""
-        rows = [[str(run.seed), *self._scores(run), round(run.slots_used, 1), _time(run.seconds)] for run in self.runs]
+        rows = [[str(run.seed), *self._scores(run), _slots(run.slots_used), _time(run.seconds)] for run in self.runs]
         if len(self.runs) > 1:
             means = [fmean(getattr(run, name) for run in self.runs) for name in _ORDER]
             cells = [_percent(mean, self.margin(name)) for mean, name in zip(means, _ORDER, strict=True)]
             used, seconds = (fmean(getattr(run, name) for run in self.runs) for name in ("slots_used", "seconds"))
-            rows.append(["mean", *cells, round(used, 1), _time(seconds)])
+            rows.append(["mean", *cells, _slots(used), _time(seconds)])
         return rows
 
     def _scores(self, run: ObjectRun) -> list[object]:
@@ -158,7 +160,7 @@ def discover(
     video: bool = False,
     seeds: int = 1,
     epochs: int | None = None,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     image_size: int | None = None,
     num_slots: int | None = None,
     precision: str = "bf16-mixed",
@@ -179,8 +181,8 @@ def discover(
         backbone: of models that rebuild features: "timm:<name>", "hf:<name>" or a folder.
         video: clips of eight frames; by default of moving sprites, by "savi".
         seeds: how many seeds are trained; two or more give a spread.
-        epochs: passes over the training images; by default as many as make 10,000 steps.
-        batch_size: images in a training step.
+        epochs: passes over the training images; by default as many as make 16,000 steps, 8,000 of clips.
+        batch_size: images in a training step; by default 16, or 4 clips.
         image_size: side of the images in pixels; by default that of the scenes, 128 for a folder.
         num_slots: K; by default the model's.
         precision: of training, as Lightning's trainer takes it: "32-true" where a CPU has no bfloat16.
@@ -195,6 +197,7 @@ def discover(
         DataError: images that cannot be used.
         CannotWrite: the output folder or the disk refuses.
     """
+    batch_size = (CLIP_BATCH if video else BATCH) if batch_size is None else batch_size
     optional = {"epochs": epochs, "num_slots": num_slots, "image_size": image_size}
     check_positive(seeds=seeds, batch_size=batch_size, **{n: v for n, v in optional.items() if v is not None})
     check_choice("precision", precision, PRECISIONS)
@@ -232,7 +235,8 @@ def discover(
         runs = [_judged(given, found, seed=0, seconds=0.0, folder=checkpoint or "")]
     else:
         length = len(found.train) // batch_size
-        total = max(1, math.ceil(STEPS / max(1, length))) if epochs is None else epochs
+        steps = CLIP_STEPS if video else STEPS
+        total = max(1, math.ceil(steps / max(1, length))) if epochs is None else epochs
         say(f"{model} on {data}: {total} epochs of {length} steps, {seeds} seed(s). Everything goes to {folder}")
         for seed in range(len(runs), seeds):
             runs.append(_train(build, images(seed), folder, model, seed, total, device=place, precision=precision))
@@ -389,6 +393,10 @@ def _percent(share: float, margin: float = math.nan) -> Cell:
     if not math.isfinite(share):
         return Cell(share, "-")
     return percent(share, f" ± {100 * margin:.1f}" if math.isfinite(margin) else "")
+
+
+def _slots(number: float) -> Cell:
+    return Cell(number, f"{number:.1f}")
 
 
 def _time(seconds: float) -> Cell:

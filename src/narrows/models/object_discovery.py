@@ -44,6 +44,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "decoder": {"kind": "broadcast", "image_size": 32},
             "num_slots": 5,
             "slot_dim": 64,
+            "num_iterations": 5,
+            "gradient": "last",
         },
         "dinosaur": {
             "encoder": {"kind": "features", "feature_dim": 384},
@@ -236,6 +238,7 @@ class ObjectDiscovery(SavedModel, pipeline_tag="image-segmentation"):
         *,
         hints: Float[Tensor, "B K C"] | None = None,
         slot_mask: Bool[Tensor, "B K"] | None = None,
+        num_iterations: int | None = None,
         size: tuple[int, int] | None = None,
     ) -> ObjectDiscoveryOutput:
         """Find objects.
@@ -249,6 +252,8 @@ class ObjectDiscovery(SavedModel, pipeline_tag="image-segmentation"):
             hints: `[B, K, 4]` boxes or `[B, K, 2]` points, of the first frame in clips, for a model whose
                 `initial_slots` are made of them; see `narrows.ops.object_hints`.
             slot_mask: `[B, K]`, slots that are real: a sample gets what it gets with those alone.
+            num_iterations: of this call, in images and in the first frame of a clip. A trained model often finds more
+                with a few more than it was trained with.
             size: height and width of `masks` and `attention`, resized bilinearly; by default the decoder's cells and
                 the encoder's tokens.
 
@@ -257,6 +262,8 @@ class ObjectDiscovery(SavedModel, pipeline_tag="image-segmentation"):
                 more slots than the decoder has positions.
         """
         check_tensor("images", images, expected="a tensor of images, clips or tokens")
+        first = self.slot_attention.num_iterations if num_iterations is None else num_iterations
+        check_positive(num_iterations=first)
         still = 3 if self._takes_tokens(images) else 4
         if images.ndim not in (still, still + 1):
             raise InvalidArgument(
@@ -281,7 +288,7 @@ class ObjectDiscovery(SavedModel, pipeline_tag="image-segmentation"):
         found: list[Tensor] = []
         attention: list[Tensor] = []
         for frame in range(frames):
-            iterations = self.slot_attention.num_iterations if frame == 0 else self.later_iterations
+            iterations = first if frame == 0 else self.later_iterations
             if frame > 0:
                 slots = self._predicted(found, tokens[:, : frame + 1], slot_mask, generator)
             new, weights = self._attend(tokens[:, frame], mask, slots, num_slots, generator, slot_mask, iterations)
