@@ -224,7 +224,7 @@ FLAMINGO = {
     "attention": (ATTENTION, text_and_media(), 16, 28),
     "attention, float32": (ATTENTION, text_and_media(dtype=torch.float32), 26, 56),
     "attention, masked media": (ATTENTION, text_and_media((4, 32)), 22, 37),
-    "attention, masked latents": (ATTENTION, text_and_media((4, 32, 64)), 44, 75),
+    "attention, masked latents": (ATTENTION, text_and_media((4, 32, 64)), 31, 50),
     "attention to all media": (ATTENTION, text_and_media(locations=False), 6, 22),
     "block": (BLOCK, text_and_media(), 26, 54),
     "block, one token": (BLOCK, decodes, 18, 48),

@@ -378,11 +378,17 @@ def one_sequence_at_a_time(
     *,
     scale: float | None = None,
 ) -> Tensor:
-    """What `torch.nn.attention.varlen.varlen_attn` promises. Rows without a sequence, or without keys, are not set."""
+    """What `torch.nn.attention.varlen.varlen_attn` promises. Rows without a sequence, or without keys, are not set, nor
+    are gradients of keys without a sequence.
+    """
     assert query_starts.dtype == key_starts.dtype == torch.int32
     assert query_starts.shape == key_starts.shape
     assert query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
     read = torch.full_like(query, torch.nan)
+    without = (torch.arange(len(key)) >= key_starts[-1])[:, None, None]
+    for rows in (key, value):
+        if rows.requires_grad:
+            rows.register_hook(lambda gradient: gradient.masked_fill(without, torch.nan))
     spans = zip(*(starts.unfold(0, 2, 1).tolist() for starts in (query_starts, key_starts)), strict=True)
     for (begin, end), (first, last) in spans:
         assert 0 <= begin <= end <= min(len(query), begin + max_queries)
@@ -406,10 +412,11 @@ def varlen_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @st.composite
 def ordered_problems(draw_from: st.DrawFn) -> tuple[tuple[Tensor, Tensor, Tensor], VisibleMedia, Tensor | None]:
-    """Texts that go from medium to medium, past some and beyond the last, and a mask of whole media or none."""
+    """Texts that go from medium to medium, past some and beyond the last, and a mask of media, of latents, or none."""
     inputs, time, _ = draw_from(problems())
     generator = torch.Generator().manual_seed(draw_from(st.integers(0, 10_000)))
-    mask = torch.rand(inputs[1].shape[:2], generator=generator) > 0.4 if draw_from(st.booleans()) else None
+    axes = draw_from(st.sampled_from([0, 2, 3]))
+    mask = torch.rand(inputs[1].shape[:axes], generator=generator) > 0.4 if axes else None
     time = time.sort(dim=1).values
     first = time if draw_from(st.booleans()) else time + (torch.rand(time.shape, generator=generator) > 0.8).long()
     return inputs, VisibleMedia(first, time, 1, ordered=True), mask
@@ -420,7 +427,7 @@ def ordered_problems(draw_from: st.DrawFn) -> tuple[tuple[Tensor, Tensor, Tensor
 @given(ordered_problems())
 def test_text_in_order_is_one_sequence_for_each_medium(problem: tuple) -> None:
     inputs, visible, mask = problem
-    there = None if mask is None else mask[..., None].expand(inputs[1].shape[:3])
+    there = mask[..., None].expand(inputs[1].shape[:3]) if mask is not None and mask.ndim == 2 else mask
     expected = one_token_at_a_time(*inputs, visible, there)
     true = gradients(expected, *inputs) if expected.requires_grad else [torch.zeros_like(x) for x in inputs]
     for impl in ("varlen", "segmented", "fused", "reference"):
@@ -432,8 +439,11 @@ def test_text_in_order_is_one_sequence_for_each_medium(problem: tuple) -> None:
 
 @pytest.mark.usefixtures("varlen_runs")
 @pytest.mark.parametrize("impl", ["varlen", "segmented", "fused", "reference"])
-def test_masked_media_reach_nothing_even_as_nan(impl: str) -> None:
-    inputs, mask = draw(), torch.tensor([[True, False, True], [False, True, True]])
+@pytest.mark.parametrize(
+    "mask", [torch.tensor([[True, False, True], [False, True, True]]), MASK], ids=["media", "latents"]
+)
+def test_what_is_masked_reaches_nothing_even_as_nan(impl: str, mask: Tensor) -> None:
+    inputs = draw()
     poisoned = [x.detach().clone().requires_grad_() for x in inputs]
     with torch.no_grad():
         poisoned[1][~mask] = torch.nan
@@ -449,11 +459,13 @@ def test_masked_media_reach_nothing_even_as_nan(impl: str) -> None:
 @pytest.mark.usefixtures("varlen_runs")
 @pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
-def test_text_that_is_not_finite_stays_so_where_it_sees_media(number: float, dtype: torch.dtype, masked: bool) -> None:
+@pytest.mark.parametrize("mask", [None, MASK.any(-1), MASK], ids=["whole", "media", "latents"])
+def test_text_that_is_not_finite_stays_so_where_it_sees_media(
+    number: float, dtype: torch.dtype, mask: Tensor | None
+) -> None:
     """And moves no other text. PyTorch's kernel for CPUs reads 0 for such a query."""
     query, key, value = (x.detach() for x in draw(dtype=dtype))
-    visible, mask = seen(TIME, "last")._replace(ordered=True), MASK.any(-1) if masked else None
+    visible = seen(TIME, "last")._replace(ordered=True)
     query[0, 0], query[0, 2], query[1, 8] = number, number, number
     expected = media_attention(query, key, value, visible, mask=mask, impl="reference")
     assert expected[0, 2].isnan().all()
@@ -472,19 +484,23 @@ def test_text_that_is_not_finite_stays_so_where_it_sees_media(number: float, dty
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_the_kernel_for_variable_lengths_is_as_good_as_the_plain_formula(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("of_latents", [False, True], ids=["media", "latents"])
+def test_the_kernel_for_variable_lengths_is_as_good_as_the_plain_formula(dtype: torch.dtype, of_latents: bool) -> None:
     sizes = {"text": 33, "media": 5, "latents": 7, "width": 16}
     time = torch.randint(0, 7, (2, 33), generator=torch.Generator().manual_seed(1)).sort(dim=1).values
     visible, mask = seen(time, "last")._replace(ordered=True), torch.tensor([2 * [True] + [False] + 2 * [True]] * 2)
+    there = mask[..., None].expand(2, 5, 7).clone()
+    if of_latents:
+        there[:, ::2, 3:5] = False
+        mask = there
     low, exact = draw(**sizes, dtype=dtype), draw(**sizes)
-    oracle = one_token_at_a_time(*exact, visible, mask[..., None].expand(2, 5, 7))
-    plain = one_token_at_a_time(*low, visible, mask[..., None].expand(2, 5, 7))
-    there = tuple(x.detach().cuda().requires_grad_() for x in low)
+    oracle, plain = (one_token_at_a_time(*inputs, visible, there) for inputs in (exact, low))
+    on_gpu = tuple(x.detach().cuda().requires_grad_() for x in low)
     of_gpu = visible._replace(first=visible.first.cuda(), last=visible.last.cuda())
-    fast = media_attention(*there, of_gpu, mask=mask.cuda(), impl="varlen")
-    assert torch.equal(fast, media_attention(*there, of_gpu, mask=mask.cuda()))
+    fast = media_attention(*on_gpu, of_gpu, mask=mask.cuda(), impl="varlen")
+    assert torch.equal(fast, media_attention(*on_gpu, of_gpu, mask=mask.cuda()))
     assert_within_budget(fast.cpu(), plain, oracle)
-    results = zip(gradients(fast, *there), gradients(plain, *low), gradients(oracle, *exact), strict=True)
+    results = zip(gradients(fast, *on_gpu), gradients(plain, *low), gradients(oracle, *exact), strict=True)
     for ours, theirs, true in results:
         assert_within_budget(ours.cpu(), theirs, true)
 
@@ -496,7 +512,6 @@ def test_the_kernel_for_variable_lengths_is_as_good_as_the_plain_formula(dtype: 
         ({"visible": VisibleMedia(TIME, TIME, 1)}, "it needs text that sees one medium at most, in order"),
         ({"visible": LastMedia(2).visible(TIME > 0)}, "it needs text that sees one medium at most, in order"),
         ({"visible": AllPrevious().visible(TIME > 0)}, "it needs text that sees one medium at most, in order"),
-        ({"mask": MASK}, r"it takes masks of whole media, \[B, M\]"),
         ({}, "it needs a CUDA device, got cpu"),
     ],
 )

@@ -22,6 +22,11 @@ def why_no_kernels() -> str | None:
     return None
 
 
+def why_no_cuda() -> str | None:
+    """The reason why this machine runs nothing of CUDA's, or None where it does."""
+    return None if torch.cuda.is_available() else "it needs a CUDA device"
+
+
 def _runs_everywhere() -> str | None:
     return None
 

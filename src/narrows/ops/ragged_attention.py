@@ -10,9 +10,9 @@ from torch import Tensor, einsum
 from torch.nn.functional import dropout as drop
 
 from narrows.errors import ImplementationUnavailable, InvalidArgument, InvalidType
-from narrows.ops.attention import attention
-from narrows.ops.dispatch import Implementation, resolve
-from narrows.precision import at_least_float32, autocast_off, compute_dtype, is_transformed
+from narrows.ops.attention import attention, varlen_attention, why_not_varlen
+from narrows.ops.dispatch import Implementation, resolve, why_no_cuda
+from narrows.precision import at_least_float32, autocast_off, compute_dtype
 from narrows.validation import check_tokens
 
 
@@ -82,40 +82,27 @@ def varlen(
     scale: float,
     dropout: float,
 ) -> Float[Tensor, "Tq H d"]:
-    """All images in one kernel for sequences of variable length, `torch.nn.attention.varlen.varlen_attn`."""
-    if not _suits_varlen(query, key, value, dropout):
+    """All images in one kernel for sequences of variable length."""
+    if reason := _why_not_varlen(query, key, value, dropout):
         raise ImplementationUnavailable(
-            "ragged_attention: impl='varlen' takes bfloat16 or float16 on a CUDA device, heads of a width divisible by "
-            f"8, no dropout and no transformation of torch.func; got {query.dtype} on {query.device.type}, width "
-            f"{query.shape[-1]}, dropout {dropout}. Use impl='grouped'."
+            f"ragged_attention: impl='varlen' cannot run here: {reason}. Use impl='grouped' or impl='auto'."
         )
-    from torch.nn.attention.varlen import varlen_attn
-
     query_starts, key_starts = (
         torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=query.device)
         for lengths in (query_lengths, key_lengths)
     )
-    attended = varlen_attn(
-        query, key, value, query_starts, key_starts, max(query_lengths), max(key_lengths), scale=scale
-    )
-    assert isinstance(attended, Tensor)
-    return attended
+    most = max(query_lengths), max(key_lengths)
+    return varlen_attention(query, key, value, query_starts, key_starts, *most, scale=scale)
 
 
-def _why_not_varlen() -> str | None:
-    return None if torch.cuda.is_available() else "it needs a CUDA device"
-
-
-def _suits_varlen(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> bool:
-    half = query.dtype in (torch.bfloat16, torch.float16)
-    kernel = query.device.type == "cuda" and half and query.shape[-1] % 8 == 0 and dropout == 0.0
-    return kernel and not is_transformed(query, key, value)
+def _why_not_varlen(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> str | None:
+    return "it drops no weights" if dropout else why_not_varlen(query, key, value)
 
 
 IMPLEMENTATIONS: Mapping[str, Implementation] = {
     "reference": Implementation(reference, "one image after another, all scores"),
     "grouped": Implementation(grouped, "images of equal lengths together, by fused attention"),
-    "varlen": Implementation(varlen, "one kernel for all images; bfloat16 and float16 on CUDA", _why_not_varlen),
+    "varlen": Implementation(varlen, "one kernel for all images; bfloat16 and float16 on CUDA", why_no_cuda),
 }
 
 
@@ -161,7 +148,7 @@ def ragged_attention(
         raise InvalidArgument("key_lengths", expected=f"one for each of {len(lengths[0])} images", got=len(lengths[1]))
     if any(queries > 0 and keys == 0 for queries, keys in zip(*lengths, strict=True)):
         raise InvalidArgument("key_lengths", expected="a key for every image with queries", got=lengths[1])
-    auto = "varlen" if _suits_varlen(query, key, value, dropout) else "grouped"
+    auto = "grouped" if _why_not_varlen(query, key, value, dropout) else "varlen"
     run = resolve("ragged_attention", impl, IMPLEMENTATIONS, auto=auto)
     if query.numel() == 0:
         return query.clone()  # nothing, in a graph that backward passes through

@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from narrows.errors import InvalidArgument, InvalidType
-from narrows.ops.dispatch import Implementation, resolve
+from narrows.ops.dispatch import Implementation, resolve, why_no_cuda
 from narrows.ops.media_attention.common import VisibleMedia
 from narrows.ops.media_attention.fused import fused
 from narrows.ops.media_attention.reference import attention_weights, reference
@@ -21,8 +21,8 @@ IMPLEMENTATIONS: Mapping[str, Implementation] = {
     "segmented": Implementation(segmented, "text grouped by its medium; policies that show a bounded number of media"),
     "varlen": Implementation(
         varlen,
-        "one kernel, nothing moved; text that reads one medium, bfloat16 and float16 on CUDA",
-        lambda: None if torch.cuda.is_available() else "it needs a CUDA device",
+        "one kernel, no text moved; text that reads one medium, bfloat16 and float16 on CUDA",
+        why_no_cuda,
     ),
 }
 
@@ -68,7 +68,7 @@ def media_attention(
     if mask is not None:
         padding = ~mask[(...,) + (None,) * (5 - mask.ndim)]
         key, value = key.masked_fill(padding, 0.0), value.masked_fill(padding, 0.0)
-    run = resolve("media_attention", impl, IMPLEMENTATIONS, auto=_choice(query, key, value, visible, mask))
+    run = resolve("media_attention", impl, IMPLEMENTATIONS, auto=_choice(query, key, value, visible))
     if key.shape[1] * key.shape[2] == 0:
         return torch.zeros_like(query)
     return run(query, key, value, visible, mask)
@@ -88,7 +88,7 @@ def media_attention_weights(
     return attention_weights(query, key, visible, mask)
 
 
-def _choice(query: Tensor, key: Tensor, value: Tensor, visible: VisibleMedia | None, mask: Tensor | None) -> str:
+def _choice(query: Tensor, key: Tensor, value: Tensor, visible: VisibleMedia | None) -> str:
     """What "auto" takes."""
     num_media = key.shape[1]
     if visible is None or visible.most is None:
@@ -97,7 +97,7 @@ def _choice(query: Tensor, key: Tensor, value: Tensor, visible: VisibleMedia | N
     if isinstance(num_media, int) and 2 * visible.most - 1 >= num_media:
         return "fused"
     # An exported program holds no kernel of one device, unless it is asked for.
-    if torch.compiler.is_exporting() or why_not(query, key, value, visible, mask):
+    if torch.compiler.is_exporting() or why_not(query, key, value, visible):
         return "segmented"
     return "varlen"
 

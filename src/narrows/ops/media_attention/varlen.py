@@ -6,12 +6,14 @@ its medium, which lie in the same order:
     medium     · 1 1 1 2 4 | 1 1 2 3 · ·     (two texts; · sees none)
     pieces    [1 1 1 1|2|4] [1 1|2|3 3 3]    (3 of the first and 4 of the second have none)
 
-Text that sees nothing reads the medium beside it, so that every row has keys, and is emptied afterwards.
+Text that sees nothing reads the medium beside it, so that every row has keys, and is emptied afterwards. Where single
+latents are masked, the others move together: pieces of latents have any length, too.
 """
 
 import torch
-from jaxtyping import Bool, Float, Int32
+from jaxtyping import Bool, Float, Int32, Int64
 from torch import Tensor
+from torch.nn.functional import pad
 
 from narrows.errors import ImplementationUnavailable
 from narrows.ops.attention import varlen_attention, why_not_varlen
@@ -26,18 +28,23 @@ def varlen(
     mask: Bool[Tensor, "B M *N"] | None,
 ) -> Float[Tensor, "B T H E"]:
     """The reference in one kernel for sequences of different lengths."""
-    if reason := why_not(query, key, value, visible, mask):
+    if reason := why_not(query, key, value, visible):
         raise ImplementationUnavailable(
             f"media_attention: impl='varlen' cannot run here: {reason}. Use impl='segmented', 'fused' or 'auto'."
         )
     assert visible is not None
     (batch, num_media, num_latents), length = key.shape[:3], query.shape[1]
-    starts = torch.arange(0, batch * num_media * num_latents + 1, num_latents, dtype=torch.int32, device=query.device)
+    keys, values = key.flatten(0, 2), value.flatten(0, 2)
     # The values of a masked medium are 0, and so is what its text reads.
+    if mask is None or mask.ndim == 2:
+        starts = torch.arange(0, len(keys) + 1, num_latents, dtype=torch.int32, device=query.device)
+    else:
+        starts, order = _real_latents(mask)
+        keys, values = keys.index_select(0, order), values.index_select(0, order)
     read = varlen_attention(
         query.flatten(0, 1),
-        key.flatten(0, 2),
-        value.flatten(0, 2),
+        keys,
+        values,
         text_starts(visible, batch, num_media),
         starts,
         length,
@@ -55,12 +62,20 @@ def text_starts(visible: VisibleMedia, batch: int, num_media: int) -> Int32[Tens
     return torch.searchsorted(medium.flatten(), number, out_int32=True)
 
 
-def why_not(query: Tensor, key: Tensor, value: Tensor, visible: VisibleMedia | None, mask: Tensor | None) -> str | None:
+def _real_latents(mask: Bool[Tensor, "B M N"]) -> tuple[Int32[Tensor, " starts"], Int64[Tensor, " BMN"]]:
+    """Where the real latents of each medium begin once they stand together, `[B * M + 1]`; their order, others last.
+
+    A medium without any keeps all of its latents: text that reads it needs keys.
+    """
+    kept = (mask | ~mask.any(-1, keepdim=True)).flatten(0, 1).int()
+    starts = pad(kept.sum(-1).cumsum(0, dtype=torch.int32), (1, 0))
+    return starts, kept.flatten().argsort(descending=True, stable=True)
+
+
+def why_not(query: Tensor, key: Tensor, value: Tensor, visible: VisibleMedia | None) -> str | None:
     """Why this form cannot run, or None where it can."""
     if visible is None or visible.most != 1 or not visible.ordered:
         return "it needs text that sees one medium at most, in order, as LastMedium gives"
-    if mask is not None and mask.ndim > 2:
-        return "it takes masks of whole media, [B, M], and no others"
     if not query.numel():
         return "it needs text"
     return why_not_varlen(query, key, value)
