@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from narrows.errors import InvalidArgument, InvalidType
 from narrows.layers.initialisation import detached_under_no_grad, draw_, reset_submodules
+from narrows.ops.recomputation import checkpointed
 from narrows.ops.soft_moe import (
     IMPLEMENTATIONS,
     Segments,
@@ -37,6 +38,7 @@ from narrows.validation import (
 )
 
 STACKED = ("gelu", "geglu")
+NORMS = (nn.RMSNorm, nn.LayerNorm)
 
 
 def _as_rows(slots: Tensor) -> Tensor:
@@ -249,6 +251,16 @@ def _open_older_norms(_: nn.Module, state: dict[str, Any], prefix: str, *__: obj
             state[f"{prefix}{new}"] = state.pop(f"{prefix}normalization.{old}")
 
 
+def _normalized_real(
+    kind: type[nn.Module], tokens: Tensor, mask: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """What a norm makes of tokens that are 0 where they are masked."""
+    tokens = tokens.masked_fill(~mask[..., None], 0)
+    if kind is nn.RMSNorm:
+        return F.rms_norm(tokens, tokens.shape[-1:], weight, eps)
+    return F.layer_norm(tokens, tokens.shape[-1:], weight, bias, eps)
+
+
 class _SoftMixture(nn.Module):
     """What both layers share: norms, experts, and tokens or images in and out.
 
@@ -313,10 +325,16 @@ class _SoftMixture(nn.Module):
         """What is mixed; and what weights are made from: keys of tokens and slots, and the masks of both."""
         tokens, mask, _ = as_tokens(tokens, mask, dim=self.dim)
         dtype = next(self.parameters()).dtype
-        tokens = tokens.to(dtype) if mask is None else tokens.to(dtype).masked_fill(~mask[..., None], 0)
-        token_keys = self.norm_tokens(tokens)
+        tokens, norm, unit = tokens.to(dtype), self.norm_tokens, self.normalization == "unit"
+        compiling = torch.compiler.is_compiling()
+        if mask is None or unit or compiling or why_not_plain((("norm_tokens", norm),), kinds=NORMS):
+            tokens = tokens if mask is None else tokens.masked_fill(~mask[..., None], 0)
+            token_keys = norm(tokens)
+        else:  # The norm would keep for backward what is 0 where it is masked, beside the tokens that came.
+            parameters = norm.weight, getattr(norm, "bias", None), norm.eps
+            token_keys = checkpointed(_normalized_real, type(norm), tokens, mask, *parameters)
         # The paper mixes the tokens themselves; the other normalisations are upstream's, which mixes normalised ones.
-        values = tokens if self.normalization == "unit" else token_keys
+        values = tokens if unit else token_keys
         slots, slot_mask = self._slots(values, mask)
         return values, token_keys, self.norm_slots(slots.to(dtype)), mask, slot_mask
 
