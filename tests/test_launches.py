@@ -119,6 +119,13 @@ TABLE = {
         lambda: slot_attention.SlotAttention(7, 256), on(64, 1369, 256), 66, 61, ours=hooked_slot_attention
     ),
     "TwoWaySlotAttention": Row(lambda: slot_attention.SlotAttentionExperimental(16, 256), on(16, 4096, 256), 7, 143),
+    "TwoWaySlotAttention, float32": Row(
+        lambda: slot_attention.SlotAttentionExperimental(16, 256),
+        on(16, 4096, 256, dtype=torch.float32),
+        159,
+        143,
+        dtype=torch.float32,
+    ),
     "PerceiverResampler": Row(
         lambda: flamingo_pytorch.PerceiverResampler(dim=1024, depth=6), on(16, 4, 256, 1024), 87, 134
     ),

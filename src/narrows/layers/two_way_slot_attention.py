@@ -1,13 +1,12 @@
 """Two-way slot attention as a layer."""
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from narrows.errors import ImplementationUnavailable
 from narrows.layers.initialisation import reset_like_keras
@@ -23,6 +22,7 @@ from narrows.layers.slot_attention import (
     reset_initial_slots,
     starting_slots,
 )
+from narrows.ops.recomputation import checkpointed
 from narrows.ops.slot_attention import (
     Cell,
     Reading,
@@ -36,7 +36,7 @@ from narrows.ops.slot_attention import (
     why_no_kernels,
     why_not_two_way,
 )
-from narrows.precision import at_least_float32, autocast_off, compute_dtype, is_transformed
+from narrows.precision import at_least_float32, autocast_off, compute_dtype
 from narrows.routing import Routing
 from narrows.validation import (
     as_tokens,
@@ -208,8 +208,10 @@ class TwoWaySlotAttention(nn.Module):
     ) -> str:
         """Which of "reference", "mixed", "absorbed" and "triton" `forward` takes for these arguments.
 
-        "auto" takes "triton" for float16 and bfloat16 on a CUDA device, "absorbed" for tokens elsewhere, each where
-        it can run, and "mixed" otherwise. `torch.export` takes no "triton" that is not asked for by name.
+        "auto" takes "triton" for float16 and bfloat16 on a CUDA device where it can run, and otherwise "absorbed" where
+        it can, which is the least work and memory in plain operations; and "mixed" where a module must be called. In
+        float32 cells and MLP of all tokens are products that PyTorch's library does faster than kernels without tensor
+        cores. `torch.export` takes no "triton" that is not asked for by name.
 
         Raises:
             ImplementationUnavailable: `impl="absorbed"` where a module that it folds is not plain; `impl="triton"`
@@ -218,12 +220,12 @@ class TwoWaySlotAttention(nn.Module):
         check_choice("impl", self.impl, ("auto", *IMPLEMENTATIONS, "triton"))
         if self.impl in ("reference", "mixed"):
             return self.impl
-        if self.impl == "auto" and not tokens.is_cuda:
-            return "absorbed" if self._why_not_folded() is None else "mixed"
         if self.impl == "auto":
             low = compute_dtype(self.tokens_read.gru.weight_hh) in (torch.float16, torch.bfloat16)
-            taken = low and not torch.compiler.is_exporting() and self._why_not_triton(tokens, slots, num_slots) is None
-            return "triton" if taken else "mixed"
+            on_gpu = tokens.is_cuda and low and not torch.compiler.is_exporting()
+            if on_gpu and self._why_not_triton(tokens, slots, num_slots) is None:
+                return "triton"
+            return "absorbed" if self._why_not_folded() is None else "mixed"
         if self.impl == "triton":
             reason = why_no_kernels() or self._why_not_triton(tokens, slots, num_slots)
         else:
@@ -288,21 +290,24 @@ class TwoWaySlotAttention(nn.Module):
         check_positive_number(temperature=temperature)
         slots: Tensor = starting_slots(self.initial_slots, tokens.shape[0], given, num_slots, generator, slot_mask)
         impl = self.implementation(tokens, slots)
-        tokens = tokens.to(slots.dtype)
-        if mask is not None:
-            tokens = tokens.masked_fill(~mask[..., None], 0)
-        elif tokens.shape[1] == 0:
+        if mask is None and tokens.shape[1] == 0:
             mask = tokens.new_zeros(tokens.shape[:2], dtype=torch.bool)
-        tokens = self.norm_tokens(tokens).to(slots.dtype)
-        state = tokens, slots, mask, slot_mask, iterations, temperature
-        folded = {"absorbed": self._absorbed, "triton": self._fused}.get(impl)
-        slots, tokens, attention = self._projected(*state, impl=impl) if folded is None else folded(*state)
+        run = {"absorbed": self._absorbed, "triton": self._fused}.get(impl, self._projected)
+        # Nothing holds the first tokens while others take their place.
+        slots, tokens, attention = run(
+            self._first_tokens(tokens, mask, slots.dtype), slots, mask, slot_mask, iterations, temperature
+        )
         if slot_mask is not None:
             slots = slots.masked_fill(~slot_mask[..., None], 0)
         if mask is not None:
             tokens = tokens.masked_fill(~mask[..., None], 0)
         attention = attention.squeeze(1).to(slots.dtype)
         return TwoWaySlotAttentionOutput(slots, tokens.to(tokens_dtype), attention), grid
+
+    def _first_tokens(self, tokens: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """The tokens before the first iteration, with 0 in place of those that are masked."""
+        tokens = tokens.to(dtype)
+        return self.norm_tokens(tokens if mask is None else tokens.masked_fill(~mask[..., None], 0)).to(dtype)
 
     def _projected(
         self,
@@ -312,31 +317,27 @@ class TwoWaySlotAttention(nn.Module):
         slot_mask: Bool[Tensor, "B K"] | None,
         iterations: int,
         temperature: float,
-        *,
-        impl: str,
     ) -> tuple[Float[Tensor, "B K S"], Float[Tensor, "B N D"], Float[Tensor, "B 1 K N"]]:
         """Every module called, in turn."""
+        impl = "reference" if self.impl == "reference" else "mixed"
+        scale = scaling(slots, temperature)
+        options = {
+            "scale": scaling(tokens, temperature),
+            "normalization": self.token_normalization,
+            "eps": self.eps,
+            "impl": impl,
+        }
         for _ in range(iterations):
             queries, keys, values = (rows[:, None] for rows in self.slots_read.project(slots, tokens))
-            scale = scaling(queries, temperature)
             updates, attention = slot_attention(
                 queries, keys, values, mask, slot_mask, scale=scale, eps=self.eps, impl=impl
             )
-            slots = self.slots_read.update(slots, updates.squeeze(1))
-
-            queries, keys, values = self.tokens_read.project(tokens, slots)
-            updates = read_slots(
-                queries,
-                keys,
-                values,
-                mask,
-                slot_mask,
-                scale=scaling(queries, temperature),
-                normalization=self.token_normalization,
-                eps=self.eps,
-                impl=impl,
+            del queries, keys, values  # Tokens are updated next, and need the memory.
+            slots = self.slots_read.revise(self.slots_read.let_in(slots, updates.squeeze(1)))
+            tokens = self.tokens_read.let_in(
+                tokens, read_slots(*self.tokens_read.project(tokens, slots), mask, slot_mask, **options)
             )
-            tokens = self.tokens_read.update(tokens, updates)
+            tokens = self.tokens_read.revise(tokens)
         return slots, tokens, attention  # pyright: ignore[reportPossiblyUnboundVariable]
 
     def _absorbed(
@@ -363,17 +364,13 @@ class TwoWaySlotAttention(nn.Module):
             query, gates = torch.cat([query, bias[:, None]], -1), at_least_float32(self.tokens_read.gru.weight_ih)
         reading = self._reading(mask, slot_mask, scaling(tokens, temperature))
 
-        def read(tokens: Tensor, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            rows = normalized(tokens, side.norm_read)
-            means, attention = projections.read(rows, mask, slot_mask, queries, eps=self.eps)
-            return means, attention, rows
-
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not is_transformed(tokens, slots, query):
-            read = partial(checkpoint, read, use_reentrant=False, preserve_rng_state=False)
+        # Compilers decide themselves what they keep.
+        read = _read_tokens if torch.compiler.is_compiling() else partial(checkpointed, _read_tokens)
         tokens = tokens.to(dtype)
         for _ in range(iterations):
-            updates, attention, rows = read(tokens, side.to_q(side.norm_readers(slots))[:, None])
-            slots = side.update(slots, updates.squeeze(1))
+            queries = side.to_q(side.norm_readers(slots))[:, None]
+            updates, attention, rows = read(side.norm_read, self.eps, tokens, queries, mask, slot_mask, *projections)
+            slots = side.revise(side.let_in(slots, updates.squeeze(1)))
             known = rows if self.tokens_read.norm_readers.eps == side.norm_read.eps else None
             rows = self.tokens_read.norm_read(slots)
             keys, values = (at_least_float32(linear(rows)) for linear in (self.tokens_read.to_k, self.tokens_read.to_v))
@@ -439,6 +436,21 @@ class TwoWaySlotAttention(nn.Module):
         return 2 * hidden < 3 * width  # 3*D*M < D*M + 3*D*D
 
 
+def _read_tokens(
+    norm: nn.LayerNorm,
+    eps: float,
+    tokens: Tensor,
+    queries: Tensor,
+    mask: Tensor | None,
+    slot_mask: Tensor | None,
+    *projections: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What slots read of the tokens, their attention, and the normalised tokens."""
+    rows = normalized(tokens, norm)
+    updates, attention = AbsorbedProjections(*projections).read(rows, mask, slot_mask, queries, eps=eps)
+    return updates, attention, rows
+
+
 def scaling(queries: Float[Tensor, "*batch E"], temperature: float) -> float:
     """The factor of the logits of queries of width E."""
     return queries.shape[-1] ** -0.5 / temperature
@@ -479,9 +491,12 @@ class _Reading(nn.Module):
         read = self.norm_read(read)
         return self.to_q(self.norm_readers(readers)), self.to_k(read), self.to_v(read)
 
-    def update(self, readers: Float[Tensor, "B R d"], updates: Float[Tensor, "B R d"]) -> Float[Tensor, "B R d"]:
-        """The readers after the gates have let in what they read, and what the MLP makes of that."""
-        readers = recurrent_step(self.gru, updates, readers)
+    def let_in(self, readers: Float[Tensor, "B R d"], updates: Float[Tensor, "B R d"]) -> Float[Tensor, "B R d"]:
+        """The readers after the gates have let in what they read."""
+        return recurrent_step(self.gru, updates, readers)
+
+    def revise(self, readers: Float[Tensor, "B R d"]) -> Float[Tensor, "B R d"]:
+        """The readers after the gates have let in what the MLP makes of them."""
         return recurrent_step(self.mlp_gru, self.mlp(readers), readers)
 
 

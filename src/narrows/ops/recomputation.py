@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from narrows.precision import is_transformed
 
-Result = TypeVar("Result", Tensor, tuple[Tensor, Tensor | None])
+Result = TypeVar("Result", Tensor, tuple[Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor])
 
 
 def checkpointed(function: Callable[..., Result], *args: Any) -> Result:
@@ -43,6 +43,7 @@ class _Recomputed(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG004
         """Keep the arguments, and the autocast they met."""
         function, *args = inputs
+        ctx.set_materialize_grads(False)
         device = next(argument.device.type for argument in args if isinstance(argument, Tensor))
         ctx.function, ctx.autocast = function, nullcontext
         if torch.amp.is_autocast_available(device):
@@ -61,16 +62,18 @@ class _Recomputed(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of what is computed again; with `create_graph` as differentiable as it is."""
         again, needed = torch.is_grad_enabled(), ctx.needs_input_grad[1:]
-        saved = ctx.saved_tensors
-        if not again:
-            saved = [t if t is None else t.detach().requires_grad_(n) for t, n in zip(saved, needed, strict=True)]
+        saved = zip(ctx.saved_tensors, needed, strict=True)
         with torch.enable_grad():
+            # One argument may depend on another.
+            saved = [t if t is None else t.view_as(t) if again else t.detach().requires_grad_(n) for t, n in saved]
             args = [other if t is None else t for t, other in zip(saved, ctx.others, strict=True)]
             inputs = [t for t, n in zip(saved, needed, strict=True) if t is not None and n]
             with ctx.autocast():
                 result = ctx.function(*args)
             outputs = [result] if isinstance(result, Tensor) else result
-            pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o is not None and g is not None]
-            outputs, given = zip(*((o, g) for o, g in pairs if o.requires_grad), strict=True)
+            graded = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
+            if not graded:
+                return (None,) * (1 + len(needed))
+            outputs, given = zip(*graded, strict=True)
             found = iter(torch.autograd.grad(outputs, inputs, given, create_graph=again, allow_unused=True))
         return None, *(next(found) if n else None for n in needed)
