@@ -145,6 +145,11 @@ def of_transformers(kind: str, places: int, of: int = 1, **settings: Any) -> tup
     return model, {"input_ids": words, "pixel_values": image(*(1,) * of)}
 
 
+def of_tiles(kind: str) -> tuple[nn.Module, dict[str, Any]]:
+    seen = {"vision_config": {**VISION, **IMAGES}, "scale_factor": 2, "image_token_id": 63}
+    return of_transformers(kind, 4, 2, text_config=WRITER, **seen)
+
+
 def of_open_clip() -> tuple[nn.Module, dict[str, Any]]:
     seen = {"image_size": SIDE, "patch_size": PATCH, "width": 32, "layers": 4, "head_width": 16}
     read = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
@@ -169,24 +174,8 @@ WHOLE: dict[str, Callable[[], tuple[nn.Module, dict[str, Any]]]] = {
         text_config={**WRITER, "model_type": "qwen2"},
         image_token_id=63,
     ),
-    "idefics3": lambda: of_transformers(
-        "Idefics3",
-        4,
-        2,
-        vision_config={**VISION, **IMAGES},
-        text_config=WRITER,
-        scale_factor=2,
-        image_token_id=63,
-    ),
-    "smolvlm": lambda: of_transformers(
-        "SmolVLM",
-        4,
-        2,
-        vision_config={**VISION, **IMAGES},
-        text_config=WRITER,
-        scale_factor=2,
-        image_token_id=63,
-    ),
+    "idefics3": lambda: of_tiles("Idefics3"),
+    "smolvlm": lambda: of_tiles("SmolVLM"),
     "blip": lambda: of_transformers(
         "Blip",
         0,

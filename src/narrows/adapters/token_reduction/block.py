@@ -235,7 +235,7 @@ class ReducedBlock:
         self.host, self.plan, self.entry = host, plan, entry
         self.index, self.last, self.in_steps = index, last, in_steps
 
-    def run(self, _: str, module: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def run(self, module: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The block's `forward`."""
         block = self._of(module)
         tokens, state = self._incoming(block, args, kwargs)

@@ -11,8 +11,8 @@ from narrows.errors import InvalidArgument, InvalidType
 Entry = int | float | None
 Schedule = tuple[Entry, ...]
 # One entry for the whole model, one for each block, or entries by number of the block.
-_FINEST = 10**6  # the greatest denominator of a share
 FixedBudget = int | float | Sequence[Entry] | Mapping[int, Entry]
+_FINEST = 10**6  # the greatest denominator of a share
 
 
 def schedule_of(

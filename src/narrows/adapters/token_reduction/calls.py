@@ -1,7 +1,7 @@
 """Calls of a model while it is reduced: its own methods are answered, and what is known of a call is noted."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache, partial, wraps
 from typing import Any
@@ -13,7 +13,7 @@ from narrows.adapters.token_reduction.hosts.base import HostModel
 from narrows.adapters.token_reduction.tokens import Call, TokenState
 from narrows.errors import InvalidArgument
 
-_DRIVER = "narrows_driver"
+_ANSWERS = "narrows_answers"
 
 
 def tracing() -> bool:
@@ -21,26 +21,26 @@ def tracing() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
 
 
-def drive(module: nn.Module, driver: Any, names: Sequence[str]) -> None:
-    """Let `driver.run(name, module, own, *args, **kwargs)` answer calls of these methods of the module.
+def drive(module: nn.Module, answers: Mapping[str, Callable[..., Any]]) -> None:
+    """Let `answers[name](module, own, *args, **kwargs)` answer calls of the method `name` of the module.
 
     By a subclass of its class, so that replicas (`DataParallel`), copies and classes put on top (FSDP2) pass themselves
     as `module`: `own` is the method that was replaced, of the module that is called.
     """
-    module.__dict__[_DRIVER] = driver
-    module.__class__ = _driven(type(module), tuple(names))
+    module.__dict__[_ANSWERS] = dict(answers)
+    module.__class__ = _driven(type(module), tuple(answers))
 
 
 def release(module: nn.Module) -> None:
     """Undo `drive`; under a class that was put on top since, methods are the module's own again."""
-    del module.__dict__[_DRIVER]
+    del module.__dict__[_ANSWERS]
     if "_narrows_undriven" in vars(type(module)):
         module.__class__ = type(module)._narrows_undriven  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def is_driven(module: nn.Module) -> bool:
     """Whether a reduction answers calls of the module."""
-    return _DRIVER in vars(module)
+    return _ANSWERS in vars(module)
 
 
 @cache
@@ -62,10 +62,10 @@ def _rebuilt(kind: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
 def _answered(name: str, own: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(own)
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        driver = getattr(self, _DRIVER, None)
-        if driver is None:
+        answers = getattr(self, _ANSWERS, None)
+        if answers is None:
             return own(self, *args, **kwargs)
-        return driver.run(name, self, partial(own, self), *args, **kwargs)
+        return answers[name](self, partial(own, self), *args, **kwargs)
 
     return method
 
@@ -104,18 +104,23 @@ def handed_over(index: int, shape: tuple[int, ...]) -> TokenState | None:
     return state if shape == state.layout.shape else None
 
 
-def without_padding(model: nn.Module, *args: Any, **kwargs: Any) -> object:
-    """Call the model with one image, whatever the execution without rows that hold no token."""
+def noted(run: Callable[[], Any], **known: Any) -> Any:
+    """What `run` gives, with a note for the model that is called in it."""
     before = current_call()
-    note(packed=True)
+    note(**known)
     try:
-        return model(*args, **kwargs)
+        return run()
     finally:
         _CURRENT.call = before
 
 
+def averaging(_: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Answers `forward` of a head that averages what the host in it returns over the grid."""
+    return noted(partial(own, *args, **kwargs), averaged=True)
+
+
 class Tower:
-    """Answers the methods of a host by which it is called, and those that pool its tokens.
+    """Answers the methods of a host by which it is called.
 
     Args:
         host: the model.
@@ -131,8 +136,6 @@ class Tower:
         Raises:
             InvalidArgument: `torch.jit.trace` traces, or the older exporter of ONNX, which is built on it.
         """
-        if name not in self.host.entries:
-            return self.host.pool(module, own, *args, **kwargs)
         if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
             raise InvalidArgument(
                 "model",
@@ -158,31 +161,3 @@ class Tower:
         if not tracing() and getattr(_CURRENT, "inside", None) is self:
             images = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
             note(grid=self.host.grid_of(images))
-
-
-class Averaging:
-    """Answers `forward` of a head that averages what the host returns over the grid."""
-
-    def run(self, _: str, module: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The head's own forward, with a note for the host inside it."""
-        before = current_call()
-        note(averaged=True)
-        try:
-            return own(*args, **kwargs)
-        finally:
-            _CURRENT.call = before
-
-
-class Pool:
-    """Answers `forward` of a module that pools the tokens of a host.
-
-    Args:
-        host: the model.
-    """
-
-    def __init__(self, host: HostModel) -> None:
-        self.host = host
-
-    def run(self, _: str, module: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Pool kept tokens only."""
-        return self.host.pool(module, own, *args, **kwargs)

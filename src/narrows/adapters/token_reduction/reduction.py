@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from narrows.adapters.token_reduction.block import Plan, ReducedBlock
 from narrows.adapters.token_reduction.budget import Schedule, count_of
-from narrows.adapters.token_reduction.calls import Averaging, Pool, Tower, drive, release, without_padding
+from narrows.adapters.token_reduction.calls import Tower, averaging, drive, noted, release
 from narrows.adapters.token_reduction.hosts.base import HostBlock, HostModel, RunsItself
 from narrows.adapters.token_reduction.kept_tokens import KeptTokens, shorten
 from narrows.adapters.token_reduction.methods import Merging, ReductionMethod
@@ -112,27 +112,28 @@ class Reduction:
     def _attach(self) -> None:
         self.check_replaceable()
         for block in self.taken_apart:
-            self._drive(block.host.module, block, "forward")
+            self._drive(block.host.module, {"forward": block.run})
         for block in self.blocks:
             if block not in self.taken_apart:
                 module = block.host.module
                 self._hooks.append(module.register_forward_pre_hook(block.enter, with_kwargs=True))
                 self._hooks.append(module.register_forward_hook(block.leave, with_kwargs=True, prepend=True))
-        tower, pools = self.host.module, self.host.pools
-        own = [name for module, name in pools if module is tower]
-        self._drive(tower, self._tower, *self.host.entries, *own)
-        for module, name in pools:
-            if module is not tower:
-                self._drive(module, Pool(self.host), name)
+        answers: dict[nn.Module, dict[str, Any]] = {
+            self.host.module: {name: partial(self._tower.run, name) for name in self.host.entries}
+        }
+        for module, name in self.host.pools:
+            answers.setdefault(module, {})[name] = self.host.pool
         for module in self.host.averaging(self.model):
-            self._drive(module, Averaging(), "forward")
+            answers[module] = {"forward": averaging}
+        for module, of_module in answers.items():
+            self._drive(module, of_module)
         self._hooks += [module.register_forward_hook(copy_kept_mask) for module in self.host.between]
         embedding = self.host.embedding
         self._hooks.append(embedding.register_forward_pre_hook(self._tower.note_images, with_kwargs=True))
         self.model.__dict__["without_padding"] = self.without_padding
 
-    def _drive(self, module: nn.Module, driver: object, *names: str) -> None:
-        drive(module, driver, names)
+    def _drive(self, module: nn.Module, answers: dict[str, Any]) -> None:
+        drive(module, answers)
         self._driven.append(module)
 
     def remove(self) -> None:
@@ -229,7 +230,8 @@ class Reduction:
         for image in range(batch):
             arguments = [of(image, value) for value in inputs]
             named = {name: of(image, value) for name, value in keywords.items()}
-            yield partial(without_padding, self.model if model is None else model, *arguments, **named)
+            call = partial(self.model if model is None else model, *arguments, **named)
+            yield partial(noted, call, packed=True)
 
     def _routing_of(self, block: ReducedBlock) -> Routing:
         state, device = self._last_call[block.index]

@@ -227,7 +227,7 @@ def _check_block(block: ReducedBlock, rehearsal: Reduction, call: _Call) -> None
     entry = None if block.entry is None else 1.0
     alone = ReducedBlock(host, rehearsal.plan, entry, index=index, last=True, in_steps=True)
     with_state(before, TokenState(Call(), width, Padded(batch, width)))
-    drive(host.module, alone, ("forward",))
+    drive(host.module, {"forward": alone.run})
     try:
         result = host.module(*call.args, **call.kwargs)  # not `run`, so that what shards or offloads sees the call
     finally:

@@ -384,6 +384,11 @@ class HostModel(ABC):
             )
 
 
+def pair(size: int | Sequence[int]) -> tuple[int, int]:
+    """`(height, width)` of a size that may be the side of a square."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
 def unsupported(argument: str, module: nn.Module, known: str) -> InvalidType:
     """The error for a part of a model whose class is not supported."""
     return InvalidType(

@@ -16,7 +16,7 @@ class Parts(NamedTuple):
     """Where a block keeps what it computes with, as paths from the block. A path may lead to None: nothing is done.
 
     Args:
-        norm: before attention.
+        norm: before attention; none if empty.
         attention: the module that attends.
         qkv: in it, one linear map or three; a parameter is a weight, whose bias has `bias` in the place of `weight`.
         update: what attended tokens pass one after another before they are added: modules, or factors.
@@ -94,7 +94,7 @@ class PartsBlock(HostBlock):
         return [*modules, dropout] if isinstance(dropout, nn.Module) else modules
 
     def normed(self, tokens: Float[Tensor, "R n D"]) -> Float[Tensor, "R n D"]:
-        return part_of(self.module, self.parts.norm)(tokens)
+        return self._through((self.parts.norm,), tokens)
 
     def query_key_value(self, normed: Float[Tensor, "R n D"]) -> QueryKeyValue:
         parts, attention = self.parts, self.attention

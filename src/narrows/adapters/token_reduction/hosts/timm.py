@@ -1,6 +1,7 @@
 """Vision transformers of timm: `VisionTransformer`, `Eva`, `Beit` and `NaFlexVit` with the blocks they are made of."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from inspect import signature
 from types import MappingProxyType
 from typing import Any
 
@@ -18,7 +19,8 @@ from timm.models.vision_transformer import Block, ResPostBlock, VisionTransforme
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from narrows.adapters.token_reduction.hosts.base import BlockCall, HostBlock, HostModel, QueryKeyValue, unsupported
+from narrows.adapters.token_reduction.hosts.base import BlockCall, HostModel, QueryKeyValue, unsupported
+from narrows.adapters.token_reduction.hosts.parts import Parts, PartsBlock
 from narrows.adapters.token_reduction.tokens import Call, kept_mask_of, pool_kept, with_mean_of_kept
 from narrows.validation import why_not_plain
 
@@ -66,11 +68,11 @@ class TimmModel(HostModel):
         embeds = getattr(module, "embeds", module)
         return getattr(embeds, "cls_token", None) is not None and not pooled
 
-    def block(self, index: int) -> HostBlock:
+    def block(self, index: int) -> "TimmBlock":
         module = self.blocks[index]
-        for kind, host in _BLOCKS.items():
+        for kind, parts in _BLOCKS.items():
             if type(module).forward is kind.forward:
-                return host(module)
+                return (TimmBeitBlock if kind is BeitBlock else TimmBlock)(module, parts)
         raise unsupported(f"blocks.{index}", module, _names(_BLOCKS))
 
     def reader(self, module: Any, name: str, kwargs: dict[str, Any]) -> str:
@@ -177,41 +179,29 @@ class NaFlexModel(TimmModel):
             super().check_count(width, call)
 
 
-class _TimmBlock(HostBlock):
-    """Base class of all blocks: attention of one of three classes, and a feed-forward."""
+class TimmBlock(PartsBlock):
+    """A block of timm: attention of one of four classes, and a feed-forward."""
 
-    parameters: tuple[str, ...] = ("attn_mask", "is_causal")  # of the block's forward, after the tokens
-
-    def __init__(self, module: Any) -> None:
-        super().__init__(module)
-        for kind, biased in _ATTENTIONS.items():
-            if type(module.attn).forward is kind.forward:
-                self._projections = biased
-                return
-        raise unsupported(f"{type(module).__name__}.attn", module.attn, _names(_ATTENTIONS))
-
-    @property
-    def scale(self) -> float:
-        return self.module.attn.scale
-
-    @property
-    def dropout(self) -> float:
-        return self.module.attn.attn_drop.p if self.module.attn.training else 0.0
+    def __init__(self, module: Any, parts: Parts) -> None:
+        super().__init__(module, parts)
+        if not any(type(self.attention).forward is kind.forward for kind in _ATTENTIONS):
+            raise unsupported(f"{type(module).__name__}.attn", self.attention, _names(_ATTENTIONS))
+        # Of its forward, after the tokens: not all blocks take the same.
+        self._arguments = tuple(signature(type(module).forward).parameters)[2:]
 
     @property
     def fused(self) -> bool:
-        return self.module.attn.fused_attn
+        return self.attention.fused_attn
 
     @property
     def gated(self) -> bool:
-        return self.module.attn.gate is not None
+        return getattr(self.attention, "gate", None) is not None
 
-    @property
-    def bypassed(self) -> Sequence[nn.Module]:
-        return (self.module.attn, self.module.attn.attn_drop)
+    def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        return {**dict(zip(self._arguments, args, strict=False)), **kwargs}
 
     def arguments(self, x: Float[Tensor, "B N D"], *args: Any, **kwargs: Any) -> BlockCall:
-        given = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
+        given = self._named(args, kwargs)
         causal = "causal" if given.get("is_causal") else None
         return BlockCall(given.get("rope"), causal or given.get("attn_mask"))
 
@@ -223,18 +213,22 @@ class _TimmBlock(HostBlock):
     def narrowed(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], rotary: Tensor | None, bias: Tensor | None, prefix: int
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        given = {**dict(zip(self.parameters, args[1:], strict=False)), **kwargs}
+        given = self._named(args[1:], kwargs)
         given.update({name: value for name, value in (("attn_mask", bias), ("is_causal", False)) if name in given})
         if bias is not None:
             given["attn_mask"] = bias
         if rotary is not None:
-            given["rope"] = rotary[:, self.module.attn.num_prefix_tokens :].transpose(1, 2)
+            given["rope"] = rotary[:, self.attention.num_prefix_tokens :].transpose(1, 2)
         return args[:1], given
 
     def query_key_value(self, normed: Float[Tensor, "R n D"]) -> QueryKeyValue:
-        attention = self.module.attn
-        query, key, value = self._projections(attention, normed)
-        return QueryKeyValue(attention.q_norm(query), self._grouped(attention.k_norm(key)), self._grouped(value))
+        query, key, value = _projected(self.attention, normed)
+        query, key = self._through(("attn.q_norm",), query), self._through(("attn.k_norm",), key)
+        # Grouped-query attention: each key or value repeated for the query heads of its group.
+        groups = getattr(self.attention, "num_kv_groups", 1)
+        return QueryKeyValue(
+            query, *(each if groups == 1 else each.repeat_interleave(groups, 2) for each in (key, value))
+        )
 
     def rotary_rows(self, rotary: Tensor, width: int, prefix: int) -> Float[Tensor, "B N H R"]:
         """Sines and cosines of all positions; for the prefix and for fused tokens, the identity: sine 0, cosine 1."""
@@ -242,131 +236,59 @@ class _TimmBlock(HostBlock):
         rows = rows[None] if rows.ndim == 3 else rows
         identity = torch.zeros_like(rows[:, :1])
         identity[..., rows.shape[-1] // 2 :] = 1
-        return torch.cat((identity.expand(-1, self.module.attn.num_prefix_tokens, -1, -1), rows, identity), 1)
+        return torch.cat((identity.expand(-1, self.attention.num_prefix_tokens, -1, -1), rows, identity), 1)
 
     def rotate(self, heads: Float[Tensor, "R n H d"], rotary: Tensor) -> Float[Tensor, "R n H d"]:
         """Rotated as the attention module does."""
-        rotated = apply_rot_embed_cat(heads, rotary, half=getattr(self.module.attn, "rotate_half", False))
+        rotated = apply_rot_embed_cat(heads, rotary, half=getattr(self.attention, "rotate_half", False))
         return rotated.to(heads.dtype)
 
-    def _grouped(self, heads: Float[Tensor, "R n G d"]) -> Float[Tensor, "R n H d"]:
-        """Grouped-query attention: each key or value repeated for the query heads of its group."""
-        groups = getattr(self.module.attn, "num_kv_groups", 1)
-        return heads if groups == 1 else heads.repeat_interleave(groups, 2)
-
-    def _attended(self, attended: Float[Tensor, "R m HD"], normed: Tensor | None) -> Float[Tensor, "R m D"]:
-        """Norm, gate and projection of the attention module."""
-        attention = self.module.attn
-        attended = attention.norm(attended)
-        if attention.gate is not None:
-            attended = attended * attention.gate(normed).sigmoid()
-        return attention.proj_drop(attention.proj(attended))
+    def attention_update(
+        self, attended: Float[Tensor, "R m HD"], normed: Float[Tensor, "R m D"] | None
+    ) -> Float[Tensor, "R m D"]:
+        """Norm and gate of the attention module come before its projection."""
+        attended = self._through(("attn.norm",), attended)
+        if self.gated:
+            attended = attended * self.attention.gate(normed).sigmoid()
+        return super().attention_update(attended, normed)
 
     def drop_paths(self) -> tuple[nn.Module, nn.Module]:
         return self.module.drop_path1, self.module.drop_path2
 
 
-class _PreNorm(_TimmBlock):
-    """`Block`: norm, attention, layer scale; norm, feed-forward, layer scale."""
-
-    def normed(self, tokens: Float[Tensor, "R n D"]) -> Float[Tensor, "R n D"]:
-        return self.module.norm1(tokens)
-
-    def attention_update(
-        self, attended: Float[Tensor, "R m HD"], normed: Float[Tensor, "R m D"] | None
-    ) -> Float[Tensor, "R m D"]:
-        return self._scaled(1, self._attended(attended, normed))
-
-    def feed_forward_update(self, tokens: Float[Tensor, "R m D"]) -> Float[Tensor, "R m D"]:
-        return self._scaled(2, self.module.mlp(self.module.norm2(tokens)))
-
-    def _scaled(self, update: int, values: Tensor) -> Tensor:
-        """Layer scale of the first or second update."""
-        return getattr(self.module, f"ls{update}")(values)
-
-
-class _PostNorm(_TimmBlock):
-    """`ResPostBlock`: attention, norm; feed-forward, norm."""
-
-    def normed(self, tokens: Float[Tensor, "R n D"]) -> Float[Tensor, "R n D"]:
-        """Attention reads the tokens as they are."""
-        return tokens
-
-    def attention_update(
-        self, attended: Float[Tensor, "R m HD"], normed: Float[Tensor, "R m D"] | None
-    ) -> Float[Tensor, "R m D"]:
-        return self.module.norm1(self._attended(attended, normed))
-
-    def feed_forward_update(self, tokens: Float[Tensor, "R m D"]) -> Float[Tensor, "R m D"]:
-        return self.module.norm2(self.module.mlp(tokens))
-
-
-class _EvaPreNorm(_PreNorm):
-    """`EvaBlock`: norm, attention, gamma; norm, feed-forward, gamma; rotary positions."""
-
-    parameters = ("rope", "attn_mask", "is_causal")
-
-    def _scaled(self, update: int, values: Tensor) -> Tensor:
-        gamma = getattr(self.module, f"gamma_{update}")
-        return values if gamma is None else gamma * values
-
-
-class _BeitPreNorm(_EvaPreNorm):
+class TimmBeitBlock(TimmBlock):
     """`Block` of BEiT: relative positions of its own, or of all blocks, are added to the logits."""
-
-    parameters = ("shared_rel_pos_bias",)
 
     @property
     def takes_positions(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Its own are those of the whole grid."""
-        return self.module.attn.relative_position_bias_table is None
-
-    @property
-    def gated(self) -> bool:
-        return False
+        return self.attention.relative_position_bias_table is None
 
     def arguments(self, x: Float[Tensor, "B N D"], *args: Any, **kwargs: Any) -> BlockCall:
-        shared = {**dict(zip(self.parameters, args, strict=False)), **kwargs}.get("shared_rel_pos_bias")
+        shared = self._named(args, kwargs).get("shared_rel_pos_bias")
         if self.takes_positions:
             return BlockCall(relative=shared)
-        own = self.module.attn._get_rel_pos_bias()
+        own = self.attention._get_rel_pos_bias()
         return BlockCall(relative=own if shared is None else own + shared)
 
     def narrowed(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], rotary: Tensor | None, bias: Tensor | None, prefix: int
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if bias is not None and bias.dtype == torch.bool:
-            like = self.module.attn.qkv.weight
+            like = self.attention.qkv.weight
             bias = torch.where(bias, 0.0, torch.finfo(like.dtype).min).to(like.dtype)
         return args[:1], {"shared_rel_pos_bias": bias}
 
-    def query_key_value(self, normed: Float[Tensor, "R n D"]) -> QueryKeyValue:
-        return QueryKeyValue(*self._projections(self.module.attn, normed))
 
-    def _attended(self, attended: Float[Tensor, "R m HD"], normed: Tensor | None) -> Float[Tensor, "R m D"]:
-        return self.module.attn.proj_drop(self.module.attn.proj(attended))
-
-
-class _EvaPostNorm(_PostNorm):
-    """`EvaBlockPostNorm`: the same with rotary positions."""
-
-    parameters = ("rope", "attn_mask", "is_causal")
-
-
-def _plain(attention: Any, normed: Tensor) -> list[Tensor]:
-    """Queries, keys and values, by `qkv` or by separate layers."""
+def _projected(attention: Any, normed: Float[Tensor, "R n D"]) -> Sequence[Float[Tensor, "R n G d"]]:
+    """Queries, keys and values, by `qkv`, whose biases may stand beside it, or by separate layers."""
     if attention.qkv is None:
         layers = (attention.q_proj, attention.k_proj, attention.v_proj)
         return [layer(normed).unflatten(-1, (-1, attention.head_dim)) for layer in layers]
-    return list(attention.qkv(normed).unflatten(-1, (3, attention.num_heads, -1)).unbind(-3))
-
-
-def _biased(attention: Any, normed: Tensor) -> list[Tensor]:
-    """The same with separate biases of query and value."""
-    if attention.qkv is None or attention.q_bias is None:
-        return _plain(attention, normed)
-    bias = torch.cat((attention.q_bias, attention.k_bias, attention.v_bias)).unflatten(-1, (3, attention.num_heads, -1))
-    return list((attention.qkv(normed).unflatten(-1, (3, attention.num_heads, -1)) + bias).unbind(-3))
+    rows = attention.qkv(normed)
+    if getattr(attention, "q_bias", None) is not None:
+        rows = rows + torch.cat((attention.q_bias, attention.k_bias, attention.v_bias))
+    return rows.unflatten(-1, (3, attention.num_heads, -1)).unbind(-3)
 
 
 def _first_part(module: nn.Module, rows: Float[Tensor, "*batch D"], width: int) -> Float[Tensor, "*batch width"]:
@@ -376,19 +298,26 @@ def _first_part(module: nn.Module, rows: Float[Tensor, "*batch D"], width: int) 
     return F.linear(rows, module.weight[:width], None if module.bias is None else module.bias[:width])
 
 
-def _names(known: Mapping[type[nn.Module], Any]) -> str:
+def _names(known: Iterable[type[nn.Module]]) -> str:
     return f"one of {', '.join(kind.__name__ for kind in known)}"
 
 
-_ATTENTIONS: Mapping[type[nn.Module], Callable[[Any, Tensor], list[Tensor]]] = MappingProxyType(
-    {Attention: _plain, AttentionRope: _plain, EvaAttention: _biased, BeitAttention: _biased}
+_ATTENTIONS = (Attention, AttentionRope, EvaAttention, BeitAttention)
+_PRE_NORM = Parts(
+    "norm1",
+    "attn",
+    ("qkv",),
+    ("attn.proj", "attn.proj_drop", "ls1", "gamma_1"),
+    ("norm2", "mlp", "ls2", "gamma_2"),
+    scale="scale",
 )
-_BLOCKS: Mapping[type[nn.Module], type[_TimmBlock]] = MappingProxyType(
+_POST_NORM = _PRE_NORM._replace(norm="", update=("attn.proj", "attn.proj_drop", "norm1"), feed_forward=("mlp", "norm2"))
+_BLOCKS: Mapping[type[nn.Module], Parts] = MappingProxyType(
     {
-        Block: _PreNorm,
-        ResPostBlock: _PostNorm,
-        EvaBlock: _EvaPreNorm,
-        EvaBlockPostNorm: _EvaPostNorm,
-        BeitBlock: _BeitPreNorm,
+        Block: _PRE_NORM,
+        ResPostBlock: _POST_NORM,
+        EvaBlock: _PRE_NORM,
+        EvaBlockPostNorm: _POST_NORM,
+        BeitBlock: _PRE_NORM,
     }
 )

@@ -9,7 +9,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from narrows.adapters.token_reduction.hosts.base import BlockCall, HostModel, unsupported
+from narrows.adapters.token_reduction.hosts.base import BlockCall, HostModel, pair, unsupported
 from narrows.adapters.token_reduction.hosts.parts import (
     Parts,
     PartsBlock,
@@ -94,7 +94,7 @@ class _Tower(HostModel):
     @property
     def _patch(self) -> tuple[int, int]:
         size: Any = self.embedding.patch_size if hasattr(self.embedding, "patch_size") else self.module.patch_size
-        return _pair(size)
+        return pair(size)
 
     def token_grid(self, height: int, width: int) -> tuple[int, int]:
         return height // self._patch[0], width // self._patch[1]
@@ -112,13 +112,13 @@ class ClipModel(_Tower):
     def __init__(self, module: Any) -> None:
         size = module.image_size if hasattr(module, "image_size") else module.input_resolution
         super().__init__(
-            module, blocks=module.transformer.resblocks, prefix=1, embedding=module.conv1, image_size=_pair(size)
+            module, blocks=module.transformer.resblocks, prefix=1, embedding=module.conv1, image_size=pair(size)
         )
         self.entries = tuple(name for name in ("forward", "forward_intermediates") if hasattr(module, name))
 
     @property
     def _patch(self) -> tuple[int, int]:
-        return _pair(self.module.conv1.stride)
+        return pair(self.module.conv1.stride)
 
     @property
     def class_token(self) -> bool:
@@ -166,7 +166,7 @@ class TorchvisionModel(_Tower):
             blocks=module.encoder.layers,
             prefix=1,
             embedding=module.conv_proj,
-            image_size=_pair(module.image_size),
+            image_size=pair(module.image_size),
         )
 
     def reader(self, module: Any, name: str, kwargs: dict[str, Any]) -> str:
@@ -187,7 +187,7 @@ class DinoModel(_Tower):
             blocks=[block for chunk in chunks for block in chunk if not isinstance(block, nn.Identity)],
             prefix=1 + registers,
             embedding=module.patch_embed,
-            image_size=_pair(module.patch_embed.img_size),
+            image_size=pair(module.patch_embed.img_size),
         )
 
     def reader(self, module: Any, name: str, kwargs: dict[str, Any]) -> str:
@@ -271,7 +271,3 @@ class TowerBlock(PartsBlock):
         """Rotated in the precision of sines and cosines, which what does not rotate is not rounded to."""
         rotated = rotate_by_halves(heads.to(rotary.dtype), rotary).to(heads.dtype)
         return rotated.where(rotary[..., :1] <= 1, heads)
-
-
-def _pair(size: Any) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from narrows.adapters.token_reduction.hosts.base import BlockCall, HostModel, unsupported
+from narrows.adapters.token_reduction.hosts.base import BlockCall, HostModel, pair, unsupported
 from narrows.adapters.token_reduction.hosts.parts import (
     Parts,
     PartsBlock,
@@ -257,7 +257,7 @@ class TransformersModel(HostModel):
         return pool_by_attention(own, query, *args, **kwargs)
 
     def token_grid(self, height: int, width: int) -> tuple[int, int]:
-        of_patch = _pair(self._config.patch_size)
+        of_patch = pair(self._config.patch_size)
         return height // of_patch[0], width // of_patch[1]
 
     def grid_of(self, images: Tensor) -> tuple[int, int] | None:
@@ -290,14 +290,14 @@ class TransformersModel(HostModel):
         if hasattr(config, "num_patches"):
             side = math.isqrt(config.num_patches) * config.patch_size
             return side, side
-        height, width = _pair(config.crop_size if hasattr(config, "crop_size") else config.image_size)
+        height, width = pair(config.crop_size if hasattr(config, "crop_size") else config.image_size)
         return (self._frames // config.tubelet_size * height if self._frames else height), width
 
     def example(self, batch: int) -> dict[str, Tensor]:
-        config, (height, width) = self._config, _pair(self._config.patch_size)
+        config, (height, width) = self._config, pair(self._config.patch_size)
         channels = getattr(config, "in_chans", getattr(config, "num_channels", 3))
         if self._frames:
-            size = _pair(config.crop_size if hasattr(config, "crop_size") else config.image_size)
+            size = pair(config.crop_size if hasattr(config, "crop_size") else config.image_size)
             name = "pixel_values_videos" if hasattr(config, "crop_size") else "pixel_values"
             return {name: self.random_images(batch, self._frames, channels, *size)}
         if hasattr(config, "mask_ratio"):
@@ -463,7 +463,3 @@ def _check_no_attentions(asked: bool | None) -> None:
             got=True,
             hint="Call remove() on the reduction first.",
         )
-
-
-def _pair(size: int | Sequence[int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
