@@ -246,11 +246,11 @@ def _options(model: LoadedModel) -> dict[str, Any]:
 
 
 def _other_sizes(model: LoadedModel) -> list[tuple[int, int]]:
-    """Two sizes beside the model's own, of whole patches."""
+    """Two sizes beside the model's own, of whole patches, of odd and even numbers of them."""
     convolution = next((part for part in model.module.modules() if isinstance(part, nn.Conv2d)), None)
     stride = 32 if convolution is None or convolution.stride[0] < 8 else int(convolution.stride[0])
     height, width = model.size
-    return [(height + stride, width), (height + stride, width + 2 * stride)]
+    return [(height + stride, width), (height + stride, width + 3 * stride)]
 
 
 def _takes(model: LoadedModel, size: tuple[int, int]) -> bool:

@@ -29,6 +29,19 @@ def test_a_reduced_model_is_one_graph(family: str, method: str) -> None:
 
 
 @pytest.mark.compiled
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "method"), [("timm vit", "topk"), ("transformers dinov2", "tome")])
+def test_a_compiled_model_takes_images_of_other_sizes(name: str, method: str) -> None:
+    model = First(vit(dynamic_img_size=True) if name == "timm vit" else HOSTS[name](), {})
+    with reduce_tokens(model, method=method, budget={1: 0.6}):
+        torch._dynamo.reset()
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        for height, width in ((48, 64), (40, 40), (64, 32)):
+            given = images(2, 64)[..., :height, :width]
+            assert_close(compiled(given), model(given))
+
+
+@pytest.mark.compiled
 def test_gradients_of_the_compiled_model() -> None:
     model = vit()
     with reduce_tokens(model, budget=0.5):
@@ -53,10 +66,10 @@ def test_a_reduced_model_is_exported_for_any_batch(family: str, method: str, str
 
 
 class First(nn.Module):
-    """The first tensor that a model of transformers returns.
+    """The first tensor that a model returns.
 
     Args:
-        model: of transformers.
+        model: of timm or transformers.
         options: of its call.
     """
 
@@ -66,27 +79,32 @@ class First(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Features or logits."""
-        return outputs(self.model, {"pixel_values": pixel_values}, **self.options)[0]
+        name = self.model.main_input_name if hasattr(self.model, "main_input_name") else "x"
+        return outputs(self.model, {name: pixel_values}, **self.options)[0]
 
 
 # The host, the method, and whether images are of any size (but the model's own, which transformers takes apart).
-OF_TRANSFORMERS = [
+EXPORTED = [
     ("transformers beit", "topk", False),
     ("transformers beit", "tome", False),
     ("transformers beit, shared", "evit", False),
     ("transformers deit", "topk", True),
     ("transformers dinov2", "ats", True),
+    ("transformers dinov2", "tome", True),
+    ("timm vit", "tome", True),
 ]
 
 
 @pytest.mark.compiled
 @torch.no_grad()
-@pytest.mark.parametrize(("name", "method", "any_size"), OF_TRANSFORMERS)
-def test_models_of_transformers_are_exported_for_any_batch_and_size(name: str, method: str, any_size: bool) -> None:
+@pytest.mark.parametrize(("name", "method", "any_size"), EXPORTED)
+def test_hosts_are_exported_for_any_batch_and_size(name: str, method: str, any_size: bool) -> None:
+    """Traced with an even number of tokens, run with others."""
     options = {"interpolate_pos_encoding": True} if any_size and "deit" in name else {}
-    model = First(HOSTS[name](), options)
+    host = vit(dynamic_img_size=True) if name == "timm vit" else HOSTS[name]()
+    model = First(host, options)
     dynamic = {0: Dim.DYNAMIC, **({2: Dim.DYNAMIC, 3: Dim.DYNAMIC} if any_size else {})}
-    sizes = [(48, 64), (40, 48)] if any_size else [(32, 32)]
+    sizes = [(48, 64), (40, 48), (40, 56)] if any_size else [(32, 32)]
     generator = torch.Generator().manual_seed(0)
     with reduce_tokens(model.model, method=method, budget=0.5):
         program = export(model, (torch.randn(2, 3, *sizes[0]),), dynamic_shapes=(dynamic,), strict=False).module()

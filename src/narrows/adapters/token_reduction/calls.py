@@ -158,6 +158,6 @@ class Tower:
 
     def note_images(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pre-hook of the embedding: the grid of the tokens that the images become."""
-        if not tracing() and getattr(_CURRENT, "inside", None) is self:
+        if getattr(_CURRENT, "inside", None) is self:
             images = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
             note(grid=self.host.grid_of(images))

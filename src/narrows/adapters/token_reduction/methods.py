@@ -237,7 +237,7 @@ class Merging(ReductionMethod):
                 sizes = (belongs * before[:, None]).sum(-1)
         with autocast_off(tokens):
             # A product, not index_add, which sums in no fixed order on a GPU and which few runtimes can export.
-            others = share.masked_fill(is_own, 0) @ tokens
+            others = share.masked_fill(is_own, 0).bmm(tokens)
             new = gather_rows(tokens, own) * own_share + others
         into = partial(_given, merge.into.clamp_min(0))
         return MergedTokens(new, merge.ids.where(owned, width), into, placed, sizes)
@@ -299,7 +299,7 @@ class EViT(Merging):
             weight = attention.clamp_min(torch.finfo(attention.dtype).tiny).scatter(1, kept, 0.0)
             share = (weight / weight.sum(1, keepdim=True)).to(tokens.dtype)
         with autocast_off(tokens):
-            fused = share[:, None] @ tokens
+            fused = share[:, None].bmm(tokens)
         return MergedTokens(torch.cat((gather_rows(tokens, kept), fused), 1), kept)
 
 
@@ -363,7 +363,8 @@ def _similarity(keys: Float[Tensor, "B m H d"]) -> Float[Tensor, "B s t"]:
     with autocast_off(keys):
         keys = keys.mean(2, dtype=accumulation_dtype(keys))
         keys = F.rms_norm(keys, keys.shape[-1:], eps=1e-30)
-        return keys[:, ::2] @ keys[:, 1::2].transpose(1, 2)
+        # Not `@`, which exporters take apart by strides: an even number of tokens would be written down.
+        return keys[:, ::2].bmm(keys[:, 1::2].transpose(1, 2))
 
 
 def _merged_into(ids: Int[Tensor, "B K"], goes_to: Int[Tensor, "B s"], prefix: int, width: int) -> Int[Tensor, "B n"]:
@@ -456,7 +457,7 @@ def mean_attention(
         shares = None if says is None else (says / says.sum(1, keepdim=True).clamp_min(1)).to(queries.dtype)[..., None]
         heads = []
         for head in range(queries.shape[2]):
-            logits = queries[:, :, head] @ keys[:, :, head].transpose(1, 2) * scale
+            logits = queries[:, :, head].bmm(keys[:, :, head].transpose(1, 2)) * scale
             of_head = None if bias is None else bias[:, head % bias.shape[1]]
             weights = _weights(logits, layout, of_head)
             heads.append(weights.mean(1) if shares is None else (weights * shares).sum(1))
