@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from narrows.adapters.token_reduction import METHODS, reduce_tokens
 from narrows.errors import InvalidArgument
 from tests.adapters.token_reduction.families import FAMILIES, images, vit
-from tests.adapters.token_reduction.hosts import HOSTS
+from tests.adapters.token_reduction.hosts import HOSTS, inputs, outputs
 from tests.adapters.token_reduction.test_reduce import state
 from tests.support import assert_close
 
@@ -100,6 +100,85 @@ def test_fully_sharded_before_or_after(mesh: dist.device_mesh.DeviceMesh, method
     reduced.sum().backward()
     reduction.remove()
     assert_close(model(images()), untouched)
+
+
+class OwnLoop(nn.Module):
+    """Somebody's call of the blocks, one after another, who reads what each returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tower: Any = vit()
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """After each block."""
+        tokens, states = self.tower.norm_pre(self.tower._pos_embed(self.tower.patch_embed(images))), []
+        for block in self.tower.blocks:
+            tokens = block(tokens)
+            states.append(tokens)
+        return states
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", METHODS)
+def test_whoever_calls_the_blocks_reads_the_whole_grid(method: str) -> None:
+    model = OwnLoop().eval()
+    untouched = model(images(2))
+    with reduce_tokens(model, method=method, budget={1: 0.5}):
+        states = model(images(2))
+        expected = model.tower.forward_intermediates(images(2), intermediates_only=True, output_fmt="NLC", norm=False)
+    for of_loop, of_tower, before in zip(states, expected, untouched, strict=True):
+        assert of_loop.shape == before.shape
+        assert torch.equal(of_loop[:, 1:], of_tower)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_call_in_the_place_of_the_models_own_gets_hidden_states_on_the_grid(when: str) -> None:
+    model = HOSTS["transformers vit"]()
+    arguments = inputs(model, 2)
+    own = model.forward
+    if when == "before":
+        model.forward = lambda *args, **kwargs: own(*args, **kwargs)
+    with reduce_tokens(model, method="topk", budget={1: 0.5}):
+        if when == "after":
+            driven = model.forward
+            model.forward = lambda *args, **kwargs: driven(*args, **kwargs)
+        states = model(**arguments, output_hidden_states=True).hidden_states
+        assert [state.shape for state in states] == [(2, 17, 32)] * 5
+
+
+LORA = {
+    "timm vit": ("qkv", "proj"),
+    "timm eva_grouped_queries": ("q_proj", "v_proj"),
+    "transformers vit": ("q_proj", "v_proj"),
+    "transformers data2vec": ("query", "value"),
+    "open_clip": ("c_fc",),
+    "torchvision": ("mlp.0",),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", LORA)
+def test_lora_may_come_before_or_after_and_be_merged_while_reduced(name: str) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=list(LORA[name]), init_lora_weights=False)
+    arguments = inputs(HOSTS[name](), 2)
+
+    def adapted(model: nn.Module) -> Any:
+        torch.manual_seed(0)
+        return peft.get_peft_model(model, config).eval()
+
+    merged = adapted(HOSTS[name]()).merge_and_unload()
+    with reduce_tokens(merged, method="topk"):
+        (expected, *_) = outputs(merged, arguments)
+    before = adapted(HOSTS[name]())
+    reduction = reduce_tokens(before, method="topk")
+    assert not type(reduction.host.module).__module__.startswith("peft")
+    after = HOSTS[name]()
+    reduce_tokens(after, method="topk")
+    for model in (before, adapted(after)):
+        assert_close(outputs(model, arguments)[0], expected, 1e-5)
+        assert_close(outputs(model.merge_and_unload(), arguments)[0], expected, 1e-5)
 
 
 def test_blocks_that_are_one_module_are_refused() -> None:

@@ -239,6 +239,13 @@ def test_images_of_other_grids_in_one_batch_do_not_see_their_padding(name: str) 
             assert not positions[-1][1, reduction.host.prefix :][~real[1]].any()
 
 
+def packed(kind: str, tower: str, **sizes: Any) -> nn.Module:
+    """A vision-language model whose tower reads the patches of all images in one row."""
+    vision = getattr(transformers, f"{tower}VisionConfig")(**sizes)
+    whole = getattr(transformers, f"{kind}Config")(vision_config=vision.to_dict(), text_config=WRITER)
+    return getattr(transformers, f"{kind}ForConditionalGeneration")(whole)
+
+
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "timm swin": (lambda: timm.create_model("swin_tiny_patch4_window7_224"), "windows"),
     "timm hiera": (lambda: timm.create_model("hiera_tiny_224"), "pools tokens"),
@@ -253,6 +260,15 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "transformers hiera": (lambda: transformers.HieraModel(transformers.HieraConfig()), "pools tokens"),
     "transformers segformer": (lambda: transformers.SegformerModel(transformers.SegformerConfig()), "feature maps"),
     "transformers sam": (lambda: transformers.SamVisionModel(transformers.SamVisionConfig()), "windows"),
+    "llava of pixtral": (lambda: packed("Llava", "Pixtral", **VISION, **IMAGES), "into one row"),
+    "mistral 3": (lambda: packed("Mistral3", "Pixtral", **VISION, **IMAGES), "into one row"),
+    "qwen2-vl": (lambda: transformers.Qwen2VLForConditionalGeneration(transformers.Qwen2VLConfig()), "into one row"),
+    "qwen2.5-vl": (
+        lambda: transformers.Qwen2_5_VLForConditionalGeneration(transformers.Qwen2_5_VLConfig()),
+        "into one row",
+    ),
+    "qwen3-vl": (lambda: transformers.Qwen3VLForConditionalGeneration(transformers.Qwen3VLConfig()), "into one row"),
+    "glm 4v": (lambda: transformers.Glm4vForConditionalGeneration(transformers.Glm4vConfig()), "into one row"),
     "transformers sam 2": (lambda: transformers.Sam2VisionModel(transformers.Sam2VisionConfig()), "pools tokens"),
 }
 

@@ -79,7 +79,8 @@ def current_call() -> Call:
     return getattr(_CURRENT, "call", _UNKNOWN)
 
 
-_UNKNOWN = Call()
+# Blocks that somebody calls one by one, and may read after each.
+_UNKNOWN = Call(reader="blocks")
 
 
 def note(**known: Any) -> None:

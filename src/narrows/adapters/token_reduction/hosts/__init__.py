@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from importlib import import_module
+from inspect import signature
 from types import MappingProxyType
 
 from torch import nn
@@ -37,11 +38,8 @@ def recognise(model: nn.Module) -> HostModel:
             found.append(host)
             inside.update(module.modules())
     if not found:
-        names = {kind.__name__: type(module) for module in model.modules() for kind in type(module).__mro__}
-        why = next(
-            ((names[name], why) for name in names for part, why in REFUSED.items() if name.startswith(part)), None
-        )
-        refused = "" if why is None else f" (with a {why[0].__name__}: {why[1]})"
+        why = _reason(model)
+        refused = "" if why is None else f" ({why})"
         raise InvalidType(
             "model",
             expected="a vision transformer all of whose blocks see all tokens, or a module that holds one: of timm "
@@ -66,6 +64,7 @@ _WINDOWS = "its attention is in windows, which are cut out of the whole grid"
 _POOLED = "it pools tokens by their place in the grid between blocks"
 _PYRAMID = "it works on feature maps, whose convolutions and strides need the whole grid"
 _CONVOLUTIONS = "it is a convolutional network, which has no tokens"
+_PACKED = "it puts the patches of all images into one row, where a budget would be shared by images"
 # What cannot be reduced whatever its blocks are, by how the names of classes begin, and why.
 REFUSED: Mapping[str, str] = MappingProxyType(
     {
@@ -76,9 +75,26 @@ REFUSED: Mapping[str, str] = MappingProxyType(
         **dict.fromkeys(
             ("MobileVit", "MobileViT", "EfficientFormer", "Levit", "LeViT", "CoaT", "PoolFormer"), _PYRAMID
         ),
+        "PixtralVision": _PACKED,
         **dict.fromkeys(("ModifiedResNet", "ResNet", "ConvNeXt", "ConvNext", "EfficientNet", "RegNet"), _CONVOLUTIONS),
     }
 )
+
+
+def _reason(model: nn.Module) -> str | None:
+    """Why no part of a model can be reduced, as far as that is known."""
+    names = {kind.__name__: type(module) for module in model.modules() for kind in type(module).__mro__}
+    for name, kind in names.items():
+        for part, why in REFUSED.items():
+            if name.startswith(part):
+                return f"with a {kind.__name__}: {why}"
+    for module in model.modules():
+        if not type(module).__module__.startswith("transformers"):
+            continue
+        bounds = signature(module.forward).parameters.get("cu_seqlens")  # where the images in the row begin
+        if bounds is not None and bounds.default is bounds.empty:
+            return f"with a {type(module).__name__}: {_PACKED}"
+    return None
 
 
 def _recognised(module: nn.Module) -> HostModel | None:

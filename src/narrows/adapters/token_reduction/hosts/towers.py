@@ -59,9 +59,10 @@ def recognise(module: nn.Module) -> HostModel | None:
     """The module as a host if it is of one of these makes."""
     if any(kind.__name__ == "DinoVisionTransformer" for kind in type(module).__mro__):
         return DinoModel(module)
-    if hasattr(module, "class_embedding") and hasattr(part_of(module, "transformer.resblocks"), "__len__"):
+    # Parameters of its own: wrappers such as peft's have the attributes of what they wrap.
+    if "class_embedding" in module._parameters and hasattr(part_of(module, "transformer.resblocks"), "__len__"):
         return ClipModel(module)
-    if hasattr(module, "class_token") and hasattr(part_of(module, "encoder.layers"), "__len__"):
+    if "class_token" in module._parameters and hasattr(part_of(module, "encoder.layers"), "__len__"):
         return TorchvisionModel(module)
     return None
 

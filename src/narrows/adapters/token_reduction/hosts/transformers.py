@@ -157,7 +157,8 @@ FAMILIES = {
 
 def recognise(module: nn.Module) -> HostModel | None:
     """The module as a host if it is the vision tower of a model of these families."""
-    family = FAMILIES.get(_class_name(getattr(module, "embeddings", None)))
+    # Its own: wrappers such as peft's have the attributes of what they wrap.
+    family = FAMILIES.get(_class_name(module._modules.get("embeddings")))
     return None if family is None else TransformersModel(module, family)
 
 
