@@ -11,7 +11,7 @@ from torch.export import Dim, export
 from narrows.adapters.token_reduction import reduce_tokens
 from narrows.errors import InvalidArgument
 from tests.adapters.token_reduction.families import FAMILIES, images, vit
-from tests.adapters.token_reduction.hosts import HOSTS, outputs
+from tests.adapters.token_reduction.hosts import HOSTS, inputs, outputs
 from tests.support import assert_close
 
 CASES = [("vit", "ats"), ("vit", "tome"), ("dinov3", "ats"), ("siglip", "topk")]
@@ -85,7 +85,9 @@ class First(nn.Module):
 
 # The host, the method, and whether images are of any size (but the model's own, which transformers takes apart).
 EXPORTED = [
-    ("transformers beit", "topk", False),
+    ("transformers beit", "ats", False),
+    ("transformers data2vec, shared", "ats", False),
+    ("timm beit", "ats", False),
     ("transformers beit", "tome", False),
     ("transformers beit, shared", "evit", False),
     ("transformers deit", "topk", True),
@@ -104,7 +106,8 @@ def test_hosts_are_exported_for_any_batch_and_size(name: str, method: str, any_s
     host = vit(dynamic_img_size=True) if name == "timm vit" else HOSTS[name]()
     model = First(host, options)
     dynamic = {0: Dim.DYNAMIC, **({2: Dim.DYNAMIC, 3: Dim.DYNAMIC} if any_size else {})}
-    sizes = [(48, 64), (40, 48), (40, 56)] if any_size else [(32, 32)]
+    own = next(iter(inputs(host, 1).values())).shape[-2:]
+    sizes = [(48, 64), (40, 48), (40, 56)] if any_size else [own]
     generator = torch.Generator().manual_seed(0)
     with reduce_tokens(model.model, method=method, budget=0.5):
         program = export(model, (torch.randn(2, 3, *sizes[0]),), dynamic_shapes=(dynamic,), strict=False).module()
