@@ -44,6 +44,7 @@ def _defaults(function) -> dict:
 
 
 TABLE = "model  accuracy\nvit      0.5000\n"
+VERDICT = "No difference can be told."
 
 
 class Found(SimpleNamespace):
@@ -56,7 +57,8 @@ class Found(SimpleNamespace):
 
 
 def _compared(**what) -> Found:
-    return Found(report=Path("runs/1/report.html"), folder=Path("runs/1"), **{"interrupted": 0, "verdict": "", **what})
+    known = {"verdict": VERDICT, "report": Path("runs/1/report.html"), "folder": Path("runs/1")}
+    return Found(**{"interrupted": 0, **known, **what})
 
 
 def test_compare_has_the_defaults_of_the_function_it_calls(asked, capsys):
@@ -64,7 +66,7 @@ def test_compare_has_the_defaults_of_the_function_it_calls(asked, capsys):
     seen = asked(comparison, "compare", _compared())
     assert main(["compare"]) == 0
     assert seen == expected
-    assert capsys.readouterr().out == f"{TABLE}Report: runs/1/report.html\n"
+    assert capsys.readouterr().out == f"{TABLE}{VERDICT}\nReport: runs/1/report.html\n"
 
 
 def test_compare_passes_its_options_on(asked):
@@ -129,7 +131,8 @@ def test_bench_explains_an_unknown_option(capsys):
 
 def _reduced(**written) -> Found:
     chosen = SimpleNamespace(name="ats 0.5")
-    return Found(chosen=chosen, why="needs fewest MACs", report=Path("runs/1/report.html"), written=written)
+    known = {"verdict": VERDICT, "report": Path("runs/1/report.html"), "written": written}
+    return Found(chosen=chosen, why="needs fewest MACs", **known)
 
 
 def test_reduce_has_the_defaults_of_the_function_it_calls(asked, capsys):
@@ -138,7 +141,7 @@ def test_reduce_has_the_defaults_of_the_function_it_calls(asked, capsys):
     assert main(["reduce"]) == 0
     assert seen == expected
     printed = capsys.readouterr().out
-    assert printed == f"{TABLE}Chosen: ats 0.5 (needs fewest MACs)\nReport: runs/1/report.html\n"
+    assert printed == f"{TABLE}{VERDICT}\nChosen: ats 0.5 (needs fewest MACs)\nReport: runs/1/report.html\n"
 
 
 def test_reduce_passes_its_options_on(asked, capsys):

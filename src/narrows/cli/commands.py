@@ -22,12 +22,11 @@ def compare(arguments: list[str]) -> None:
     from narrows.jobs import compare as job
 
     found = call(job.compare, arguments)
-    verdict = [found.verdict] if found.verdict else []
     answer(
         "compare",
         lambda: _compared(found),
         ScreenTable(found.columns, found.rows()),
-        *verdict,
+        found.verdict,
         f"Report: {found.report}",
     )
     if found.interrupted:
@@ -72,6 +71,7 @@ def reduce(arguments: list[str]) -> None:
         "reduce",
         lambda: _reduced(found),
         ScreenTable(found.columns, found.rows(), names=2),
+        found.verdict,
         f"Chosen: {found.chosen.name} ({found.why})",
         *(f"{what}: {path}" for what, path in found.written.items()),
         f"Report: {found.report}",
@@ -104,6 +104,7 @@ def _reduced(found: "ReductionResult") -> Mapping[str, Any]:
             "schedule": list(chosen.schedule) if chosen is not None else None,
         },
         "why": found.why,
+        "verdict": found.verdict,
         "written": {what.lower(): path for what, path in found.written.items()},
         "folder": found.folder,
         "report": found.report,
@@ -118,9 +119,10 @@ def discover(arguments: list[str]) -> None:
 
     def data() -> Mapping[str, Any]:
         runs = [asdict(run) for run in found.runs]
-        return {"runs": runs, "held_out": found.held_out, "folder": found.folder, "report": found.report}
+        known = {name: getattr(found, name) for name in ("verdict", "held_out", "folder", "report")}
+        return {"runs": runs, **known}
 
-    answer("discover", data, ScreenTable(found.columns, found.rows()), f"Report: {found.report}")
+    answer("discover", data, ScreenTable(found.columns, found.rows()), found.verdict, f"Report: {found.report}")
 
 
 def export(arguments: list[str]) -> None:
