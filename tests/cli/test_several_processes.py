@@ -46,9 +46,8 @@ def test_a_killed_process_ends_all_with_one_line(tmp_path: Path) -> None:
     assert "Traceback" not in told
     lines = [line for line in told.splitlines() if line.startswith("narrows: ")]
     assert len(lines) == 1, told
-    said = (
-        r"narrows: Another process of this run is gone, and this one ends. Go on with: narrows fit --config \S+ --ckpt"
-    )
+    ends = "narrows: Another process of this run is gone, and this one ends."
+    said = rf"{ends} Go on with: narrows fit --config \S+ --checkpoint"
     assert re.match(said, lines[0])
     assert list(tmp_path.glob("runs/*/checkpoints/last.ckpt"))
 

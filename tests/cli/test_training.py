@@ -3,10 +3,12 @@ import json
 import re
 import shutil
 import signal
+import warnings
 
 import pytest
 import torch
 import yaml
+from jsonargparse._deprecated import JsonargparseDeprecationWarning
 
 from narrows.cli import main, shorthand
 from narrows.cli.training import OPTIONS
@@ -45,8 +47,15 @@ def _only(found):
 def test_a_checkpoint_of_another_task_is_named(narrows, tmp_path, capsys):
     torch.save({OPTIONS: {"model": {"model": "vit_mini", "num_classes": 2}, "data": {}}}, tmp_path / "other.ckpt")
     assert main(["validate", "--task", "objects", "--ckpt_path", "other.ckpt", *QUIET]) == 1
-    expected = "ckpt_path: expected a checkpoint of objects, got one of another task, whose model has num_classes."
+    expected = "checkpoint: expected a checkpoint of objects, got one of another task, whose model has num_classes."
     assert expected in capsys.readouterr().err
+
+
+def test_fit_uses_nothing_of_jsonargparse_that_is_deprecated(narrows, monkeypatch):
+    monkeypatch.setattr("jsonargparse._deprecated.shown_deprecation_warnings", set())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", JsonargparseDeprecationWarning)
+        assert narrows("fit", "--trainer.max_epochs", "1") == 0
 
 
 def test_fit_leaves_a_run_that_every_other_command_takes(narrows, tmp_path, capsys):
@@ -190,7 +199,7 @@ def test_the_configuration_can_be_printed_and_read_again(narrows, tmp_path, caps
         ("--model.betas 0.9,much", 2, "betas"),
         ("--trainer.max_epochs abc", 2, 'Parser key "trainer.max_epochs"'),
         ("--config nope.yaml", 2, "nope.yaml"),
-        ("--ckpt_path nope.ckpt", 1, "ckpt_path: expected a checkpoint file, got 'nope.ckpt', which does not exist"),
+        ("--ckpt_path nope.ckpt", 1, "checkpoint: expected a checkpoint file, got 'nope.ckpt', which does not exist"),
         ("--model vit_mni", 1, "Did you mean 'vit_mini'?"),
         ('--model.model_args {"depht":2}', 1, "Did you mean 'depth'?"),
         ("--data no/such/folder", 1, "data: expected 'digits' or a folder"),
@@ -206,7 +215,7 @@ def test_bad_input_is_explained(narrows, options, code, message, capsys):
 @pytest.mark.parametrize("command", ["validate", "test", "predict"])
 def test_only_training_can_do_without_a_checkpoint(narrows, command, capsys):
     assert narrows(command) == 1
-    assert "ckpt_path: expected the checkpoint to look at, got None. Add --checkpoint <run>" in capsys.readouterr().err
+    assert "checkpoint: expected the checkpoint to look at, got None. Add --checkpoint <run>" in capsys.readouterr().err
 
 
 def test_an_unknown_key_of_a_recipe_is_told_the_nearest(tmp_path, capsys):
@@ -239,12 +248,12 @@ def test_a_checkpoint_brings_its_settings_and_refuses_others(narrows, tmp_path, 
     assert main(["test", *QUIET, "--ckpt_path", last, "--data", "digits"]) == 1
     assert "data: expected the 2 classes that the model was trained on, 'cat', 'dog' among" in capsys.readouterr().err
     assert main(["test", *QUIET, "--ckpt_path", last, "--data.image_size", "32"]) == 1
-    assert "ckpt_path: expected a checkpoint of this model, got one with other model." in capsys.readouterr().err
+    assert "checkpoint: expected a checkpoint of this model, got one with other model." in capsys.readouterr().err
     assert main(["test", *QUIET, "--ckpt_path", last]) == 0, "model and data are those of the checkpoint"
     torch.save({"state_dict": {}}, tmp_path / "half.ckpt")
     (tmp_path / "half.ckpt").write_bytes((tmp_path / "half.ckpt").read_bytes()[:300])
     assert main(["test", *QUIET, "--ckpt_path", "half.ckpt"]) == 1
-    assert "ckpt_path: expected a checkpoint that narrows fit wrote, got 'half.ckpt'" in capsys.readouterr().err
+    assert "checkpoint: expected a checkpoint that narrows fit wrote, got 'half.ckpt'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
@@ -309,7 +318,7 @@ def test_a_damaged_configuration_or_checkpoint_is_told_in_a_line(narrows, tmp_pa
     (tmp_path / "last.ckpt").write_bytes(content)
     assert narrows("fit", "--ckpt_path", "last.ckpt") == 1
     assert (
-        "ckpt_path: expected a checkpoint that narrows fit wrote, got 'last.ckpt': Bad CRC" in capsys.readouterr().err
+        "checkpoint: expected a checkpoint that narrows fit wrote, got 'last.ckpt': Bad CRC" in capsys.readouterr().err
     )
 
 

@@ -122,7 +122,7 @@ def read_checkpoint(path: str | Path) -> Any:
         return read_file(path)
     except InvalidArgument as error:
         got = str(error).partition("got ")[2].rstrip(".")
-        raise InvalidArgument("ckpt_path", expected="a checkpoint that narrows fit wrote", got=got) from error
+        raise InvalidArgument("checkpoint", expected="a checkpoint that narrows fit wrote", got=got) from error
 
 
 def first_help(parser: Any, command: str, summary: str) -> str:

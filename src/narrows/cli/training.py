@@ -150,13 +150,13 @@ class SaveConfig(SaveConfigCallback):
         folder = trainer.log_dir  # log_dir is broadcast: every process has to read it
         if trainer.is_global_zero and folder is not None and not self.already_saved:
             with replacing(Path(folder) / self.config_filename) as unfinished:
-                self.parser.save(self.config, unfinished, skip_none=False, overwrite=True, multifile=False)
+                self.parser.save(self.config, unfinished, skip_unset=False, overwrite=True, multifile=False)
         self.already_saved = True
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Put the options of the model and of the data into the checkpoint."""
         if trainer.state.fn == "fit":
-            options = yaml.safe_load(self.parser.dump(self.config, skip_none=False, skip_link_targets=True))
+            options = yaml.safe_load(self.parser.dump(self.config, skip_unset=False, skip_link_targets=True))
             checkpoint[TASK] = options["task"]
             checkpoint[OPTIONS] = {part: options[part] for part in ("model", "data")}
             data = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
@@ -241,10 +241,13 @@ class TrainingCLI(LightningCLI):
         if unknown:
             got = f"one of another task, whose model has {', '.join(unknown[:3])}"
             raise InvalidArgument(
-                "ckpt_path", expected=f"a checkpoint of {self.task}", got=got, hint="Give its --task."
+                "checkpoint", expected=f"a checkpoint of {self.task}", got=got, hint="Give its --task."
             )
         given = {part: {**trained[part], **_plain(asked.get(part) or {})} for part in trained}
         self.config = self.parser.parse_object({command: given}, self.config)
+
+    def _add_instantiators(self) -> None:
+        """None: they note hyperparameters, which `SaveConfig` does, and jsonargparse will not take them any more."""
 
     def before_instantiate_classes(self) -> None:
         """Check that the checkpoint is there; only `fit` does without one."""
@@ -255,13 +258,13 @@ class TrainingCLI(LightningCLI):
         given = self._get(self.config, "ckpt_path")
         if given is None and self.subcommand != "fit":
             raise InvalidArgument(
-                "ckpt_path",
+                "checkpoint",
                 expected="the checkpoint to look at",
                 got=None,
                 hint="Add --checkpoint <run>, the folder of a run of `narrows fit`.",
             )
         if given is not None and given not in _CHECKPOINT_WORDS and not Path(given).exists():
-            raise InvalidArgument("ckpt_path", expected="a checkpoint file", got=f"{given!r}, which does not exist")
+            raise InvalidArgument("checkpoint", expected="a checkpoint file", got=f"{given!r}, which does not exist")
         device = check_device(self._get(self.config, "device"))
         if self._get(self.config, "device") != "auto":
             if (accelerator := self._get(self.config, "trainer.accelerator")) != "auto":
@@ -270,9 +273,12 @@ class TrainingCLI(LightningCLI):
             self.device = trainer_device(device)
 
     def instantiate_classes(self) -> None:
-        """Raise errors of narrows as they are: jsonargparse wraps what goes wrong while it links."""
+        """Make data, model and trainer; errors of narrows are raised as they are, which jsonargparse wraps."""
         try:
-            super().instantiate_classes()
+            # Lightning's own method calls what jsonargparse has deprecated.
+            self.config_init = self.parser.instantiate(self.config)
+            self.datamodule, self.model = (self._get(self.config_init, name) for name in ("data", "model"))
+            self.trainer = self.instantiate_trainer()
         except ValueError as error:
             if isinstance(error.__cause__, NarrowsError):
                 raise error.__cause__ from None
@@ -372,7 +378,7 @@ class TrainingCLI(LightningCLI):
         last = Path(_only(self.trainer, Checkpoints).last_model_path)
         if not last.name:
             return "No checkpoint had been written yet."
-        return f"Go on with: narrows fit --config {last.parent.parent / 'config.yaml'} --ckpt_path {last}"
+        return f"Go on with: narrows fit --config {last.parent.parent / 'config.yaml'} --checkpoint {last}"
 
 
 def parsers(task: str = "classification") -> dict[str, Any]:

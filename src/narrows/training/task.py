@@ -222,7 +222,7 @@ class Task(LightningModule):
             wrong += [name for name in expected if name not in found]
         if wrong:
             raise InvalidArgument(
-                "ckpt_path",
+                "checkpoint",
                 expected="a checkpoint of this model",
                 got=f"one with other {', '.join(wrong[:4])}{' and more' if len(wrong) > 4 else ''}",
                 hint="Another number of classes or another size of images makes another model.",
