@@ -1,7 +1,7 @@
 """What is kept is made once, waited for, and made anew where it is damaged."""
 
 import multiprocessing
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,11 +13,11 @@ from narrows.files import replacing_folder
 from narrows.models import create_model
 
 
-def _keep(folder: Path, log: Path) -> str:
+def _keep(folder: Path, log: Path, until: Callable[[], object] = lambda: None) -> str:
     def make() -> None:
         with log.open("a") as file:
             file.write("made\n")
-        time.sleep(0.3)
+        until()
         with replacing_folder(folder) as unfinished:
             (unfinished / "model").write_text("good")
 
@@ -30,16 +30,28 @@ def _keep(folder: Path, log: Path) -> str:
     return kept(folder, make, read)
 
 
-def test_several_processes_make_it_once(tmp_path, capfd):
+def test_several_processes_make_it_once(tmp_path, monkeypatch):
+    """The one that makes it goes on once both others have said that they wait."""
     context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=_keep, args=(tmp_path / "cache", tmp_path / "log")) for _ in range(3)]
+    said, waiting = context.SimpleQueue(), context.Semaphore(0)
+
+    def say(text: str) -> None:
+        said.put(text)
+        waiting.release()
+
+    def both_others_wait() -> None:
+        assert all(waiting.acquire(timeout=120) for _ in range(2))
+
+    monkeypatch.setattr("narrows.files.say", say)
+    arguments = (tmp_path / "cache", tmp_path / "log", both_others_wait)
+    processes = [context.Process(target=_keep, args=arguments) for _ in range(3)]
     for process in processes:
         process.start()
     for process in processes:
         process.join()
         assert process.exitcode == 0
     assert (tmp_path / "log").read_text() == "made\n"
-    assert "Waiting for another process that makes" in capfd.readouterr().err
+    assert {said.get() for _ in range(2)} == {f"Waiting for another process that makes {tmp_path / 'cache'}"}
 
 
 @pytest.mark.parametrize("damage", ["bad content", None])
