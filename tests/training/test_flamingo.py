@@ -227,6 +227,11 @@ def test_the_best_state_is_saved_for_generate(tmp_path):
     logger = CSVLogger(tmp_path, name="", version="")
     data = small_data(tokenizer=task.tokenizer)
     small_trainer(tmp_path, max_epochs=3, callbacks=[best, SaveReader()], logger=logger).fit(task, data)
+    card = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
+    train, held_out = len(data.loaded.train), len(data.loaded.held_out)
+    assert f"| Data | digits: {train:,} training and {held_out:,} held-out documents |" in card
+    assert f"| Held-out loss | {best.best_model_score.item():.4g} |" in card
+    assert "\n# model\n" in card
     kept = torch.load(best.best_model_path, weights_only=True)["state_dict"]
     reader = open_reader(language_model, tmp_path / "model")
     for name, value in kept.items():

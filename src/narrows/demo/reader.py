@@ -33,7 +33,7 @@ from narrows.screen import Bar, track
 from narrows.training.classification import Classification
 from narrows.training.flamingo import FlamingoTraining
 from narrows.training.run import LAST, fit, progress_trainer, quiet_lightning, train
-from narrows.training.task import warmup_schedule
+from narrows.training.task import about_run, warmup_schedule
 
 FOLDER = Path("runs") / "flamingo_digits"
 ENCODER = "sepvit_mini"
@@ -90,9 +90,10 @@ def digits_reader(folder: Path = FOLDER, *, epochs: int = EPOCHS, device: str | 
         (text, tokenizer), seen = open_language_model(language_model), open_vision_encoder(encoder)
         task = FlamingoTraining(Flamingo(text, vision_encoder=seen, **FLAMINGO), tokenizer, **TRAINING)
         data = InterleavedDataModule("digits", tokenizer=tokenizer, image_size=seen.image_size, channels=seen.channels)
+        trainer = _trainer(folder, epochs, device)
         with quiet_lightning():
-            fit(_trainer(folder, epochs, device), task, data)
-        Reader(task.flamingo, tokenizer).save(saved)
+            fit(trainer, task, data)
+        Reader(task.flamingo, tokenizer).save(saved, about=about_run(trainer, best=False))
         (folder / "logs" / "flamingo" / LAST).unlink(missing_ok=True)
 
     return kept(saved, make, lambda: open_reader(language_model, saved))

@@ -1,6 +1,6 @@
 """Language models that read images, by the names of their parts: text and pictures in, text out."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.util import find_spec
@@ -335,22 +335,25 @@ class Reader:
         ended = [row[: row.index(end)] if end in row else row for row in texts]
         return self.tokenizer.batch_decode(ended, skip_special_tokens=True)
 
-    def save(self, folder: str | Path) -> None:
-        """Write what was trained, the format of prompts, and a vision encoder of narrows; `open_reader` reads them."""
-        with replacing_folder(folder) as unfinished:
-            self._write(unfinished)
+    def save(self, folder: str | Path, *, about: Mapping[str, str] | None = None) -> None:
+        """Write what was trained, the format of prompts, and a vision encoder of narrows; `open_reader` reads them.
 
-    def _write(self, folder: Path) -> None:
-        self.model.save_pretrained(folder)
-        if self.format.new_tokens:
-            rows = TokenRows(self.model.language_model, self.tokenizer, self.format.new_tokens)
-            write_safetensors(rows.state_dict(), folder / ROWS_FILE)
-        encoder, name = self.encoder.module, self.encoder.loaded.name
-        if isinstance(encoder, ImageClassifier):
-            encoder.save_pretrained(folder / ENCODER_FOLDER)
-            name = ""
-        written = replace(self.format, vision_encoder=name)
-        write_text(folder / FORMAT_FILE, config_text(asdict(written)))
+        Args:
+            folder: where.
+            about: what it was trained on and what it reaches, for the model card.
+        """
+        with replacing_folder(folder) as unfinished:
+            # The card is called as the folder will be.
+            self.model.save_pretrained(unfinished, repo_id=Path(folder).name, model_card_kwargs=about)
+            if self.format.new_tokens:
+                rows = TokenRows(self.model.language_model, self.tokenizer, self.format.new_tokens)
+                write_safetensors(rows.state_dict(), unfinished / ROWS_FILE)
+            encoder, name = self.encoder.module, self.encoder.loaded.name
+            if isinstance(encoder, ImageClassifier):
+                encoder.save_pretrained(unfinished / ENCODER_FOLDER)
+                name = ""
+            written = replace(self.format, vision_encoder=name)
+            write_text(unfinished / FORMAT_FILE, config_text(asdict(written)))
 
 
 def open_reader(language_model: str | Path, checkpoint: str | Path, *, dtype: str | None = None) -> Reader:

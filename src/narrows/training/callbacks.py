@@ -19,11 +19,11 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.tensor import DTensor
 
 from narrows.adapters import reduce_tokens
-from narrows.data import IGNORED, ImageData, ImageDataModule, Position, picture
+from narrows.data import IGNORED, ImageDataModule, Position, picture
 from narrows.files import replacing, write_text
 from narrows.hub.models import save_model
 from narrows.screen import Bar
-from narrows.training.task import Task, data_of
+from narrows.training.task import Task, about_run
 from narrows.visualize import save, segmentations
 from narrows.visualize.canvas import carrier_colour, to_rgb
 
@@ -53,21 +53,8 @@ class SavePretrained(Callback):
             model = _unsharded_copy(pl_module.model)
             model.load_state_dict({k.removeprefix("model."): v for k, v in weights.items() if k.startswith("model.")})
             save_model(
-                model, Path(folder) / "model", classes=pl_module.classes, about=_about(trainer, best=best.is_file())
+                model, Path(folder) / "model", classes=pl_module.classes, about=about_run(trainer, best=best.is_file())
             )
-
-
-def _about(trainer: Trainer, *, best: bool) -> dict[str, str]:
-    """What a model card says of a run: data, length, and what the saved model reaches on held-out images."""
-    data: Any = getattr(trainer, "datamodule", None)
-    checkpoints: Any = trainer.checkpoint_callback
-    if best and checkpoints.best_model_score is not None:
-        found = {checkpoints.monitor: checkpoints.best_model_score}
-    else:
-        found = {name: value for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
-    figures = {f"Held-out {name.removeprefix('val/')}": f"{float(value):.4g}" for name, value in found.items()}
-    known = data_of(data.loaded) if isinstance(getattr(data, "loaded", None), ImageData) else {}
-    return {**known, "Training": f"{trainer.global_step:,} steps", **figures}
 
 
 def _unsharded_copy(model: nn.Module) -> nn.Module:

@@ -25,7 +25,7 @@ from narrows.data.document_module import InterleavedDataModule
 from narrows.data.documents import InterleavedBatch, without_labels
 from narrows.errors import InvalidArgument
 from narrows.hub.readers import Reader, ReaderFormat, TokenRows
-from narrows.training.task import Task, parameter_groups, warmup_schedule
+from narrows.training.task import Task, about_run, parameter_groups, warmup_schedule
 from narrows.validation import check_choice, check_not_negative
 
 log = logging.getLogger(__name__)
@@ -269,7 +269,8 @@ class SaveReader(Callback):
         reader = Reader(pl_module.flamingo, pl_module.tokenizer, prompts)
         # Every process has to save, since shards are gathered; only the first one's files are kept.
         with tempfile.TemporaryDirectory() as elsewhere:
-            reader.save(Path(folder) / "model" if trainer.is_global_zero else elsewhere)
+            target = Path(folder) / "model" if trainer.is_global_zero else elsewhere
+            reader.save(target, about=about_run(trainer, best=best.is_file()))
 
 
 def token_losses(

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from narrows.data import ImageData
+from narrows.data.module import PositionedDataModule
 from narrows.data.positions import keys
 from narrows.errors import Diverged, InvalidArgument
 from narrows.training import resume
@@ -27,10 +27,31 @@ LOOK_EVERY = 20
 """Steps after which a loss that is no number is noticed on a GPU, and where there are several processes."""
 
 
-def data_of(images: ImageData) -> dict[str, str]:
-    """What a model card says of the images."""
-    name = Path(images.name).name  # where a folder stands is nobody's affair
-    return {"Data": f"{name}: {len(images.train):,} training and {len(images.held_out):,} held-out images"}
+def data_of(data: Any, kind: str = "images") -> dict[str, str]:
+    """What a model card says of data with `name`, `train` and `held_out`, whose samples are called `kind`."""
+    name = Path(data.name).name  # where a folder stands is nobody's affair
+    return {"Data": f"{name}: {len(data.train):,} training and {len(data.held_out):,} held-out {kind}"}
+
+
+def about_run(trainer: Trainer, *, best: bool) -> dict[str, str]:
+    """What a model card says of a run: data, length, and what the saved model reaches on held-out samples.
+
+    Args:
+        trainer: after its run.
+        best: whether the best checkpoint is saved, and not the last state.
+    """
+    checkpoints: Any = trainer.checkpoint_callback
+    if best and checkpoints.best_model_score is not None:
+        found = {checkpoints.monitor: checkpoints.best_model_score}
+    else:
+        found = {name: value for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+    figures = {
+        f"Held-out {name.removeprefix('val/').replace('_', ' ')}": f"{float(value):.4g}"
+        for name, value in found.items()
+    }
+    data: Any = getattr(trainer, "datamodule", None)
+    known = data_of(data.loaded, data.kind) if isinstance(data, PositionedDataModule) else {}
+    return {**known, "Training": f"{trainer.global_step:,} steps", **figures}
 
 
 class Task(LightningModule):
