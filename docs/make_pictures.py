@@ -70,7 +70,8 @@ def draw_text_and_media() -> None:
     locations = torch.tensor([[word == "<image>" for word in words]])
     routing = block.routing(torch.randn(1, len(words), 64), torch.randn(1, 4, 16, 48), locations)
     photographs = [Image.fromarray(take()).resize((160, 160)) for take in (chelsea, coffee, rocket, astronaut)]
-    figure = reading(words, photographs, {"what each word reads": routing})
+    stand = [index for index, word in enumerate(words) if word == "<image>"]
+    figure = reading(words, photographs, {"Each word reads the image before it": routing}, locations=stand)
     save(figure, PICTURES / "gated_cross_attention.png")
     shrink(PICTURES / "gated_cross_attention.png", PICTURES / "gated_cross_attention.png")
 

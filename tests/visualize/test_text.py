@@ -38,10 +38,41 @@ def test_long_texts_are_broken_between_words_and_stay_in_the_picture():
     assert min(box.y0 for box in boxes) >= 0
 
 
+def test_media_stand_in_the_text_where_they_are_known_to():
+    words = ["look", "<image>", *(f"word{number}" for number in range(12)), "<image>", "seven"]
+    given = routing(words=16)
+    figure = reading(words, torch.rand(2, 1, 8, 8), {"reads": given, "moves": given}, locations=[1, 14])
+    figure.draw_without_rendering()
+    for axis in figure.axes:
+        assert [text.get_text() for text in axis.texts] == [word for word in words if word != "<image>"]
+        shown = {text.get_text(): text.get_window_extent() for text in axis.texts}
+        # The axis counts lines downwards, and so its images' extents.
+        (first_top, first_end), (second_top, second_end) = (
+            sorted(axis.transData.transform([(0, y) for y in image.get_extent()[2:]])[:, 1], reverse=True)
+            for image in axis.images
+        )
+        assert shown["look"].y0 > first_top, "what stands before the first image is above it"
+        assert first_top > shown["word0"].y1 > shown["word11"].y0 > first_end > second_top
+        assert second_top > shown["seven"].y1 > shown["seven"].y0 > second_end
+        assert shown["seven"].x0 > axis.transData.transform((axis.images[1].get_extent()[1], 0))[0]
+        assert len({shown[f"word{number}"].y0 for number in range(12)}) > 1, "a long text is broken"
+        assert max(box.x1 for box in shown.values()) <= figure.bbox.x1
+        weights = given.weights[0].mean(0)
+        boxes = [patch for patch in axis.patches if patch.get_fill()]
+        assert to_hex(torch.tensor(boxes[-1].get_facecolor()[:3])) == CARRIERS[int(weights[:, 15].argmax())]
+
+
+@pytest.mark.parametrize("locations", [[0], [1, 0], [0, 0], [0, 5]])
+def test_locations_are_one_for_each_medium_in_order(locations):
+    with pytest.raises(InvalidArgument, match="locations: expected 2 ascending places in the text"):
+        reading(WORDS, torch.rand(2, 3, 8, 8), {"reads": routing()}, locations=locations)
+
+
 @pytest.mark.parametrize(
     ("media", "columns", "options", "message"),
     [
         (0, {"reads": routing()}, {}, "media: expected at least one image, got none"),
+        (2, {}, {}, "columns: expected at least one routing, got none"),
         (3, {"reads": routing()}, {}, r"columns\['reads'\]: expected weights \[B, H, M, T\] with M = 3, T = 5"),
         (2, {"reads": routing(words=4)}, {}, "T = 5"),
         (2, {"reads": routing()}, {"sample": 2}, "a sample 2"),

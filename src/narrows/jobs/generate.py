@@ -109,9 +109,9 @@ def draw_reading(reader: Reader, document: Document, path: str | Path) -> Path:
     read = reader.model.routing(**arguments)[-1]
     tokens = (reader.tokenizer.decode([token]) for token in arguments["input_ids"][0].tolist())
     words = [token.strip() or token.replace("\n", "\\n") for token in tokens]
-    words = [IMAGE if place else word for word, place in zip(words, arguments["media_locations"][0], strict=True)]
-    columns = {"what each word reads": read, "what moves the prediction after it": moved}
-    return save(reading(words, list(document.images.cpu()), columns), path)
+    stand = arguments["media_locations"][0].nonzero()[:, 0].tolist()
+    columns = {"What each word reads": read, "What moves the prediction after each word": moved}
+    return save(reading(words, list(document.images.cpu()), columns, locations=stand), path)
 
 
 def _said(prompt: Document, written: str) -> Document:
