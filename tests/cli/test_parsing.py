@@ -13,7 +13,7 @@ from lightning.pytorch import Trainer
 
 from narrows.bench import runner
 from narrows.cli import COMMANDS, main
-from narrows.cli.parsing import parser_of
+from narrows.cli.parsing import call, parser_of
 from narrows.cli.training import TrainingCLI, TrainingParser
 from tests.hub.small_models import save_images, save_ours
 
@@ -291,3 +291,33 @@ def test_a_value_of_training_that_is_out_of_range_is_an_error_in_words(
     printed = capsys.readouterr().err
     assert "Traceback" not in printed
     assert any(line.startswith("narrows") for line in printed.splitlines()), printed
+
+
+def _job(
+    model: str, images: list[str], *, method: Sequence[str] = ("ats", "tome"), limit: int = 16, fast: bool = False
+) -> None:
+    """Do something.
+
+    Args:
+        model: its name.
+        images: files, or folders
+            of them.
+        method: names.
+        limit: at most 50% of them.
+        fast: by default it is not.
+    """
+
+
+def test_help_speaks_of_no_types_of_python() -> None:
+    shown = " ".join(parser_of(_job, "job", several="images").format_help().split())
+    assert "type:" not in shown
+    assert "required" not in shown
+    assert "images files, or folders of them" in shown
+    assert "names. (default: ats, tome)" in shown
+    assert "at most 50% of them. (default: 16)" in shown
+
+
+def test_a_name_for_what_has_none_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        call(_job, ["job", "--model", "vit", "a.png"], several="images")
+    assert "That is written without a name: narrows job <model> <images>. See" in capsys.readouterr().err

@@ -3,7 +3,6 @@
 import importlib
 import pkgutil
 import signal
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -26,6 +25,7 @@ from narrows.bench.rows import record as record_rows
 from narrows.costs import Spread, compare_speed, peak_memory, saved_for_backward
 from narrows.errors import InvalidArgument, NarrowsError
 from narrows.files import check_writable
+from narrows.screen import say
 from narrows.validation import check_device, check_positive
 
 MODES = ("eager", "graph", "compiled")
@@ -78,14 +78,15 @@ def find_cases(pattern: str = "*", *, device: str | None = None) -> list[BenchCa
     cases = [case for case in cases if device is None or case.device in (None, device)]
     chosen = [case for case in cases if fnmatchcase(case.name, pattern)]
     if not chosen:
-        raise InvalidArgument("pattern", expected=f"a match for any of {[c.name for c in cases]}", got=repr(pattern))
+        families = dict.fromkeys(f"{case.name.partition('/')[0]}/*" for case in cases)
+        raise InvalidArgument("pattern", expected=f"one that matches a case: {', '.join(families)}", got=repr(pattern))
     return chosen
 
 
 def run(
     pattern: str = "*",
     *,
-    device: str = "cpu",
+    device: str = "auto",
     dtype: str | None = None,
     modes: Sequence[str] = (),
     repeats: int = 9,
@@ -127,7 +128,7 @@ def run(
 
     def take(row: Row) -> None:
         rows.append(row)
-        print(f"{row.case} ({row.mode}): {row.quantity} {row.verdict}".rstrip(), file=sys.stderr, flush=True)
+        say(f"{row.case} ({row.mode}): {row.quantity} {row.verdict}".rstrip())
         if record is not None:
             record_rows([row], record)
 
@@ -148,9 +149,9 @@ def run(
             except _OutOfTime:
                 unreached.append(f"{case.name} ({', '.join(part)}; begun)")
     if unreached:
-        print(f"Not measured within the time: {'; '.join(unreached)}", file=sys.stderr)
+        say(f"Not measured within the time: {'; '.join(unreached)}")
     if record is not None:
-        print(f"Recorded in {record}", file=sys.stderr)
+        say(f"Recorded in {record}")
     return rows
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, ClassVar, NoReturn, Union, get_args, get_origin
 
-from jsonargparse import ArgumentParser
+from jsonargparse import SUPPRESS, ArgumentParser, DefaultHelpFormatter
 
 from narrows.screen import tell
 
@@ -49,6 +49,17 @@ USUAL_NAMES = {
 """What other programs call an option, and what it is called here."""
 
 
+class PlainHelp(DefaultHelpFormatter):
+    """Help without the types of Python, and with defaults as a shell has them."""
+
+    def _get_help_string(self, action: Any) -> str:
+        if action.default == SUPPRESS:
+            return super()._get_help_string(action)
+        default = ", ".join(map(str, action.default)) if isinstance(action.default, list | tuple) else action.default
+        said = default in (None, "", False) or "default" in (action.help or "")
+        return action.help or "" if said else f"{action.help or ''} (default: {default})".lstrip()
+
+
 class ClearErrors(ArgumentParser):
     """A parser that takes no abbreviations and whose complaint about an unknown option names the nearest one."""
 
@@ -71,7 +82,11 @@ class ClearErrors(ArgumentParser):
         known = [name[2:] for name in parser._option_string_actions if name.startswith("--")]
         known += [name for name in self.short if name not in known]
         unnamed = {"predict": "images", "generate": "prompt"}.get(prog.split()[-1], "data")
-        tell(f"{prog}: {message}{_nearest(message, known, unnamed)} See `{prog} --help`.", "red")
+        hint = _nearest(message, known, unnamed)
+        unknown, places = _UNKNOWN.search(message), [a.dest for a in parser._actions if not a.option_strings]
+        if unknown and unknown[1] in places:
+            hint = f". That is written without a name: {prog} {' '.join(f'<{place}>' for place in places)}."
+        tell(f"{prog}: {message}{hint} See `{prog} --help`.", "red")
         sys.exit(2)
 
 
@@ -111,13 +126,21 @@ def call(function: Callable[..., Any], arguments: list[str], *, several: str = "
 
 def parser_of(function: Callable[..., Any], command: str, *, several: str = "", first: str = "") -> ClearErrors:
     """The parser of the options that `call` calls `function` with."""
-    parser = ClearErrors(prog=f"narrows {command}", description=(function.__doc__ or "").partition("\n")[0])
+    summary = (function.__doc__ or "").partition("\n")[0]
+    parser = ClearErrors(prog=f"narrows {command}", description=summary, formatter_class=PlainHelp)
     parser.add_function_arguments(function, as_group=False, as_positional=True, skip={several, first})
     if first:
-        parser.add_argument(first, nargs="?", default=inspect.signature(function).parameters[first].default)
+        default = inspect.signature(function).parameters[first].default
+        parser.add_argument(first, nargs="?", default=default, help=_meaning(function, first))
     if several:
-        parser.add_argument(several, nargs="+")
+        parser.add_argument(several, nargs="+", help=_meaning(function, several))
     return parser
+
+
+def _meaning(function: Callable[..., Any], name: str) -> str:
+    """What the docstring says of an argument."""
+    found = re.search(rf"^    {name}: (.+?)(?=\n    \w|\n\n|\Z)", inspect.getdoc(function) or "", re.M | re.S)
+    return " ".join(found[1].split()) if found else ""
 
 
 def _switched(options: Sequence[str], switches: Collection[str]) -> list[str]:

@@ -44,15 +44,15 @@ def show(
     output: str = "overlays",
     limit: int = 16,
     max_carriers: int = 8,
-    device: str = "cpu",
+    device: str = "auto",
 ) -> Shown:
     """Draw where the tokens of images go in a model: one picture for each image and bottleneck.
 
     Args:
         model: folder written by `narrows fit`, `compare`, `discover` or `save_pretrained`, or a registry name, whose
             weights are random. Of the folder of a run every model in it is drawn, each in a folder of its own.
-        images: image files and folders of them, or "digits" or "small_digits" for digit scenes; of a model that finds
-            objects, "sprites" or other scenes of `narrows.data.object_scenes`.
+        images: image files, folders of them and "hf:<name>", or "digits" or "small_digits" for digit scenes; of a model
+            that finds objects, "sprites" or other scenes of `narrows.data.object_scenes`.
         output: folder for the pictures.
         limit: at most so many images.
         max_carriers: at most so many carriers get a panel.
