@@ -50,11 +50,25 @@ def _read(normed, readers, bias, real, lane, present, total, eps, W, BLOCK_N: tl
 
 
 @triton.jit
-def _of_gates(weights, gates, lane, present, D, column, reset, keep, new):
-    """What tokens read of the slots' gates, added to what `_of_state` gave."""
+def _tile_of_program(mask, slot_mask, tiles, N, K, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Sample and first token; the slots, which are there and which take part; the tokens, which are there and real."""
+    b = (tl.program_id(0) // tiles).to(tl.int64)
+    first = tl.program_id(0) % tiles * BLOCK_N
+    lane, known, present = _rows_of_program(slot_mask, b, 1, K, ROWS, ROWS)
+    n = first + tl.arange(0, BLOCK_N)
+    return b, first, lane, known, present, n, n < N, _tokens_of_program(mask, b, n, N, N)
+
+
+@triton.jit
+def _first_cell(
+    tokens, at, here, D, state, input_bias, state_bias, weights, gates, lane, present, column,
+    dtype: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """What the cell adds up that takes in what tokens read of the slots' gates."""
+    reset, keep, new, part = _of_state(tokens, at, here, D, state, input_bias, state_bias, column, dtype, BLOCK_K)
     reset = _dot(weights, _load(gates, lane, column, present, D, 3 * D), reset)
     keep = _dot(weights, _load(gates + D, lane, column, present, D, 3 * D), keep)
-    return reset, keep, _dot(weights, _load(gates + 2 * D, lane, column, present, D, 3 * D), new)
+    return reset, keep, _dot(weights, _load(gates + 2 * D, lane, column, present, D, 3 * D), new), part
 
 
 @triton.jit
@@ -70,11 +84,7 @@ def _forward(
     `parts` are the sums over tokens of what is read of each slot, where weights are divided by them.
     """
     dtype: tl.constexpr = tokens.dtype.element_ty
-    program = tl.program_id(0)
-    b, first = (program // tiles).to(tl.int64), program % tiles * BLOCK_N
-    lane, known, present = _rows_of_program(slot_mask, b, 1, K, ROWS, ROWS)
-    n = first + tl.arange(0, BLOCK_N)
-    here, real = n < N, _tokens_of_program(mask, b, n, N, N)
+    b, first, lane, known, present, n, here, real = _tile_of_program(mask, slot_mask, tiles, N, K, ROWS, BLOCK_N)
     always = here.to(tl.float32)
     token = b * N + n
     at = token * D
@@ -89,12 +99,12 @@ def _forward(
         normed + (b * N + first) * W, readers + b * K * W, bias + b * K, real, lane, present, total, eps, W,
         BLOCK_N, BLOCK_K,
     )  # fmt: skip
+    gates += b * K * 3 * D
     for start in range(0, D, BLOCK_C):
         column = start + tl.arange(0, BLOCK_C)
-        reset, keep, new, part = _of_state(
-            tokens, at, here, D, state, input_bias, state_bias, column, dtype, BLOCK_K
-        )  # fmt: skip
-        reset, keep, new = _of_gates(weights, gates + b * K * 3 * D, lane, present, D, column, reset, keep, new)
+        reset, keep, new, part = _first_cell(
+            tokens, at, here, D, state, input_bias, state_bias, weights, gates, lane, present, column, dtype, BLOCK_K
+        )
         reset, keep, new = _activate(reset, keep, new, part)
         old = _rows(tokens, at, here, column, D)
         _write(between, at, here, column, D, new + keep * (old - new))
@@ -149,15 +159,12 @@ def _backward(
     gradients, `of_read`, divided by the totals, with their `centres` where there are such.
     """
     dtype: tl.constexpr = tokens.dtype.element_ty
-    program = tl.program_id(0)
-    b, first = (program // tiles).to(tl.int64), program % tiles * BLOCK_N
-    lane, known, present = _rows_of_program(slot_mask, b, 1, K, ROWS, ROWS)
-    n = first + tl.arange(0, BLOCK_N)
-    here, real = n < N, _tokens_of_program(mask, b, n, N, N)
+    b, first, lane, known, present, n, here, real = _tile_of_program(mask, slot_mask, tiles, N, K, ROWS, BLOCK_N)
     always = here.to(tl.float32)
     token = b * N + n
     at, wide, hidden_at = token * D, token * 4 * D, token * M
-    sums += program.to(tl.int64) * (15 * D + M)
+    program = tl.program_id(0).to(tl.int64)
+    sums += program * (15 * D + M)
     of_mlp_gain = sums + 6 * D
     of_expand_bias, of_contract_bias = of_mlp_gain + 2 * D, of_mlp_gain + 2 * D + M
     for start in range(0, D, BLOCK_C):
@@ -206,10 +213,9 @@ def _backward(
     )  # fmt: skip
     for start in range(0, D, BLOCK_C):
         column = start + tl.arange(0, BLOCK_C)
-        reset, keep, new, part = _of_state(
-            tokens, at, here, D, state, input_bias, state_bias, column, dtype, BLOCK_K
-        )  # fmt: skip
-        reset, keep, new = _of_gates(weights, gates, lane, present, D, column, reset, keep, new)
+        reset, keep, new, part = _first_cell(
+            tokens, at, here, D, state, input_bias, state_bias, weights, gates, lane, present, column, dtype, BLOCK_K
+        )
         _gate_gradients(
             tokens, at, here, D, of_between, carry, reset, keep, new, part, of_cell, wide, sums, column
         )  # fmt: skip
@@ -227,7 +233,7 @@ def _backward(
             grad += _against_rows(_load(of_cell + i * D, wide, column, here, D, 1), rows)
     there = real[:, None] & present[None, :]
     if total is not None:
-        tl.store(centres + program.to(tl.int64) * K + lane, tl.sum(grad * weights, 0), mask=known)
+        tl.store(centres + program * K + lane, tl.sum(grad * weights, 0), mask=known)
         grad = grad / total[None, :]
     place = (b * K + lane)[None, :] * N + n[:, None]
     tl.store(of_read + place, grad, mask=there)
