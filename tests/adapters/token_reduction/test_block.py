@@ -154,6 +154,15 @@ def test_derivatives_beyond_the_first(method: str) -> None:
 
 
 @every_method
+@torch.no_grad()
+def test_vmap_over_images_gives_what_a_batch_gives(method: str) -> None:
+    model = vit()
+    with reduce_tokens(model, method=method, execution="static"):
+        each = torch.func.vmap(lambda image: model(image[None])[0])(images())
+        assert_close(each, model(images()), 1e-5)
+
+
+@every_method
 @pytest.mark.parametrize("execution", ["auto", "static", "ragged"])
 def test_an_empty_batch(method: str, execution: str) -> None:
     model = vit()

@@ -333,9 +333,9 @@ class ToMe(Merging):
             best, target = _similarity(signals.keys[:, prefix:]).max(-1)
             order = best.sort(dim=1, descending=True).indices
             removed, staying = order.split((width - prefix - count, order.shape[1] - (width - prefix - count)), 1)
-            place = torch.arange(width, device=target.device).repeat(target.shape[0], 1)
-            place[:, sources].scatter_(1, removed, _NOWHERE)
-            ids = place.sort(dim=1).values[:, : prefix + count]
+            place = torch.arange(width, device=target.device).expand(target.shape[0], -1)
+            left = place[:, sources].scatter(1, removed, _NOWHERE)
+            ids = torch.cat((place[:, :prefix], place[:, targets], left), 1).sort(dim=1).values[:, : prefix + count]
 
             # The target of each source that goes; of one that stays a number that is none's.
             goes_to = target.scatter(1, staying, _NOWHERE)
