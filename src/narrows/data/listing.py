@@ -243,7 +243,7 @@ def list_table(table: Table) -> LabelledImages:
     column = table.column(parts["training"], "ClassLabel")
     classes = {part: table.classes(split) for part, split in parts.items()}
     trained = set(classes["training"])
-    known = [name for name in table.splits[parts["training"]].features[column].names if name in trained]
+    known = [str(name) for name in table.splits[parts["training"]].features[column].names if name in trained]
     if len(known) < 2:
         only = f"the single class {known[0]!r}" if known else "no row with a class"
         raise DataError(f"{table.root}, split {parts['training']}, holds {only}: nothing to tell apart.")
