@@ -45,6 +45,7 @@ BAD_TEXTS: dict[str, tuple[str, ...]] = {
     "models": (",", "vit_mni"),
     "device": ("tpu", "", "cuda:x"),
     "resume": ("no/such/run",),
+    "start": ("no/such/model", ""),
     "model": ("vit_mni", "", "timm:vit_mni", "hf:no/such/folder"),
     "checkpoint": ("no/such/file.pth", ""),
     "checkpoint_key": ("model_ema",),

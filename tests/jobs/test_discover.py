@@ -88,6 +88,29 @@ def test_clips_are_followed_by_savi(tmp_path: Path) -> None:
     assert 0 < found.runs[0].attention_mbo < 1
 
 
+def test_a_model_of_images_goes_on_with_clips_from_its_weights(
+    trained: job.Discovery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, begun = load_model(trained.runs[0].folder), []
+    fit = job.fit
+
+    def watched(trainer: Any, task: Any, images: Any) -> None:
+        begun.append({name: value.clone() for name, value in task.model.state_dict().items()})
+        assert task.hparams["learning_rate"] == pytest.approx(1e-3 / 3)
+        fit(trainer, task, images)
+
+    monkeypatch.setattr(job, "fit", watched)
+    options = {**SMALL, "batch_size": 4, "start": trained.runs[0].folder}
+    found = job.discover(video=True, seeds=2, output=tmp_path, **options)
+    for state in begun:
+        torch.testing.assert_close(state, before.state_dict(), rtol=0, atol=0)
+    after = load_model(found.runs[1].folder)
+    assert (after.predictor, after.later_iterations) == (None, 2)
+    assert not torch.equal(after.encoder.head.contract.weight, before.encoder.head.contract.weight)
+    assert "--start" in found.command
+    assert 0 < found.runs[0].attention_mbo < 1
+
+
 def test_images_without_masks_are_divided_and_not_scored(tmp_path: Path) -> None:
     folder = write(tmp_path / "photos", [f"{n}.jpg" for n in range(40)], [])
     found = job.discover(str(folder), image_size=16, output=tmp_path, **SMALL)
@@ -103,6 +126,13 @@ def test_images_without_masks_are_divided_and_not_scored(tmp_path: Path) -> None
         ({"data": "sprite"}, "data: expected one of sprites"),
         ({"model": "slots"}, "model: expected"),
         ({"model": "dinosaur"}, "backbone: expected a vision model"),
+        ({"start": "nope"}, "start: expected a folder with a model of `narrows discover`"),
+        ({"start": "{trained}", "num_slots": 4}, "num_slots: expected None where a model goes on from `start`, got 4"),
+        ({"start": "{trained}", "checkpoint": "{trained}"}, "checkpoint: expected None where a model goes on"),
+        (
+            {"start": "{trained}", "image_size": 64},
+            "start: expected a model that rebuilds images of 64 pixels, got",
+        ),
         ({"backbone": "timm:vit_tiny_patch16_224"}, "backbone: expected None: slot_autoencoder rebuilds pixels"),
         ({"seeds": 0}, "seeds: expected"),
         ({"image_size": 40}, "image_size: expected 8 times a power of two"),
@@ -110,7 +140,8 @@ def test_images_without_masks_are_divided_and_not_scored(tmp_path: Path) -> None
         ({"checkpoint": "nowhere"}, "checkpoint: expected a folder with a model"),
     ],
 )
-def test_what_cannot_be_done_is_refused_before_a_folder_is_made(options, message, tmp_path: Path) -> None:
+def test_what_cannot_be_done_is_refused_before_a_folder_is_made(options, message, tmp_path: Path, trained) -> None:
+    options = {name: trained.runs[0].folder if value == "{trained}" else value for name, value in options.items()}
     with pytest.raises(InvalidArgument, match=message):
         job.discover(output=tmp_path / "runs", **options)
     assert not (tmp_path / "runs").exists()

@@ -44,6 +44,8 @@ COLUMNS = {
     "slots used": None,
     "time": None,
 }
+RATE = 1e-3
+"""Greatest learning rate of a model that begins anew."""
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true")
 LOSSES: Mapping[str, Mapping[str, Any]] = {"slotcontrast": {"contrast": 0.5}, "videosaur": {"similarity": 0.1}}
 """Weights of the losses that models are trained with, beside the reconstruction."""
@@ -156,6 +158,7 @@ def discover(
     *,
     model: str = "slot_autoencoder",
     checkpoint: str | None = None,
+    start: str | None = None,
     backbone: str | None = None,
     video: bool = False,
     seeds: int = 1,
@@ -178,6 +181,8 @@ def discover(
             "tabletop", "moving_tabletop", or a folder of images, or of images and masks (docs/objects.md).
         model: "slot_autoencoder", "dinosaur", "spot", "savi", "slotcontrast" or "videosaur".
         checkpoint: folder of a model that was trained before: it is scored and drawn, and nothing is trained.
+        start: folder of a model that was trained before and goes on from there, at a third of the learning rate: a
+            model of images learns clips, or images of another kind. It rebuilds pixels.
         backbone: of models that rebuild features: "timm:<name>", "hf:<name>" or a folder.
         video: clips of eight frames; by default of moving sprites, by "savi".
         seeds: how many seeds are trained; two or more give a spread.
@@ -192,8 +197,8 @@ def discover(
             arguments have to be those of that call.
 
     Raises:
-        InvalidArgument: an unknown model, data or device, a number that is not positive, a checkpoint that is no object
-            model, other settings than those of the run that goes on.
+        InvalidArgument: an unknown model, data or device, a number that is not positive, a checkpoint or start that is
+            no object model, or one of images of another size, other settings than those of the run that goes on.
         DataError: images that cannot be used.
         CannotWrite: the output folder or the disk refuses.
     """
@@ -207,7 +212,7 @@ def discover(
     place = check_device(device)
     if video:
         data = "moving_sprites" if data == "sprites" else data
-        model = "savi" if model == "slot_autoencoder" else model
+        model = "savi" if model == "slot_autoencoder" and start is None else model
     frames = 8 if video else None
 
     def images(seed: int) -> ObjectDataModule:
@@ -218,13 +223,20 @@ def discover(
     own = {} if num_slots is None else {"num_slots": num_slots}
 
     def build() -> ObjectDiscovery:
+        if start is not None:
+            return _started(start, found.image_size)
         return object_model(model, image_size=found.image_size, backbone=backbone, **own)
 
+    if start is not None:
+        none = {"checkpoint": checkpoint, "backbone": backbone, "num_slots": num_slots}
+        for name, value in none.items():
+            if value is not None:
+                raise InvalidArgument(name, expected="None where a model goes on from `start`", got=value)
     if given is None:
         build()  # before a folder is made, so that a wrong name shows at once
     settings: dict[str, Any] = {
         "data": data, "model": model, "backbone": backbone, "video": video, "epochs": epochs, "batch_size": batch_size,
-        "image_size": image_size, "num_slots": num_slots, "precision": precision,
+        "image_size": image_size, "num_slots": num_slots, "precision": precision, "start": start,
     }  # fmt: skip
     if resume is not None:
         _check_resumed(Path(resume), settings)
@@ -239,7 +251,8 @@ def discover(
         total = max(1, math.ceil(steps / max(1, length))) if epochs is None else epochs
         say(f"{model} on {data}: {total} epochs of {length} steps, {seeds} seed(s). Everything goes to {folder}")
         for seed in range(len(runs), seeds):
-            runs.append(_train(build, images(seed), folder, model, seed, total, device=place, precision=precision))
+            options = {"device": place, "precision": precision, "learning_rate": RATE if start is None else RATE / 3}
+            runs.append(_train(build, images(seed), folder, model, seed, total, **options))
             write_text(folder / RUNS_FILE, json.dumps([asdict(run) for run in runs], indent=2) + "\n")
     result = Discovery(runs, len(found.held_out), folder, {**settings, "seeds": seeds, "checkpoint": checkpoint})
     network = given if given is not None else open_object_model(runs[0].folder)
@@ -249,12 +262,22 @@ def discover(
     return result
 
 
-def _given(checkpoint: str) -> ObjectDiscovery:
-    found = open_object_model(checkpoint)
+def _given(folder: str, argument: str = "checkpoint") -> ObjectDiscovery:
+    found = open_object_model(folder)
     if found is None:
         expected = "a folder with a model of `narrows discover` or `narrows fit --task objects`"
-        raise InvalidArgument("checkpoint", expected=expected, got=repr(checkpoint))
+        raise InvalidArgument(argument, expected=expected, got=repr(folder))
     return found
+
+
+def _started(folder: str, image_size: int) -> ObjectDiscovery:
+    """The model in a folder, to be trained on images of this size."""
+    model = _given(folder, "start")
+    side = getattr(model.decoder, "image_size", None)
+    if side != image_size:
+        got = "one that rebuilds features" if side is None else f"one of {side} pixels"
+        raise InvalidArgument("start", expected=f"a model that rebuilds images of {image_size} pixels", got=got)
+    return model
 
 
 def _check_resumed(folder: Path, settings: Mapping[str, object]) -> None:
@@ -284,10 +307,11 @@ def _train(
     epochs: int,
     *,
     device: torch.device,
+    learning_rate: float,
     **options: Any,
 ) -> ObjectRun:
     torch.manual_seed(seed)
-    task = ObjectTask(build(), **LOSSES.get(name, {}))
+    task = ObjectTask(build(), learning_rate=learning_rate, **LOSSES.get(name, {}))
     run = f"{name}-seed{seed}"
     trainer = progress_trainer(
         folder / "logs" / run,

@@ -45,6 +45,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "num_slots": 5,
             "slot_dim": 64,
             "num_iterations": 5,
+            "later_iterations": 2,
             "gradient": "last",
         },
         "dinosaur": {
