@@ -344,7 +344,7 @@ def test_kernels_that_update_fit_into_registers(low: str, own: str, two_way: boo
 
 @pytest.mark.compiled
 @pytest.mark.parametrize("over_tokens", [False, True])
-@pytest.mark.parametrize(("low", "slots"), [("bf16", 16), ("fp16", 64), ("fp32", 64)], ids=str)
+@pytest.mark.parametrize(("low", "slots"), [("bf16", 16), ("fp16", 64), ("fp32", 16), ("fp32", 64)], ids=str)
 def test_kernels_of_tokens_that_read_slots_fit_into_registers(low: str, slots: int, over_tokens: bool) -> None:
     kernels = pytest.importorskip("narrows.ops.slot_attention.token_kernels")
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[low]

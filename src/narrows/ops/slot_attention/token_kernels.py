@@ -244,7 +244,7 @@ def tiling(slots: int, dtype: torch.dtype, *, backward: bool = False) -> dict[st
     """How tokens and columns are cut for so many slots, and how many warps a program takes; backward holds more."""
     rows = max(16, triton.next_power_of_2(slots))
     if dtype == torch.float32:
-        tokens, inner, stages = 16 if backward else 32, 16, 1
+        tokens, inner, stages = 16 if backward or rows == 16 else 32, 16, 1  # of 16 rows more tokens spill
     else:
         tokens, inner, stages = 128 if rows == 16 and not backward else 64, 32, 2
     sizes = {"ROWS": rows, "BLOCK_N": tokens, "BLOCK_C": 32, "BLOCK_K": inner}
