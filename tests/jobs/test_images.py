@@ -129,4 +129,5 @@ def test_a_table_is_looked_at_as_a_folder_is(tmp_path: Path) -> None:
 
 
 def as_tensor(image: Image.Image) -> torch.Tensor:
-    return torch.frombuffer(bytearray(image.resize((8, 8)).tobytes()), dtype=torch.uint8).view(8, 8, 3).movedim(2, 0)
+    pixels = torch.frombuffer(bytearray(image.resize((8, 8)).tobytes()), dtype=torch.uint8)
+    return pixels.view(8, 8, 3).movedim(2, 0).float()
