@@ -282,10 +282,12 @@ class TestOnAGpu:
         monkeypatch.setattr(runner, "race", lambda case, device, **options: asked.append(options) or [])
         run("fake/a", device="cuda")
         run("fake/a", device="cuda", dtype="float32", modes=["compiled", "eager"])
-        run("fake/a")
+        run("fake/a")  # on the GPU, since there is one
+        run("fake/a", device="cpu")
         assert [(options["dtype"], options["modes"]) for options in asked] == [
             (torch.bfloat16, ["eager", "graph", "compiled"]),
             (torch.float32, ["eager", "compiled"]),
+            (torch.bfloat16, ["eager", "graph", "compiled"]),
             (torch.float32, ["eager"]),
         ]
 
@@ -320,7 +322,7 @@ class TestQuick:
         monkeypatch.setattr(runner, "QUICK_SECONDS", 0.5)
         monkeypatch.setattr(runner, "LEAST_SECONDS", 0.3)
         start = time.monotonic()
-        assert run(quick=True) == []
+        assert run(quick=True, device="cpu") == []
         assert time.monotonic() - start < 5
         assert "Not measured within the time: other/a (eager; begun); fake/a (eager)" in capsys.readouterr().err
 

@@ -64,9 +64,7 @@ def test_another_depth_of_a_gguf_file_is_an_error(tmp_path: Path, depth: int) ->
     content, key = file.read_bytes(), b"llama.block_count" + struct.pack("<I", 4)
     assert content.count(key + struct.pack("<I", DEPTH)) == 1
     file.write_bytes(content.replace(key + struct.pack("<I", DEPTH), key + struct.pack("<I", depth)))
-    with pytest.raises(
-        InvalidArgument, match=rf"expected 2 layers, which are in .*, got {depth:,} layers in its header"
-    ):
+    with pytest.raises(InvalidArgument, match=rf"as many layers as the header of .* counts, {depth:,}, got 2. It may"):
         open_language_model(file)
 
 

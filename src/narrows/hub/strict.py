@@ -54,10 +54,12 @@ def check_gguf_layers(argument: str, file: Path) -> None:
         claim = content[claimed : claimed + 20] if claimed >= 0 else b""
         names = content[tensors : tensors + _GGUF_NAMES] if tensors >= 0 else b""
     kind, layers = struct.unpack_from("<II", claim, 12) if len(claim) == 20 else (0, 0)
+    if kind != _UINT32:
+        raise InvalidArgument(argument, expected="a GGUF file that counts its layers", got=f"{file}, which does not")
     found = len(set(re.findall(rb"blk\.(\d{1,6})\.", names)))
-    if kind != _UINT32 or layers != found:
-        got = f"{layers:,} layers in its header" if kind == _UINT32 else "no number of layers in its header"
-        raise InvalidArgument(argument, expected=f"{found:,} layers, which are in {file}", got=got)
+    if layers != found:
+        expected = f"as many layers as the header of {file} counts, {layers:,}"
+        raise InvalidArgument(argument, expected=expected, got=f"{found:,}", hint="It may be cut off.")
 
 
 def surplus_layers(model: nn.Module, report: Mapping[str, Any]) -> Sequence[str]:
