@@ -148,7 +148,7 @@ def open_table(data: Data) -> Table:
         raise MissingExtra(error.name or "datasets", extra="datasets", purpose=purpose) from error
     loaded = _loaded(str(data)) if isinstance(data, str | Path) else data
     if isinstance(loaded, datasets.DatasetDict):
-        return Table(PurePath(data_name(data)), dict(loaded))
+        return Table(PurePath(data_name(data)), {str(split): rows for split, rows in loaded.items()})
     if isinstance(loaded, datasets.Dataset):
         return Table(PurePath(data_name(data)), {str(loaded.split or "rows"): loaded})
     expected, got = "a Dataset or DatasetDict", f"an object of the class {type(loaded).__name__}"
