@@ -18,7 +18,7 @@ from narrows.checkpoints.files import Renamed, find_weights, fit_weights
 from narrows.data.images import MEAN_AND_STD
 from narrows.errors import InvalidArgument, MissingExtra, NarrowsError
 from narrows.files import replacing_folder
-from narrows.hub.strict import check_claimed_layers, few, surplus_layers
+from narrows.hub.strict import check_claimed_layers, check_no_surplus_layers, few
 from narrows.models import ImageClassifier, create_model, list_models, load_model
 from narrows.models.base import MODEL_CARD, SavedModel
 from narrows.models.card import named_classes, timm_card
@@ -484,9 +484,7 @@ def _read_model(name: str, kind: Any) -> tuple[Any, tuple[str, ...]]:
     if missing:
         got = f"{f'hf:{name}'!r} without {few(missing)}"
         raise InvalidArgument("model", expected=f"all weights of a {type(model).__name__}", got=got)
-    if surplus := surplus_layers(model, report):
-        expected = "as many layers as its configuration counts"
-        raise InvalidArgument("model", expected=expected, got=f"{f'hf:{name}'!r} with {few(surplus)} besides")
+    check_no_surplus_layers("model", f"hf:{name}", model, report)
     return model, ()
 
 

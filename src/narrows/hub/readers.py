@@ -27,7 +27,7 @@ from narrows.data.folder import image_transform
 from narrows.errors import InvalidArgument, MissingExtra
 from narrows.files import replacing_folder, write_text
 from narrows.hub.models import FETCH, LoadedModel, check_hub, open_model
-from narrows.hub.strict import check_claimed_layers, check_gguf_layers, few, surplus_layers
+from narrows.hub.strict import check_claimed_layers, check_gguf_layers, check_no_surplus_layers, few
 from narrows.models import ImageClassifier
 from narrows.validation import check_choice
 from narrows.weights import config_text, misfits, read_config, write_safetensors
@@ -134,9 +134,7 @@ def open_language_model(name: str | Path, *, dtype: str | None = None) -> tuple[
         raise InvalidArgument(
             "language_model", expected="all weights of it", got=f"{str(name)!r} without {few(missing)}"
         )
-    if surplus := surplus_layers(model, report):
-        expected = "as many layers as its configuration counts"
-        raise InvalidArgument("language_model", expected=expected, got=f"{str(name)!r} with {few(surplus)} besides")
+    check_no_surplus_layers("language_model", str(name), model, report)
     return model.eval(), tokenizer
 
 

@@ -62,15 +62,25 @@ def check_gguf_layers(argument: str, file: Path) -> None:
         raise InvalidArgument(argument, expected=expected, got=f"{found:,}", hint="It may be cut off.")
 
 
-def surplus_layers(model: nn.Module, report: Mapping[str, Any]) -> Sequence[str]:
-    """Weights of layers that a model's configuration does not count: names like its own, but for their numbers.
+def check_no_surplus_layers(argument: str, name: str, model: nn.Module, report: Mapping[str, Any]) -> None:
+    """Raise where weights are left of layers that a model's configuration does not count.
+
+    They are named like the model's own, but for their numbers.
 
     Args:
+        argument: name of the argument that the error names.
+        name: what the model was opened by.
         model: as transformers opened it.
         report: what `from_pretrained(..., output_loading_info=True)` gives beside it.
+
+    Raises:
+        InvalidArgument: there are some.
     """
-    own = {_unnumbered(name) for name in model.state_dict()}
-    return [key for key in sorted(report["unexpected_keys"]) if re.search(r"\d", key) and _unnumbered(key) in own]
+    own = {_unnumbered(key) for key in model.state_dict()}
+    surplus = [key for key in sorted(report["unexpected_keys"]) if re.search(r"\d", key) and _unnumbered(key) in own]
+    if surplus:
+        expected, got = "as many layers as its configuration counts", f"{name!r} with {few(surplus)} besides"
+        raise InvalidArgument(argument, expected=expected, got=got)
 
 
 def few(names: Sequence[str]) -> str:

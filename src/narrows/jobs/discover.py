@@ -184,7 +184,7 @@ def discover(
         start: folder of a model that was trained before and goes on from there, at a third of the learning rate: a
             model of images learns clips, or images of another kind. It rebuilds pixels.
         backbone: of models that rebuild features: "timm:<name>", "hf:<name>" or a folder.
-        video: clips of eight frames; by default of moving sprites, by "savi".
+        video: clips of eight frames; by default of moving sprites, by "savi" where there is no `start`.
         seeds: how many seeds are trained; two or more give a spread.
         epochs: passes over the training images; by default as many as make 16,000 steps, 8,000 of clips.
         batch_size: images in a training step; by default 16, or 4 clips.
@@ -250,8 +250,8 @@ def discover(
         steps = CLIP_STEPS if video else STEPS
         total = max(1, math.ceil(steps / max(1, length))) if epochs is None else epochs
         say(f"{model} on {data}: {total} epochs of {length} steps, {seeds} seed(s). Everything goes to {folder}")
+        options = {"device": place, "precision": precision, "learning_rate": RATE if start is None else RATE / 3}
         for seed in range(len(runs), seeds):
-            options = {"device": place, "precision": precision, "learning_rate": RATE if start is None else RATE / 3}
             runs.append(_train(build, images(seed), folder, model, seed, total, **options))
             write_text(folder / RUNS_FILE, json.dumps([asdict(run) for run in runs], indent=2) + "\n")
     result = Discovery(runs, len(found.held_out), folder, {**settings, "seeds": seeds, "checkpoint": checkpoint})
