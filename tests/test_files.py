@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,13 +19,18 @@ from narrows.errors import CannotWrite, InvalidArgument
 from narrows.files import UNFINISHED, locked, new_folder, replacing, replacing_folder, write_text
 
 
-@pytest.fixture
-def full_disk():
-    """No file grows beyond 4 KB: what the operating system says of a full disk, it says of this."""
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """No file grows beyond 4 KB: what the operating system says of a full disk, it says of this.
+
+    Not for a whole test: what pytest prints may go to a file too.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def _mode(path: Path) -> int:
@@ -92,14 +99,14 @@ WRITERS = {
 
 
 @pytest.mark.parametrize("writer", WRITERS)
-@pytest.mark.usefixtures("full_disk")
 def test_a_full_disk_is_one_line_and_leaves_the_file_of_before(tmp_path, writer):
     write_text(tmp_path / "last.ckpt", "before")
-    with pytest.raises(CannotWrite) as caught, replacing(tmp_path / "last.ckpt") as unfinished:
+    with full_disk(), pytest.raises(CannotWrite) as caught, replacing(tmp_path / "last.ckpt") as unfinished:
         WRITERS[writer](unfinished)
     said = f"{tmp_path / 'last.ckpt'} cannot be written: File too large. What was there before is unchanged."
     assert str(caught.value) == said
-    with pytest.raises(CannotWrite, match="File too large"), replacing_folder(tmp_path / "model") as unfinished:
+    full = pytest.raises(CannotWrite, match="File too large")
+    with full_disk(), full, replacing_folder(tmp_path / "model") as unfinished:
         WRITERS[writer](unfinished / "weights")
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("last.ckpt", "before")]
 

@@ -17,6 +17,8 @@ from tests.hub.small_models import save_images, save_ours
 
 WORK = {
     "compare": "narrows.jobs.compare.train",
+    "discover": "narrows.jobs.discover._train",
+    "export": "narrows.jobs.export.write_program",
     "reduce": "narrows.jobs.reduce.run_trials",
     "reduce its own": "narrows.demo.vit.train",
     "show": "narrows.jobs.show.overlay",
@@ -111,6 +113,8 @@ def _lines(place: Path, target: Path) -> dict[str, list[str]]:
     return {
         "compare --output": [*compare, "--output", str(target)],
         "reduce --output": [*reduce, "--output", str(target)],
+        "discover --output": ["discover", "--device", "cpu", "--output", str(target)],
+        "export output": ["export", model, str(target), "--device", "cpu"],
         "reduce --save": [*reduce, "--output", str(place / "r"), "--save", str(target)],
         "reduce --export": [*reduce, "--output", str(place / "r"), "--export", str(target)],
         "show --output": ["show", model, images, "--output", str(target)],
@@ -125,10 +129,11 @@ def _lines(place: Path, target: Path) -> dict[str, list[str]]:
     }  # fmt: skip
 
 
-FILES = ("reduce --save", "reduce --export", "generate --picture")
+FILES = ("reduce --save", "reduce --export", "generate --picture", "export output")
 """What is written there is a file, and a folder is in its way; a link to nowhere is made a file."""
 COMMANDS = (
-    *("compare --output", "reduce --output", *FILES, "show --output", "generate --output", "bench --record"),
+    *("compare --output", "reduce --output", "discover --output", *FILES),
+    *("show --output", "generate --output", "bench --record"),
     *("fit --trainer.default_root_dir", "fit --checkpoint.dirpath"),
     *(f"{name} --trainer.default_root_dir" for name in ("validate", "test", "predict")),
 )

@@ -338,6 +338,18 @@ def test_the_bilevel_gradient_is_that_of_the_last_iteration_at_the_settled_slots
     assert_close(last(x).slots, build("features", initial_slots="learned").double()(x).slots)
 
 
+@pytest.mark.parametrize("gradient", ["full", "last", "bilevel"])
+@pytest.mark.parametrize("later", [1, 2])
+def test_frames_learn_from_those_after_them_unless_their_gradient_stops_at_settled_slots(
+    gradient: str, later: int
+) -> None:
+    model = build("clips", gradient=gradient, later_iterations=later)
+    clips = inputs("clips").requires_grad_()
+    model(clips, slots=starts()).slots[:, 2].square().sum().backward()
+    assert bool(clips.grad[:, 0].any()) == (gradient != "last" or later == 1)
+    assert clips.grad[:, 2].any()
+
+
 def test_a_frozen_backbone_has_no_gradient_and_stays_in_evaluation_mode() -> None:
     class Backbone(nn.Module):
         def __init__(self) -> None:

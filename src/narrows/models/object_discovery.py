@@ -148,8 +148,9 @@ class ObjectDiscovery(SavedModel, pipeline_tag="image-segmentation"):
         normed_state: whether its GRU starts from normalised slots (VideoSAUR, SlotContrast).
         initial_slots: "gaussian", around one learned mean; "learned", one by one (BO-QSA); "boxes" or "points", made of
             hints that a call brings (SAVi).
-        gradient: "full" through all iterations; "last", through the last alone (implicit differentiation, Chang et al.
-            2022); "bilevel", the same and straight through to the initial slots (BO-QSA).
+        gradient: "full" through all iterations; "last", through the last of each frame alone (implicit differentiation,
+            Chang et al. 2022); "bilevel", the same and straight through to the slots that the frame began with
+            (BO-QSA). With one later iteration the last is the first, and frames learn from those after them in any case.
         predictor_heads: heads of a transformer block between frames (SAVi); None for no predictor.
         predictor_pre_norm: whether that block normalises what it reads (VideoSAUR), not what it gives (SAVi).
         predictor_window: frames that the predictor may look back; it then is a `SlotTransition`, which reads the tokens
@@ -365,14 +366,12 @@ class ObjectDiscovery(SavedModel, pipeline_tag="image-segmentation"):
         start = slots
         if start is None:
             start = attend.initial_slots(len(tokens), None, num_slots, generator)
-        settled = start
         if iterations > 1:
             with torch.no_grad():
                 settled, _ = attend(tokens, mask, start, num_iterations=iterations - 1, slot_mask=slot_mask)
-        settled = settled.detach()
-        if self.gradient == "bilevel":
-            settled = settled + (start - start.detach())
-        return attend(tokens, mask, settled, num_iterations=1, slot_mask=slot_mask)
+            # Without a detour through the iterations, to the slots that they began with.
+            start = settled + (start - start.detach()) if self.gradient == "bilevel" else settled
+        return attend(tokens, mask, start, num_iterations=1, slot_mask=slot_mask)
 
 
 def _check_number(slots: int, cells: int | None) -> None:
