@@ -10,6 +10,12 @@ from narrows.models import list_models
 from narrows.ops.dispatch import Implementation
 
 
+def test_an_unknown_option_is_told_as_by_every_command(capsys):
+    assert main(["info", "--foo"]) == 2
+    told = "narrows info: unrecognized arguments: --foo. See `narrows info --help`."
+    assert capsys.readouterr().err.split() == told.split()
+
+
 def test_info_names_versions_extras_devices_models_and_implementations(capsys):
     assert main(["info"]) == 0
     printed = capsys.readouterr().out

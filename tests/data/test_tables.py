@@ -10,10 +10,12 @@ import torch
 
 from narrows.data import load
 from narrows.data.folder import FolderImages, load_unlabelled
-from narrows.data.module import ImageDataModule
+from narrows.data.module import ImageDataModule, ObjectDataModule
+from narrows.data.object_folder import ObjectImages, list_objects
 from narrows.data.tables import data_name, is_table, open_table
 from narrows.errors import DataError, InvalidType, MissingExtra
 from tests.data.folders import truncate, write_classes, write_image
+from tests.data.object_folders import write
 
 datasets = pytest.importorskip("datasets")
 
@@ -232,3 +234,42 @@ def test_workers_read_what_this_process_reads(tmp_path: Path) -> None:
         for workers in (0, 1)
     ]
     assert torch.equal(batches[0][0], batches[1][0])
+
+
+def objects(folder: Path, count: int, *, called: str = "mask") -> tuple[Any, Path]:
+    """A table of pictures and of the masks of their objects, and the folder that holds the same files."""
+    files = [f"{number}.png" for number in range(count)]
+    root = write(folder, [f"images/{file}" for file in files], [f"masks/{file}" for file in files])
+    features = datasets.Features({"image": datasets.Image(), called: datasets.Image()})
+    columns = {"image": [str(root / "images" / file) for file in files]}
+    columns |= {called: [str(root / "masks" / file) for file in files]}
+    return datasets.Dataset.from_dict(columns, features=features), root
+
+
+@pytest.mark.parametrize("called", ["mask", "annotation", "Label"])
+def test_masks_in_a_second_column_are_those_of_a_folder(called: str, tmp_path: Path) -> None:
+    made, root = objects(tmp_path / "files", 7, called=called)
+    datasets.DatasetDict(train=made.select(range(5)), test=made.select([5, 6])).save_to_disk(tmp_path / "saved")
+    found = ObjectDataModule(str(tmp_path / "saved"), image_size=16).loaded
+    assert (len(found.train), len(found.test), found.held_out_rule) == (5, 2, "splits of the table")
+    clips = [clip for part in list_objects(root).parts.values() for clip in part]
+    files = ObjectImages(sorted(clips, key=lambda clip: clip.name)[5:], image_size=16)
+    for here, there in zip(found.test.batch([0, 1]), files.batch([0, 1]), strict=True):
+        assert torch.equal(here, there)
+    assert found.test.batch([0])[1].amax() > 0
+
+
+def test_of_a_table_of_objects_without_parts_a_fifth_is_held_out_and_it_holds_no_clips(tmp_path: Path) -> None:
+    made, _ = objects(tmp_path / "files", 10)
+    found = ObjectDataModule(made, image_size=16).loaded
+    assert (len(found.train), len(found.held_out), found.train.has_masks) == (8, 2, True)
+    assert not ObjectDataModule(made.remove_columns("mask"), image_size=16).loaded.train.has_masks
+    with pytest.raises(DataError, match="holds images and no clips"):
+        _ = ObjectDataModule(made, image_size=16, frames=2).loaded
+
+
+def test_a_mask_in_a_table_of_another_size_than_its_picture_is_named(tmp_path: Path) -> None:
+    made, root = objects(tmp_path / "files", 5)
+    write_image(root / "masks" / "3.png", size=(9, 9))
+    with pytest.raises(DataError, match=r"rows/3: the mask of frame 0 is 9 x 9 pixels, the image"):
+        _ = ObjectDataModule(made, image_size=16).loaded

@@ -97,6 +97,7 @@ def test_a_model_of_images_goes_on_with_clips_from_its_weights(
     def watched(trainer: Any, task: Any, images: Any) -> None:
         begun.append({name: value.clone() for name, value in task.model.state_dict().items()})
         assert task.hparams["learning_rate"] == pytest.approx(1e-3 / 3)
+        assert task.weights["contrast"] == 0.02
         fit(trainer, task, images)
 
     monkeypatch.setattr(job, "fit", watched)
@@ -105,7 +106,7 @@ def test_a_model_of_images_goes_on_with_clips_from_its_weights(
     for state in begun:
         torch.testing.assert_close(state, before.state_dict(), rtol=0, atol=0)
     after = load_model(found.runs[1].folder)
-    assert (after.predictor, after.later_iterations) == (None, 2)
+    assert (after.predictor, after.later_iterations) == (None, 1)
     assert not torch.equal(after.encoder.head.contract.weight, before.encoder.head.contract.weight)
     assert "--start" in found.command
     assert 0 < found.runs[0].attention_mbo < 1

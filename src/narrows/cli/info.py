@@ -1,6 +1,5 @@
 """`narrows info`: what is installed and what can run here."""
 
-import argparse
 import importlib
 import pkgutil
 import platform
@@ -13,13 +12,14 @@ import torch
 import narrows.ops
 from narrows._version import __version__
 from narrows.cli import EXTRAS, answer
+from narrows.cli.parsing import ClearErrors
 from narrows.models import list_models
 from narrows.ops.dispatch import Implementation
 
 
 def run(arguments: list[str]) -> None:
     """Print everything; needs no extra."""
-    argparse.ArgumentParser(prog="narrows info", description=__doc__).parse_args(arguments[1:])
+    ClearErrors(prog="narrows info", description=__doc__).parse_args(arguments[1:])
     data = {
         "versions": versions(),
         "extras": {extra: {name: _version(name) for name in packages} for extra, packages in EXTRAS.items()},

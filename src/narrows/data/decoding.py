@@ -35,7 +35,7 @@ def decode_image(source: Path | Row | BytesIO, name: str) -> Image.Image:
         DataError: it cannot be read.
     """
     try:
-        with Image.open(_opened(source), formats=_formats()) as image:
+        with Image.open(readable(source), formats=_formats()) as image:
             image.load()
             return _to_rgb(_upright(image))
     except Exception as error:  # a broken file makes decoders raise anything
@@ -45,7 +45,7 @@ def decode_image(source: Path | Row | BytesIO, name: str) -> Image.Image:
 def why_unreadable(source: Path | Row) -> str | None:
     """Why a picture cannot be decoded, or None. JPEG is decoded at an eighth of its size, which is much faster."""
     try:
-        with Image.open(_opened(source), formats=_formats()) as image:
+        with Image.open(readable(source), formats=_formats()) as image:
             image.draft("L", (1, 1))
             image.load()
             if image.mode not in ("L", "RGB"):
@@ -65,7 +65,7 @@ def begins_like_an_image(path: Path) -> bool:
     return start.startswith(SIGNATURES) or (start[:4], start[8:12]) == (b"RIFF", b"WEBP") or start[4:12] == b"ftypavif"
 
 
-def _opened(source: Path | Row | BytesIO) -> Path | BytesIO:
+def readable(source: Path | Row | BytesIO) -> Path | BytesIO:
     return source.open() if isinstance(source, Row) else source
 
 

@@ -239,7 +239,7 @@ def list_table(table: Table) -> LabelledImages:
         DataError: no such columns, or several; no split to train on, or two of one part; a single class; a class that
             the training images do not have.
     """
-    parts = _splits(table)
+    parts = parts_of(table)
     column = table.column(parts["training"], "ClassLabel")
     classes = {part: table.classes(split) for part, split in parts.items()}
     trained = set(classes["training"])
@@ -376,8 +376,8 @@ def _parts(tree: Tree) -> dict[str, tuple[str, ...]]:
     return {"training": (), **parts}
 
 
-def _splits(table: Table) -> dict[str, str]:
-    """The split of each part."""
+def parts_of(table: Table) -> dict[str, str]:
+    """The split of each part; of a table with a single one that is the training part."""
     if len(table.splits) == 1:
         return {"training": next(iter(table.splits))}
     of_part = defaultdict[str, list[str]](list)

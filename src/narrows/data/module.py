@@ -15,7 +15,7 @@ from narrows.data.object_folder import load_object_folder
 from narrows.data.object_scenes import OBJECT_SCENES, load_object_scenes
 from narrows.data.positions import PositionSampler
 from narrows.data.scenes import load_segmented
-from narrows.data.tables import Data
+from narrows.data.tables import Data, is_table, open_table
 from narrows.errors import DataError, InvalidArgument
 from narrows.validation import check_not_negative, check_positive
 
@@ -215,7 +215,8 @@ class ObjectDataModule(ImageDataModule):
     """Scenes or a folder of images or clips, with the number of the object in each pixel where it is known.
 
     Args:
-        data: one of `narrows.data.object_scenes.OBJECT_SCENES`, or a folder as `load_object_folder` takes it.
+        data: one of `narrows.data.object_scenes.OBJECT_SCENES`, a folder or a table as `load_object_folder` takes
+            it: "hf:<name>", a folder that `save_to_disk` wrote, an object of `datasets`.
         image_size: side of the square images; by default that of the scenes, 128 for a folder.
         frames: T, of clips; None for images, and for the 8 frames of "moving_sprites".
         length: scenes in an epoch.
@@ -246,8 +247,9 @@ class ObjectDataModule(ImageDataModule):
             return load_object_scenes(
                 str(self.data), image_size=self.image_size, frames=self.frames, length=self.length, seed=self.seed
             )
-        if not Path(self.data).exists():
-            expected = f"one of {', '.join(OBJECT_SCENES)}, or a folder"
+        source = open_table(self.data) if is_table(self.data) else Path(self.data)
+        if isinstance(source, Path) and not source.exists():
+            expected = f"one of {', '.join(OBJECT_SCENES)}, a folder, or hf:<name>"
             raise InvalidArgument("data", expected=expected, got=repr(self.data))
         size = 128 if self.image_size is None else self.image_size
-        return load_object_folder(Path(self.data), image_size=size, frames=self.frames, seed=self.seed)
+        return load_object_folder(source, image_size=size, frames=self.frames, seed=self.seed)

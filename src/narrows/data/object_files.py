@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from narrows.data.decoding import decode_image
+from narrows.data.decoding import decode_image, readable
 from narrows.data.images import IGNORED
+from narrows.data.tables import Row
 from narrows.errors import DataError, MissingExtra
 
 Labels = NDArray[np.int64]
@@ -25,7 +26,7 @@ Labels = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class FileClip:
-    """Frames that are image files, with mask files beside them, or without masks.
+    """Frames that are image files, with mask files beside them, or without masks; or both in rows of a table.
 
     Args:
         name: in messages and tables.
@@ -35,8 +36,8 @@ class FileClip:
     """
 
     name: str
-    frames: tuple[Path, ...]
-    masks: tuple[Path, ...] = ()
+    frames: tuple[Path | Row, ...]
+    masks: tuple[Path | Row, ...] = ()
     ignored: int | None = None
 
     @property
@@ -165,7 +166,7 @@ def _record(file: Path, offset: int, length: int, name: str) -> Mapping[str, Seq
     return found
 
 
-def decode_mask(file: Path | BytesIO, name: str, *, ignored: int | None = None) -> Labels:
+def decode_mask(file: Path | Row | BytesIO, name: str, *, ignored: int | None = None) -> Labels:
     """The object of each pixel `[H, W]`, of an image whose values are numbers of objects, or whose colours are objects.
 
     Grey images of 1, 8, 16 or 32 bits and those with a palette hold numbers, 0 is the background. In a coloured one
@@ -178,7 +179,7 @@ def decode_mask(file: Path | BytesIO, name: str, *, ignored: int | None = None) 
         DataError: it cannot be read, or holds fractions.
     """
     try:
-        with Image.open(file, formats=("PNG", "TIFF", "BMP", "GIF")) as image:
+        with Image.open(readable(file), formats=("PNG", "TIFF", "BMP", "GIF")) as image:
             image.load()
             if image.mode == "LA":
                 image = image.convert("RGBA")

@@ -11,6 +11,7 @@
 | YouTube-VIS | `train/JPEGImages/dog/00000.jpg` | `train/instances.json` or `train.json` |
 | MOVi | `movi_c-train.tfrecord-00000-of-00256` | in the same file |
 | images alone | any | none: for training without scores |
+| a table of the `datasets` library | a column of type `Image` | another called `mask`, `annotation`, `label`, ... |
 
 Folders called `train`, `val` and `test` (or `Training`, `val2017`, ...) above the images are the parts.
 """
@@ -19,7 +20,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -28,11 +29,13 @@ from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
 
+from narrows.data.decoding import readable
 from narrows.data.folder import UNREADABLE_SHARE, find_unreadable
 from narrows.data.images import IGNORED, MEAN_AND_STD, ImageData, ImageSet
-from narrows.data.listing import HELD_OUT_SHARE, part_called, path_hash, printable, say_left_out, walk
+from narrows.data.listing import HELD_OUT_SHARE, part_called, parts_of, path_hash, printable, say_left_out, walk
 from narrows.data.object_files import Clip, CocoClip, FileClip, MoviClip, list_movi
 from narrows.data.positions import keys, uniforms
+from narrows.data.tables import Row, Table
 from narrows.errors import DataError, InvalidArgument
 from narrows.validation import check_positive
 
@@ -60,14 +63,14 @@ class ObjectFolder:
     left_out: str = ""
 
 
-def list_objects(root: Path, *, clips: bool = False, ignored: int | None = None) -> ObjectFolder:
+def list_objects(root: Path | Table, *, clips: bool = False, ignored: int | None = None) -> ObjectFolder:
     """Images, or clips, and their masks, in whichever of the layouts above the folder has.
 
     Where the folder has no parts a fifth is held out, by a hash of the name; of CLEVRTex the first tenth is the test
     part and the second the validation part, as published.
 
     Args:
-        root: the folder.
+        root: the folder, or an opened table, whose splits are the parts.
         clips: frames in one folder are a clip; else every frame is an image by itself.
         ignored: the value of pixels in mask files that do not count; by default 255 in VOC and none elsewhere.
 
@@ -76,10 +79,13 @@ def list_objects(root: Path, *, clips: bool = False, ignored: int | None = None)
         DataError: no images, masks for some images only, masks without an image, clips in a layout that has none, or
             a damaged index.
     """
-    if not root.is_dir():
+    if isinstance(root, Path) and not root.is_dir():
         state = "which is a file" if root.exists() else "which does not exist"
         raise InvalidArgument("data", expected="a folder of images, or of images and masks", got=f"{root}, {state}")
-    found = _movi(root) or _index(root) or _files(root, ignored)
+    if isinstance(root, Table):
+        found, root = _rows(root, ignored), Path(root.root)  # its name, from here on
+    else:
+        found = _movi(root) or _index(root) or _files(root, ignored)
     if not clips:
         found.parts = {part: [frame for clip in held for frame in _frames(clip)] for part, held in found.parts.items()}
     every = [clip for part in found.parts.values() for clip in part]
@@ -189,7 +195,7 @@ class ObjectImages(ImageSet):
 
 
 def load_object_folder(
-    root: Path,
+    root: Path | Table,
     *,
     image_size: int,
     frames: int | None = None,
@@ -198,7 +204,7 @@ def load_object_folder(
     ignored: int | None = None,
     unreadable_share: float = UNREADABLE_SHARE,
 ) -> ImageData:
-    """A folder of images, or of clips, with the masks of their objects; see `list_objects` and `ObjectImages`.
+    """A folder or a table of images, or of clips, with the masks of their objects: `list_objects`, `ObjectImages`.
 
     Every image file is opened once, and the size of every mask file compared with that of its image.
 
@@ -206,6 +212,7 @@ def load_object_folder(
         DataError: what `list_objects` finds, too many unreadable images, or masks that do not fit the images.
     """
     found = list_objects(root, clips=frames is not None, ignored=ignored)
+    name = str(root.root if isinstance(root, Table) else root)
     files = [clip.frames for held in found.parts.values() for clip in held if isinstance(clip, FileClip | CocoClip)]
     skipped = find_unreadable([file for inside in files for file in inside], allowed_share=unreadable_share)
 
@@ -216,16 +223,16 @@ def load_object_folder(
             clips, image_size=image_size, frames=frames, crop=crop, augmented=training, seed=seed if training else 0
         )
         if not clips:
-            raise DataError(f"{root}: no readable image among the {part} images.")
+            raise DataError(f"{name}: no readable image among the {part} images.")
         part_images.batch([0])
         for clip in clips:
             _check_sizes(clip)
         return part_images
 
     held_out = [images(part) for part in ("validation", "test") if part in found.parts]
-    say_left_out(root, found.left_out)
+    say_left_out(PurePath(name), found.left_out)
     return ImageData(
-        name=str(root),
+        name=name,
         train=images("training"),
         held_out=held_out[0],
         test=held_out[-1],
@@ -248,9 +255,9 @@ def _check_sizes(clip: Clip) -> None:
             _check_size(clip, frame, clip.mask(frame).shape[::-1], clip.image(frame).size)
 
 
-def _size_of(file: Path) -> tuple[int, int] | None:
+def _size_of(file: Path | Row) -> tuple[int, int] | None:
     try:
-        with Image.open(file) as head:
+        with Image.open(readable(file)) as head:
             return head.size
     except Exception:  # a broken file makes decoders raise anything; reading it says what is wrong
         return None
@@ -285,12 +292,21 @@ def _frames(clip: Clip) -> Iterator[Clip]:
         yield clip
         return
     for number, frame in enumerate(clip.frames):
-        name = (Path(clip.name) / printable(frame.name)).as_posix()
+        name = (Path(clip.name) / printable(Path(str(frame)).name)).as_posix()
         if isinstance(clip, CocoClip):
             objects = tuple((seen[number],) for seen in clip.objects)
             yield replace(clip, name=name, frames=(frame,), objects=objects)
         else:
             yield replace(clip, name=name, frames=(frame,), masks=clip.masks[number : number + 1])
+
+
+def _rows(table: Table, ignored: int | None) -> ObjectFolder:
+    found = ObjectFolder("a table", held_out_rule="splits of the table")
+    for part, split in parts_of(table).items():
+        images, masks = table.rows_and_masks(split)
+        pairs = zip(images, masks, strict=True) if masks else ((image,) for image in images)
+        found.parts[part] = [FileClip(str(image), (image,), tuple(mask), ignored) for image, *mask in pairs]
+    return found
 
 
 def _movi(root: Path) -> ObjectFolder | None:

@@ -19,6 +19,9 @@ Data = str | Path | Any
 KINDS = {"Image": "pictures", "ClassLabel": "classes"}
 """The types of columns that are read, and what they hold."""
 
+MASKS = ("mask", "masks", "annotation", "annotations", "segmentation", "segmentations", "instances", "label", "labels")
+"""What a second column of pictures is called that holds the masks of the objects in the first."""
+
 
 @dataclass(frozen=True, order=True)
 class Row:
@@ -61,14 +64,14 @@ class Table:
     root: PurePath
     splits: Mapping[str, Any]
 
-    def column(self, split: str, kind: str) -> str:
-        """The one column of a split that is of a type in `KINDS`.
+    def column(self, split: str, kind: str, *, but: str | None = None) -> str:
+        """The one column of a split, `but` left out, that is of a type in `KINDS`.
 
         Raises:
             DataError: there is none, or several.
         """
         columns = {name: type(feature).__name__ for name, feature in self.splits[split].features.items()}
-        found = [name for name, of_kind in columns.items() if of_kind == kind]
+        found = [name for name, of_kind in columns.items() if of_kind == kind and name != but]
         if len(found) == 1:
             return found[0]
         has = f"{self.root}, split {split}"
@@ -89,10 +92,20 @@ class Table:
 
     def rows(self, split: str) -> list[Row]:
         """The pictures of a split."""
+        return self._rows(split, self.column(split, "Image"))
+
+    def rows_and_masks(self, split: str) -> tuple[list[Row], list[Row]]:
+        """The pictures of a split, and the masks in a second column of pictures, called as in `MASKS`; or none."""
+        columns = {name: type(feature).__name__ for name, feature in self.splits[split].features.items()}
+        masks = next((name for name, kind in columns.items() if kind == "Image" and name.lower() in MASKS), None)
+        images = self.column(split, "Image", but=masks)
+        return self._rows(split, images), [] if masks is None else self._rows(split, masks)
+
+    def _rows(self, split: str, column: str) -> list[Row]:
         from datasets import Image
 
-        column, table = self.column(split, "Image"), self.splits[split].with_format(None)
-        pictures = table.select_columns([column]).cast_column(column, Image(decode=False))
+        pictures = self.splits[split].with_format(None).select_columns([column])
+        pictures = pictures.cast_column(column, Image(decode=False))
         return [Row(index, (*self.root.parts, split, str(index)), pictures) for index in range(len(pictures))]
 
     def classes(self, split: str) -> list[str | None]:

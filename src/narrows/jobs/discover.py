@@ -49,6 +49,8 @@ RATE = 1e-3
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true")
 LOSSES: Mapping[str, Mapping[str, Any]] = {"slotcontrast": {"contrast": 0.5}, "videosaur": {"similarity": 0.1}}
 """Weights of the losses that models are trained with, beside the reconstruction."""
+FOLLOWING: Mapping[str, Any] = {"contrast": 0.02}
+"""The same of a model of images that learns clips: its spare slots would take objects over from others."""
 RUNS_FILE = "runs.json"
 SETTINGS_FILE = "settings.json"
 
@@ -178,7 +180,8 @@ def discover(
 
     Args:
         data: "sprites", "textured_sprites", "crowded_sprites", "sprite_grid", "digit_objects", "moving_sprites",
-            "tabletop", "moving_tabletop", or a folder of images, or of images and masks (docs/objects.md).
+            "tabletop", "moving_tabletop", a folder of images, or of images and masks (docs/objects.md), or a table of
+            `datasets`: "hf:<name>", or a folder that `save_to_disk` wrote.
         model: "slot_autoencoder", "dinosaur", "spot", "savi", "slotcontrast" or "videosaur".
         checkpoint: folder of a model that was trained before: it is scored and drawn, and nothing is trained.
         start: folder of a model that was trained before and goes on from there, at a third of the learning rate: a
@@ -250,9 +253,10 @@ def discover(
         steps = CLIP_STEPS if video else STEPS
         total = max(1, math.ceil(steps / max(1, length))) if epochs is None else epochs
         say(f"{model} on {data}: {total} epochs of {length} steps, {seeds} seed(s). Everything goes to {folder}")
+        losses = FOLLOWING if video and start is not None else LOSSES.get(model, {})
         options = {"device": place, "precision": precision, "learning_rate": RATE if start is None else RATE / 3}
         for seed in range(len(runs), seeds):
-            runs.append(_train(build, images(seed), folder, model, seed, total, **options))
+            runs.append(_train(build, images(seed), folder, model, seed, total, losses, **options))
             write_text(folder / RUNS_FILE, json.dumps([asdict(run) for run in runs], indent=2) + "\n")
     result = Discovery(runs, len(found.held_out), folder, {**settings, "seeds": seeds, "checkpoint": checkpoint})
     network = given if given is not None else open_object_model(runs[0].folder)
@@ -305,13 +309,14 @@ def _train(
     name: str,
     seed: int,
     epochs: int,
+    losses: Mapping[str, Any],
     *,
     device: torch.device,
     learning_rate: float,
     **options: Any,
 ) -> ObjectRun:
     torch.manual_seed(seed)
-    task = ObjectTask(build(), learning_rate=learning_rate, **LOSSES.get(name, {}))
+    task = ObjectTask(build(), learning_rate=learning_rate, **losses)
     run = f"{name}-seed{seed}"
     trainer = progress_trainer(
         folder / "logs" / run,

@@ -45,7 +45,6 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "num_slots": 5,
             "slot_dim": 64,
             "num_iterations": 5,
-            "later_iterations": 2,
             "gradient": "last",
         },
         "dinosaur": {
@@ -150,7 +149,7 @@ class ObjectDiscovery(SavedModel, pipeline_tag="image-segmentation"):
             hints that a call brings (SAVi).
         gradient: "full" through all iterations; "last", through the last of each frame alone (implicit differentiation,
             Chang et al. 2022); "bilevel", the same and straight through to the slots that the frame began with
-            (BO-QSA). With one later iteration the last is the first, and frames learn from those after them in any case.
+            (BO-QSA). With one later iteration nothing settles, and a frame learns from those after it in any case.
         predictor_heads: heads of a transformer block between frames (SAVi); None for no predictor.
         predictor_pre_norm: whether that block normalises what it reads (VideoSAUR), not what it gives (SAVi).
         predictor_window: frames that the predictor may look back; it then is a `SlotTransition`, which reads the tokens
