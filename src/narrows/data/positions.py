@@ -61,7 +61,7 @@ class PositionSampler(DistributedSampler[Position]):
     def __iter__(self) -> Iterator[Position]:
         order = range(self._length)
         if self.shuffle:
-            generator = torch.Generator().manual_seed(int(keys(self.seed, self.epoch)[0] >> 1))
+            generator = torch.Generator().manual_seed(int(keys(self.seed, self.epoch)[0]) >> 1)
             order = torch.randperm(self._length, generator=generator).tolist()
         positions = [Position(index, self.epoch) for index in order[: self.total_size]]
         positions += [Position(0, self.epoch, counts=False)] * (self.total_size - len(positions))

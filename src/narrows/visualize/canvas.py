@@ -89,7 +89,7 @@ def panel_ratio(canvas: Float[Tensor, "3 H W"]) -> float:
 
 def show_picture(axis: Any, picture: Float[Tensor, "3 H W"], title: str = "", frame: str | None = None) -> None:
     """Draw a picture in a panel, with a frame of the colour `frame`."""
-    axis.imshow(picture.movedim(0, -1).numpy(), interpolation="auto")
+    axis.imshow(picture.movedim(0, -1).numpy(), interpolation="antialiased")
     axis.set_xticks([])
     axis.set_yticks([])
     axis.spines[:].set_visible(frame is not None)

@@ -283,8 +283,9 @@ class TimmBeitBlock(TimmBlock):
 def _projected(attention: Any, normed: Float[Tensor, "R n D"]) -> Sequence[Float[Tensor, "R n G d"]]:
     """Queries, keys and values, by `qkv`, whose biases may stand beside it, or by separate layers."""
     if attention.qkv is None:
-        layers = (attention.q_proj, attention.k_proj, attention.v_proj)
-        return [layer(normed).unflatten(-1, (-1, attention.head_dim)) for layer in layers]
+        rows = [layer(normed) for layer in (attention.q_proj, attention.k_proj, attention.v_proj)]
+        width = rows[0].shape[-1] // attention.num_heads  # of keys and values too, of which there may be fewer heads
+        return [row.unflatten(-1, (-1, width)) for row in rows]
     rows = attention.qkv(normed)
     if getattr(attention, "q_bias", None) is not None:
         rows = rows + torch.cat((attention.q_bias, attention.k_bias, attention.v_bias))
