@@ -1,3 +1,4 @@
+import json
 import re
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +14,7 @@ from narrows.errors import InvalidArgument
 from narrows.hub.models import save_model
 from narrows.jobs import discover as job
 from narrows.jobs.object_models import object_model
+from narrows.metrics import FGARI
 from narrows.models import ObjectDiscovery, load_model
 from tests.data.object_folders import write
 
@@ -82,10 +84,45 @@ def test_seeds_that_are_finished_are_kept(trained: job.Discovery, monkeypatch: p
         job.discover(resume=trained.folder, seeds=3, **{**SMALL, "batch_size": 4})
 
 
-def test_clips_are_followed_by_savi(tmp_path: Path) -> None:
-    found = job.discover(video=True, output=tmp_path, **{**SMALL, "batch_size": 4})
+def test_clips_are_followed_by_savi_from_nothing(tmp_path: Path) -> None:
+    found = job.discover(video=True, model="savi", output=tmp_path, **{**SMALL, "batch_size": 4})
     assert load_model(found.runs[0].folder).predictor is not None
     assert 0 < found.runs[0].attention_mbo < 1
+    assert not (found.folder / job.FRAMES_FILE).exists()
+
+
+def test_a_model_of_images_learns_single_frames_before_clips_and_not_again_when_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, seen = job._train, []
+
+    def stopped(build: Any, images: Any, folder: Path, name: str, seed: int, **options: Any) -> job.ObjectRun:
+        seen.append((name, images.data, images.batch_size, options.get("learning_rate"), options.get("losses")))
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return train(build, images, folder, name, seed, **options)
+
+    monkeypatch.setattr(job, "_train", stopped)
+    options = {**SMALL, "batch_size": 4, "video": True}
+    with pytest.raises(KeyboardInterrupt):
+        job.discover(output=tmp_path, **options)
+    (folder,) = tmp_path.iterdir()
+    found = job.discover(resume=folder, **options)
+    frames, clips = ("frames", "sprites", 16, None, None), ("slot_autoencoder", "moving_sprites", 4, 1e-3 / 3)
+    assert seen == [frames, *2 * [(*clips, job.FOLLOWING)]]
+    begun, after = load_model(folder / "models" / "frames-seed0"), load_model(found.runs[0].folder)
+    assert (begun.later_iterations, begun.gradient) == (after.later_iterations, after.gradient) == (1, "last")
+    before = json.loads((folder / job.FRAMES_FILE).read_text(encoding="utf-8"))
+    assert found.runs[0].seconds > before[0]["seconds"] > 0
+    assert found.runs[0].attention_mbo != before[0]["attention_mbo"]
+    model, data = load_model(found.runs[0].folder), SpriteScenes("held_out", frames=8, length=24)
+    clips, truth = data.batch(range(16))
+    maps = job.pixel_masks(model(clips, generator=torch.Generator().manual_seed(0)), truth.shape[-2:])[1]
+    first = FGARI()
+    first.update(maps[0], truth[0])
+    assert float(job.scores_of(model, data)[0]["frames_fg_ari"][0]) == pytest.approx(float(first.compute()))
+    assert "24 held-out clips" in found.verdict
+    assert f"Frame by frame it is {100 * found.runs[0].frames_fg_ari:.1f} %" in found.verdict
 
 
 def test_a_model_of_images_goes_on_with_clips_from_its_weights(

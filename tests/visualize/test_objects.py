@@ -33,10 +33,25 @@ def test_a_true_object_has_the_colour_of_the_slot_that_holds_most_of_it() -> Non
     truth[0], truth[3, :2] = 1, 2
     owner[0], owner[3, :2] = 2, 2
     colours = {1: carrier_colour(0), 2: carrier_colour(1)}
-    found = _of_truth(truth, owner, colours)
+    found = _of_truth(truth[None], owner[None], colours)
     assert found[1] == carrier_colour(1)
     assert found[2] != found[1]
     assert to_rgb(found[2]).shape == (3,)
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_in_the_frames_of_a_clip_slots_and_objects_keep_their_colours(clip: bool) -> None:
+    """Slot 1 is smaller than slot 2 in the first frame and larger in the second."""
+    masks, truth = torch.zeros(2, 3, 12, 12), torch.zeros(2, 12, 12, dtype=torch.long)
+    masks[:, 0] = 0.5
+    for frame, (one, two) in enumerate(((1, 3), (3, 1))):
+        masks[frame, 1, :one], masks[frame, 2, -two:] = 1, 1
+        truth[frame, :one], truth[frame, -two:] = 1, 2
+    axes = found_objects(torch.zeros(2, 3, 12, 12), masks, truth=truth, clip=clip).axes
+    for column in (1, 2):
+        first, second = (axes[row * 3 + column].images[0].get_array() for row in range(2))
+        assert bool((first[0, 0] == second[0, 0]).all()) == clip
+        assert (first[0, 0] != first[-1, -1]).any()
 
 
 @pytest.mark.compiled  # shape checks of the test run would answer first

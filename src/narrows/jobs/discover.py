@@ -3,18 +3,21 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
+from types import MappingProxyType
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from scipy.special import stdtrit
 from torch import Tensor
 
 from narrows.data import IGNORED, ImageData, ImageSet
 from narrows.data.module import ObjectDataModule
+from narrows.data.object_scenes import OBJECT_SCENES
 from narrows.errors import InvalidArgument
 from narrows.files import new_folder, write_text
 from narrows.jobs.object_models import object_model, object_picture, open_object_model
@@ -51,7 +54,7 @@ LOSSES: Mapping[str, Mapping[str, Any]] = {"slotcontrast": {"contrast": 0.5}, "v
 """Weights of the losses that models are trained with, beside the reconstruction."""
 FOLLOWING: Mapping[str, Any] = {"contrast": 0.02}
 """The same of a model of images that learns clips: its spare slots would take objects over from others."""
-RUNS_FILE = "runs.json"
+RUNS_FILE, FRAMES_FILE = "runs.json", "frames.json"
 SETTINGS_FILE = "settings.json"
 
 
@@ -68,6 +71,8 @@ class ObjectRun:
         seconds: of training; 0 for a model that was trained before.
         folder: where it is saved; `narrows.load_model` takes it.
         signs: what is wrong with its slots, in words.
+        frames_fg_ari: `attention_fg_ari` of clips frame by frame, where a slot may have another object in each; None of
+            images.
     """
 
     seed: int
@@ -80,6 +85,7 @@ class ObjectRun:
     seconds: float
     folder: str
     signs: tuple[str, ...] = ()
+    frames_fg_ari: float | None = None
 
 
 @dataclass(frozen=True)
@@ -119,14 +125,18 @@ class Discovery(Result):
     def verdict(self) -> str:
         """How well objects were found, and how sure that is."""
         mean, margin = fmean(run.attention_fg_ari for run in self.runs), self.margin("attention_fg_ari")
+        frames = [run.frames_fg_ari for run in self.runs if run.frames_fg_ari is not None]
+        samples = "clips" if self.options["video"] else "images"
         if not math.isfinite(mean):
-            return f"No mask of the {self.held_out:,} held-out images is known: nothing was scored."
-        found = f"The slots' attention finds the objects of {self.held_out:,} held-out images with an FG-ARI of"
+            return f"No mask of the {self.held_out:,} held-out {samples} is known: nothing was scored."
+        found = f"The slots' attention finds the objects of {self.held_out:,} held-out {samples} with an FG-ARI of"
         found = f"{found} {_percent(mean, margin).text}"
         if len(self.runs) > 1:
             found += f" (95 % interval over {len(self.runs)} seeds)."
         else:
-            found += " (95 % interval over images). One seed does not say how much seeds differ."
+            found += f" (95 % interval over {samples}). One seed does not say how much seeds differ."
+        if frames:
+            found += f" Frame by frame it is {_percent(fmean(frames)).text}: slots that change objects cost the rest."
         signs = sum(bool(run.signs) for run in self.runs)
         return found + (f" The slots of {signs} of {len(self.runs)} show signs of collapse." if signs else "")
 
@@ -187,10 +197,11 @@ def discover(
         start: folder of a model that was trained before and goes on from there, at a third of the learning rate: a
             model of images learns clips, or images of another kind. It rebuilds pixels.
         backbone: of models that rebuild features: "timm:<name>", "hf:<name>" or a folder.
-        video: clips of eight frames; by default of moving sprites, by "savi" where there is no `start`.
+        video: clips of eight frames, by default of moving sprites. "slot_autoencoder" learns single frames first, as it
+            does without `video`, unless there is a `start`; the others learn from clips alone.
         seeds: how many seeds are trained; two or more give a spread.
         epochs: passes over the training images; by default as many as make 16,000 steps, 8,000 of clips.
-        batch_size: images in a training step; by default 16, or 4 clips.
+        batch_size: images in a training step, or clips, beside four times as many single frames; by default 16, or 4.
         image_size: side of the images in pixels; by default that of the scenes, 128 for a folder.
         num_slots: K; by default the model's.
         precision: of training, as Lightning's trainer takes it: "32-true" where a CPU has no bfloat16.
@@ -215,11 +226,15 @@ def discover(
     place = check_device(device)
     if video:
         data = "moving_sprites" if data == "sprites" else data
-        model = "savi" if model == "slot_autoencoder" and start is None else model
+    follows = video and (start is not None or model == "slot_autoencoder")
     frames = 8 if video else None
 
     def images(seed: int) -> ObjectDataModule:
         return ObjectDataModule(data, image_size=image_size, frames=frames, batch_size=batch_size, seed=seed)
+
+    def still(seed: int) -> ObjectDataModule:
+        name = data.removeprefix("moving_") if data in OBJECT_SCENES else data
+        return ObjectDataModule(name, image_size=image_size, batch_size=batch_size * BATCH // CLIP_BATCH, seed=seed)
 
     found = images(0).loaded
     given = None if checkpoint is None else _given(checkpoint)
@@ -249,15 +264,24 @@ def discover(
     if given is not None:
         runs = [_judged(given, found, seed=0, seconds=0.0, folder=checkpoint or "")]
     else:
-        length = len(found.train) // batch_size
-        steps = CLIP_STEPS if video else STEPS
-        total = max(1, math.ceil(steps / max(1, length))) if epochs is None else epochs
-        say(f"{model} on {data}: {total} epochs of {length} steps, {seeds} seed(s). Everything goes to {folder}")
-        losses = FOLLOWING if video and start is not None else LOSSES.get(model, {})
-        options = {"device": place, "precision": precision, "learning_rate": RATE if start is None else RATE / 3}
+        options: dict[str, Any] = {"device": place, "precision": precision, "epochs": epochs}
+        later: dict[str, Any] = {"steps": CLIP_STEPS if video else STEPS, "losses": LOSSES.get(model, {})}
+        if follows or start is not None:
+            later["learning_rate"] = RATE / 3
+        if follows:
+            later["losses"] = FOLLOWING
+        before = _finished(folder, FRAMES_FILE)
+        say(f"{model} on {data}, {seeds} seed(s). Everything goes to {folder}")
         for seed in range(len(runs), seeds):
-            runs.append(_train(build, images(seed), folder, model, seed, total, losses, **options))
-            write_text(folder / RUNS_FILE, json.dumps([asdict(run) for run in runs], indent=2) + "\n")
+            begin, seconds = build, 0.0
+            if follows and start is None:
+                if seed == len(before):
+                    before.append(_train(build, still(seed), folder, "frames", seed, steps=STEPS, **options))
+                    _keep(before, folder / FRAMES_FILE)
+                begin, seconds = partial(_started, before[seed].folder, found.image_size), before[seed].seconds
+            run = _train(begin, images(seed), folder, model, seed, **later, **options)
+            runs.append(replace(run, seconds=run.seconds + seconds))
+            _keep(runs, folder / RUNS_FILE)
     result = Discovery(runs, len(found.held_out), folder, {**settings, "seeds": seeds, "checkpoint": checkpoint})
     network = given if given is not None else open_object_model(runs[0].folder)
     assert network is not None or backbone is not None
@@ -296,8 +320,12 @@ def _check_resumed(folder: Path, settings: Mapping[str, object]) -> None:
             raise InvalidArgument(name, expected=expected, got=repr(value))
 
 
-def _finished(folder: Path) -> list[ObjectRun]:
-    file = folder / RUNS_FILE
+def _keep(runs: Sequence[ObjectRun], file: Path) -> None:
+    write_text(file, json.dumps([asdict(run) for run in runs], indent=2) + "\n")
+
+
+def _finished(folder: Path, name: str = RUNS_FILE) -> list[ObjectRun]:
+    file = folder / name
     runs = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
     return [ObjectRun(**{**run, "signs": tuple(run["signs"])}) for run in runs]
 
@@ -308,13 +336,16 @@ def _train(
     folder: Path,
     name: str,
     seed: int,
-    epochs: int,
-    losses: Mapping[str, Any],
     *,
+    steps: int,
+    epochs: int | None,
     device: torch.device,
-    learning_rate: float,
+    learning_rate: float = RATE,
+    losses: Mapping[str, Any] = MappingProxyType({}),
     **options: Any,
 ) -> ObjectRun:
+    length = max(1, len(images.loaded.train) // images.batch_size)
+    epochs = math.ceil(steps / length) if epochs is None else epochs
     torch.manual_seed(seed)
     task = ObjectTask(build(), learning_rate=learning_rate, **losses)
     run = f"{name}-seed{seed}"
@@ -377,13 +408,23 @@ def scores_of(
         batch, truth = images.batch(range(start, min(start + batch_size, len(images))))
         found = find(model, batch.to(place), truth.to(place), generator)
         states.append(state_of(found))
-        for prefix, maps in zip(("", "attention_"), pixel_masks(found, truth.shape[-2:]), strict=True):
+        decoded, attention = pixel_masks(found, truth.shape[-2:])
+        if truth.ndim == 4:
+            scores.setdefault("frames_fg_ari", []).append(_frame_by_frame(attention.cpu(), truth))
+        for prefix, maps in (("", decoded), ("attention_", attention)):
             overlaps = count_overlaps(maps.movedim(-3, 1).cpu(), truth)
             known = (truth != IGNORED).flatten(1).any(1)
             scores[f"{prefix}fg_ari"].append(adjusted_rand_index(overlaps, foreground=True).where(known, torch.nan))
             scores[f"{prefix}mbo"].append(best_overlap(overlaps).where(known, torch.nan))
     state = type(states[0])(*(torch.stack(values).mean() for values in zip(*states, strict=True)))
     return {name: torch.cat(values) for name, values in scores.items()}, state
+
+
+def _frame_by_frame(maps: Float[Tensor, "B T K H W"], truth: Int[Tensor, "B T H W"]) -> Float[Tensor, "B"]:
+    """The mean FG-ARI of the frames of each clip."""
+    frames = adjusted_rand_index(count_overlaps(maps.flatten(0, 1), truth.flatten(0, 1)), foreground=True)
+    known = (truth != IGNORED).flatten(2).any(2)
+    return frames.unflatten(0, truth.shape[:2]).where(known, torch.nan).nanmean(1)
 
 
 def _report(

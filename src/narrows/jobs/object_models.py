@@ -89,7 +89,8 @@ def object_picture(model: ObjectDiscovery, images: Float[Tensor, "B *T C H W"], 
     first = (lambda each: each[0].cpu()) if images.ndim == 5 else (lambda each: each.cpu())  # frames of the first clip
     known = first(truth) if truth is not None and (truth != IGNORED).any() else None
     shown = picture(first(images)).expand(-1, 3, -1, -1)
+    options: dict[str, Any] = {"truth": known, "clip": images.ndim == 5}
     if not pixels or found.parts is None:
-        return found_objects(shown, first(found.attention), truth=known)
+        return found_objects(shown, first(found.attention), **options)
     rebuilt, parts = (picture(first(each)) for each in (found.reconstruction, found.parts))
-    return found_objects(shown, first(found.masks), truth=known, reconstruction=rebuilt, parts=parts)
+    return found_objects(shown, first(found.masks), reconstruction=rebuilt, parts=parts, **options)

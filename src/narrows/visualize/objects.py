@@ -22,12 +22,14 @@ def found_objects(
     truth: Int[Tensor, "B H W"] | None = None,
     reconstruction: Float[Tensor, "B 3 H W"] | None = None,
     parts: Float[Tensor, "B K 3 H W"] | None = None,
+    clip: bool = False,
 ) -> "matplotlib.figure.Figure":
     """Draw what slots found in images, an image a row.
 
     Columns are the image, the true objects, the slot of each pixel, the reconstruction, and what each slot alone puts
     there, on white, as far as its mask goes. The slot with the most pixels is grey: in scenes, the background. The
-    others have colours of their own; a true object has the colour of the slot that holds most of it.
+    others have colours of their own; a true object has the colour of the slot that holds most of it. A clip has
+    the same colours in all frames.
 
     Args:
         images: in 0..1.
@@ -35,6 +37,7 @@ def found_objects(
         truth: the number of the object in each pixel, 0 on the background, negative where nothing is known.
         reconstruction: in 0..1.
         parts: of each slot alone, in 0..1; for parts in colour there have to be masks of their size.
+        clip: whether these are the frames of one clip.
 
     Raises:
         InvalidArgument: no image, or masks of other images.
@@ -42,17 +45,17 @@ def found_objects(
     """
     if not len(images) or len(masks) != len(images):
         raise InvalidArgument("masks", expected="masks of one image or more, for each image", got=tuple(masks.shape))
-    rows = []
+    rows, owners = [], masks.argmax(1)
     for sample, image in enumerate(images):
         canvas = fit(to_image(image))
-        owner = masks[sample].argmax(0)
-        sizes = owner.flatten().bincount(minlength=masks.shape[1])
+        seen = slice(None) if clip else slice(sample, sample + 1)
+        sizes = owners[seen].flatten().bincount(minlength=masks.shape[1])
         ranks = {slot: rank for rank, slot in enumerate(sizes.argsort(descending=True).tolist())}
         colours = {slot: carrier_colour(rank - 1) for slot, rank in ranks.items() if rank}
         row = {"image": canvas}
         if truth is not None:
-            row["truth"] = paint_owners(canvas, truth[sample], _of_truth(truth[sample], owner, colours))
-        row["masks"] = paint_owners(canvas, owner, colours)
+            row["truth"] = paint_owners(canvas, truth[sample], _of_truth(truth[seen], owners[seen], colours))
+        row["masks"] = paint_owners(canvas, owners[sample], colours)
         if reconstruction is not None:
             row["rebuilt"] = fit(reconstruction[sample].clamp(0, 1))
         if parts is not None:
@@ -71,7 +74,7 @@ def found_objects(
     return figure
 
 
-def _of_truth(truth: Int[Tensor, "H W"], owner: Int[Tensor, "H W"], colours: dict[int, str]) -> dict[int, str]:
+def _of_truth(truth: Int[Tensor, "T H W"], owner: Int[Tensor, "T H W"], colours: dict[int, str]) -> dict[int, str]:
     """A colour for each true object: of the slot that holds most of it, where no larger object has it."""
     taken: dict[int, str] = {}
     numbers, sizes = truth[truth > 0].unique(return_counts=True)
