@@ -444,13 +444,18 @@ def _report(
         report.section("What was found")
         images, truth = found.held_out.batch(range(min(NUM_PICTURES, len(found.held_out))))
         figure = object_picture(model, images, truth)
-        caption = "Held-out images and what each slot holds. The slot with the most pixels is grey: the background."
+        kind, count = (
+            ("frames of a held-out clip", images.shape[1]) if images.ndim == 5 else ("held-out images", len(images))
+        )
+        caption = (
+            f"{kind.capitalize()} and what each slot holds. The slot with the most pixels is grey: the background."
+        )
         known = (truth != IGNORED).any()
         seen = ", the true objects" if known else ""
         objects = f" The first shows {int(truth[0].max())} objects." if known else ""
         alt = (
-            f"A row for each of {len(images)} held-out images: the image{seen}, and in colours which of the "
-            f"slots holds each pixel.{objects}"
+            f"A row for each of {count} {kind}: the image{seen}, and in colours which of the slots holds each pixel."
+            f"{objects}"
         )
         add_picture(report, figure, result.folder / "objects.png", caption, alt=alt)
     report.section("Use a model")
