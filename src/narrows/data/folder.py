@@ -29,7 +29,7 @@ from narrows.data.listing import (
     say_left_out,
     split,
 )
-from narrows.data.positions import keys
+from narrows.data.positions import seed_of
 from narrows.data.tables import Data, Table, is_table, open_table
 from narrows.errors import DataError, InvalidArgument
 from narrows.screen import track
@@ -112,7 +112,7 @@ class FolderImages(ImageSet):
         if self.augmentation is None:
             return self._transform(image)
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(int(keys(self.seed, epoch, index)[0] >> 1))
+            torch.default_generator.manual_seed(seed_of(self.seed, epoch, index))
             return self._transform(image)
 
 

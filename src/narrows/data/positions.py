@@ -61,7 +61,7 @@ class PositionSampler(DistributedSampler[Position]):
     def __iter__(self) -> Iterator[Position]:
         order = range(self._length)
         if self.shuffle:
-            generator = torch.Generator().manual_seed(int(keys(self.seed, self.epoch)[0]) >> 1)
+            generator = torch.Generator().manual_seed(seed_of(self.seed, self.epoch))
             order = torch.randperm(self._length, generator=generator).tolist()
         positions = [Position(index, self.epoch) for index in order[: self.total_size]]
         positions += [Position(0, self.epoch, counts=False)] * (self.total_size - len(positions))
@@ -78,6 +78,11 @@ def keys(*parts: int | NDArray[np.uint64]) -> NDArray[np.uint64]:
     for part in parts:
         key = _mix(key + _STEP + np.asarray(part).astype(np.uint64))
     return key
+
+
+def seed_of(*parts: int) -> int:
+    """The hash of the parts as a seed that every generator takes: 63 bits of it."""
+    return int(keys(*parts)[0]) >> 1  # Python's: NumPy 1.26 mixes its own uint64 with no int
 
 
 def uniforms(key: NDArray[np.uint64], count: int) -> NDArray[np.float32]:
