@@ -236,7 +236,8 @@ def save_model(
         from timm.models import save_for_hf
 
         with replacing_folder(folder) as unfinished:
-            save_for_hf(model, str(unfinished), model_config={"label_names": list(classes)} if classes else None)
+            named = {"label_names": list(classes)} if classes else None
+            save_for_hf(model, str(unfinished), model_config=named, model_args=_timm_arguments(model))
             if not (folder / MODEL_CARD).exists():
                 timm_card(model, folder.name, {**named_classes(classes), **(about or {})}).save(unfinished / MODEL_CARD)
     else:
@@ -375,6 +376,16 @@ def _check_timms_weights(name: str) -> None:
     repository = (found.hf_hub_id if found else rest if source.startswith("hf") else None) or ""
     if "/" in repository:
         check_hub(repository.partition("@")[0], hint=_WITHOUT_HUB)
+
+
+def _timm_arguments(model: nn.Module) -> dict[str, Any]:
+    """Channels and size of a model of timm's where it was made for others: timm itself writes them since 1.0.31."""
+    embedding: Any = getattr(model, "patch_embed", None)
+    first = next((part for part in model.modules() if isinstance(part, nn.Conv2d)), None)
+    channels, *usual = cast(Any, model).pretrained_cfg["input_size"]
+    size = getattr(embedding, "img_size", None)
+    made: dict[str, Any] = {} if first is None or first.in_channels == channels else {"in_chans": first.in_channels}
+    return made if size is None or list(size) == usual else {**made, "img_size": list(size)}
 
 
 def _timm_heads(model: nn.Module) -> Sequence[str]:

@@ -134,7 +134,9 @@ class TimmModel(HostModel):
         return embedding.dynamic_feat_size((height, width))
 
     def example(self, batch: int) -> dict[str, Tensor]:
-        channels = getattr(self.module, "in_chans", 3)
+        # Before timm 1.0.25 of these only an embedding without a convolution, of NaFlex, knows its channels.
+        first: Any = next((part for part in self.embedding.modules() if isinstance(part, nn.Conv2d)), None)
+        channels = getattr(self.embedding, "in_chans", 3) if first is None else first.in_channels
         return {"x": self.random_images(batch, channels)}
 
 
