@@ -144,7 +144,19 @@ class Elsewhere(nn.Module):
         return found[0]
 
 
-def test_a_language_model_that_runs_where_it_cannot_see_its_media_is_an_error() -> None:
-    model = flamingo(Elsewhere(language_model("llama")))
-    with pytest.raises(NarrowsError, match="ran in another thread"):
+class Past(nn.Module):
+    """Runs a language model past its hooks, as peft did before 0.21."""
+
+    def __init__(self, lm: nn.Module) -> None:
+        super().__init__()
+        self.lm = lm
+
+    def forward(self, **kwargs: Any) -> Any:
+        return self.lm.forward(**kwargs)
+
+
+@pytest.mark.parametrize("wrapper", [Elsewhere, Past])
+def test_a_language_model_that_runs_where_it_cannot_see_its_media_is_an_error(wrapper: type[nn.Module]) -> None:
+    model = flamingo(wrapper(language_model("llama")))
+    with pytest.raises(NarrowsError, match=r"ran in another thread .* past its hooks, as peft before 0\.21 does"):
         model(text(*PROMPT), media=media(2, 2))

@@ -229,8 +229,9 @@ def run(owner: Any, call: MediaCall, function: Callable[..., Any], *args: Any, *
         output = context.run(function, *args, **kwargs)
     if not call.begun:
         raise NarrowsError(
-            "The language model read its text without the media of the call: it ran in another thread or process, or "
-            "something other than it ran. Let it run where it is called."
+            "The language model read its text without the media of the call: it ran in another thread or process, "
+            "something other than it ran, or what wraps it ran its forward past its hooks, as peft before 0.21 does. "
+            "Let it run where it is called, by calling it."
         )
     return output
 
