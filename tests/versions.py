@@ -15,6 +15,8 @@ ROOT = Path(__file__).parents[1]
 EXTRAS = ("timm", "transformers", "train", "onnx", "gguf", "objects")
 SHOWN = ("torch", "torchvision", "timm", "transformers", "lightning", "safetensors", "huggingface-hub", "jaxtyping")
 RESOLUTIONS = {"oldest": "lowest-direct", "newest": "highest"}
+# Takes no NumPy 1.26, which the package index is not told.
+CONSTRAINTS = {"oldest": "pyarrow<26\n", "newest": ""}
 
 
 def make_environment(which: str, folder: Path, uv: str) -> Path:
@@ -24,6 +26,8 @@ def make_environment(which: str, folder: Path, uv: str) -> Path:
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     resolve = [uv, "pip", "compile", "pyproject.toml", "--resolution", RESOLUTIONS[which], *extras, "--group", "dev"]
     quiet = ["--quiet", "--no-annotate", "--no-header"]
+    (folder / "constraints.txt").write_text(CONSTRAINTS[which])
+    resolve += ["--constraints", folder / "constraints.txt"]
     subprocess.run([*resolve, "--python-version", version, *quiet, "--output-file", requirements], cwd=ROOT, check=True)
     subprocess.run([uv, "venv", "--quiet", "--clear", "--python", sys.executable, folder / "venv"], check=True)
     subprocess.run([uv, "pip", "install", "--quiet", "--python", python, "-r", requirements], check=True)
