@@ -1,15 +1,24 @@
 """What tests compare with. Tolerances are derived, never tuned."""
 
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
 from typing import Any
 
+import pytest
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 Function = Callable[..., Tensor]
 Results = Sequence[Tensor]
+
+
+def needs(package: str, oldest: str) -> None:
+    """Skip a test of what `package` can do since `oldest` where an older one is installed."""
+    if Version(found := version(package)) < Version(oldest):
+        pytest.skip(f"needs {package} {oldest}, found {found}")
 
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:

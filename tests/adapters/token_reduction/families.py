@@ -10,6 +10,8 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
+from tests.support import needs
+
 SIZE = 64
 SMALL = {"img_size": SIZE, "depth": 4, "embed_dim": 48, "num_heads": 3, "num_classes": 10}
 
@@ -52,6 +54,12 @@ def eva(**changes: object) -> nn.Module:
     return awake(Eva(**{**SMALL, "patch_size": 8, "use_rot_pos_emb": True, **changes}))  # pyright: ignore
 
 
+def since(oldest: str, make: Callable[..., nn.Module], **changes: object) -> nn.Module:
+    """A model that timm builds since version `oldest`; with an older one the test is skipped."""
+    needs("timm", oldest)
+    return make(**changes)
+
+
 def named(name: str, **changes: object) -> nn.Module:
     """A model of timm's own name, narrowed."""
     return awake(timm.create_model(name, **{**SMALL, **changes}))
@@ -75,7 +83,7 @@ FAMILIES: Mapping[str, Callable[[], nn.Module]] = {
     "greatest_pooled": partial(vit, class_token=False, global_pool="max"),
     "query_key_norm": partial(vit, qk_norm=True),
     "sub_norm": partial(vit, scale_attn_norm=True, scale_mlp_norm=True),
-    "gated": partial(vit, attn_layer=GatedAttention),
+    "gated": partial(since, "1.0.28", vit, attn_layer=GatedAttention),
     "residual_post_norm": partial(vit, block_fn=ResPostBlock),
     "eva02": partial(named, "eva02_tiny_patch14_224", img_size=56, patch_size=7),
     "eva02_clip": partial(named, "eva02_base_patch16_clip_224", patch_size=8),
@@ -89,5 +97,7 @@ FAMILIES: Mapping[str, Callable[[], nn.Module]] = {
     ),
     "naflex": partial(naflex, "naflexvit_base_patch16_map", reg_tokens=2, class_token=True),
     "naflex, rotary": partial(naflex, "naflexvit_base_patch16_gap", rope_type="axial", pos_embed="none"),
-    "eva_grouped_queries": partial(eva, attn_type="rope", qkv_fused=False, num_kv_heads=1, qk_norm=True),
+    "eva_grouped_queries": partial(
+        since, "1.0.30", eva, attn_type="rope", qkv_fused=False, num_kv_heads=1, qk_norm=True
+    ),
 }

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 import narrows
 from tests.adapters.token_reduction import layouts
 from tests.adapters.token_reduction.families import FAMILIES, SIZE, awake
+from tests.support import needs
 
 SIDE, PATCH = 32, 8
 
@@ -49,6 +50,8 @@ def _transformers(kind: str, of: str, **kwargs: Any) -> nn.Module:
 
 
 def _open_clip(**kwargs: Any) -> nn.Module:
+    if "qk_norm" in kwargs:
+        needs("open-clip-torch", "3.0")
     shape = {"image_size": SIDE, "patch_size": PATCH, "width": 32, "layers": 4, "heads": 2, "mlp_ratio": 2.0}
     settings = {**shape, "attn_pooler_heads": 2, "output_dim": 16, **kwargs}
     return awake(open_clip.transformer.VisionTransformer(**settings))
