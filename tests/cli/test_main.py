@@ -9,6 +9,7 @@ import narrows
 from narrows import cli
 from narrows.cli import COMMANDS, main
 from narrows.errors import InvalidArgument
+from tests.hub.small_models import save_ours
 
 
 @pytest.fixture
@@ -137,6 +138,7 @@ def test_help_and_version_load_nothing_heavy():
         (["fit", "--help"], "lightning", "train"),
         (["generate", "--help"], "transformers", "transformers"),
         (["reduce"], "sklearn", "train"),
+        (["export", "timm:vit_tiny_patch16_224", "no.onnx"], "timm", "timm"),
     ],
 )
 def test_without_an_extra_a_command_says_in_one_line_how_to_get_it(arguments, package, extra):
@@ -150,6 +152,17 @@ def test_without_an_extra_a_command_says_in_one_line_how_to_get_it(arguments, pa
         (line,) = [each for each in ended.stderr.splitlines() if each.startswith("narrows:")]
         assert f"pip install 'narrows[{extra}]'" in line
         assert "Traceback" not in ended.stderr
+
+
+def test_what_trains_is_not_needed_to_export_a_model(tmp_path):
+    save_ours(tmp_path / "model")
+    trains = ("lightning", "torchmetrics", "tensorboard", "torchvision", "sklearn", "scipy", "matplotlib")
+    missing = f"import sys; sys.modules.update(dict.fromkeys({trains}))"
+    arguments = ["export", str(tmp_path / "model"), str(tmp_path / "model.pt2")]
+    script = f"{missing}; from narrows.cli import main; sys.exit(main({arguments}))"
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert (tmp_path / "model.pt2").is_file()
 
 
 def test_a_message_fits_a_screen_and_drives_no_terminal(

@@ -13,13 +13,14 @@ import pytest
 import torch
 
 import narrows
+from narrows.adapters.token_reduction.targets import parse_budget
 from narrows.costs import Timing, macs_per_sample
 from narrows.data import DigitScenes, ImageSet
 from narrows.demo import vit
 from narrows.errors import CannotWrite, InvalidArgument, InvalidType, NarrowsError
 from narrows.hub.models import LoadedModel, open_model
 from narrows.jobs.images import Images, load_images
-from narrows.jobs.reduce import ReductionResult, parse_budget, reduce
+from narrows.jobs.reduce import ReductionResult, reduce
 from narrows.jobs.report import mean_difference
 from narrows.jobs.trials import Trial
 from tests.hub.small_models import save_images, save_ours, save_timm, save_transformers

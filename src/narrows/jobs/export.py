@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from narrows.adapters import reduce_tokens, token_reduction
+from narrows.adapters.token_reduction.targets import parse_budget
 from narrows.costs import evaluating
 from narrows.errors import InvalidArgument, MissingExtra, NarrowsError
 from narrows.files import check_writable, replacing_folder
 from narrows.hub.models import LoadedModel, open_model
-from narrows.jobs.trials import parse_budget
 from narrows.validation import check_choice, check_device
 
 BATCHES = (1, 2, 5)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from narrows.adapters import reduce_tokens, token_reduction
+from narrows.adapters.token_reduction.targets import parse_budget
 from narrows.costs import evaluating
 from narrows.costs.cost import scaled
 from narrows.data.scenes import SCENES
@@ -34,7 +35,7 @@ from narrows.jobs.report import (
     per_second,
     percent,
 )
-from narrows.jobs.trials import COUNTED, Candidate, Trial, parse_budget, run_trials
+from narrows.jobs.trials import COUNTED, Candidate, Trial, run_trials
 from narrows.routing import Routing
 from narrows.screen import say
 from narrows.validation import check_choice, check_device, check_positive

@@ -1,6 +1,5 @@
 """One model under several token reductions, measured side by side."""
 
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,10 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from narrows.adapters import Reduction
-from narrows.adapters.token_reduction import TargetLatency, TargetMACs
-from narrows.adapters.token_reduction.targets import Budget
 from narrows.costs import Spread, Timing, compare_speed, count_macs, evaluating, peak_memory
-from narrows.errors import InvalidArgument
 from narrows.hub.models import LoadedModel
 from narrows.jobs.images import Images
 from narrows.jobs.report import carriers_in_use
@@ -24,8 +20,6 @@ from narrows.screen import Bar, track
 
 COUNTED = 32
 """Images whose MACs are counted one by one."""
-_TARGET = re.compile(r"(\d+(?:\.\d+)?)(ms|[MGT])(?:MACs?)?")
-_UNITS = {"M": 1e6, "G": 1e9, "T": 1e12}
 
 
 @dataclass(frozen=True)
@@ -180,49 +174,3 @@ def _judge(candidates: Sequence[Candidate], images: Images, batch_size: int) -> 
                     agreement.append(F.cosine_similarity(answers[0], answer, dim=-1))
                 hit.append((answer.argmax(-1) == labels).float())
     return [(torch.cat(same), torch.cat(right)) for same, right in zip(agreements, hits, strict=True)]
-
-
-def parse_budget(text: str, images: Tensor | None = None) -> Budget:
-    """A share ("0.5", "50%"), a count ("98"), MACs ("2.9G"), the time of a batch ("40ms"), or block by block ("3:0.7").
-
-    >>> parse_budget("0.5"), parse_budget("50%"), parse_budget("98"), parse_budget("3:0.7/6:96")
-    (0.5, 0.5, 98, {3: 0.7, 6: 96})
-
-    Args:
-        text: what was written.
-        images: the calibration batch of a target.
-
-    Raises:
-        InvalidArgument: it is none of these.
-    """
-    text = text.strip()
-    try:
-        if target := _TARGET.fullmatch(text):
-            number, unit = float(target[1]), target[2]
-            if unit == "ms":
-                return TargetLatency(number / 1e3, images)
-            return TargetMACs(number * _UNITS[unit], images)
-        if ":" in text:
-            return {int(block): _number(entry) for block, entry in (part.split(":") for part in text.split("/"))}
-        return _number(text)
-    except ValueError as error:
-        if isinstance(error, InvalidArgument):
-            raise
-        raise InvalidArgument(
-            "budget",
-            expected="a share (0.5 or 50%), a count (98), a target (2.9G MACs, 40ms), or block:share/block:share",
-            got=repr(text),
-        ) from None
-
-
-def _number(text: str) -> int | float:
-    text = text.strip()
-    if re.fullmatch(r"[+-]?\d{1,9}", text):
-        number: int | float = int(text)
-        possible = number >= 1
-    else:
-        number = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-        possible = 0 < number <= 1
-    if not possible:
-        raise ValueError(text)
-    return number

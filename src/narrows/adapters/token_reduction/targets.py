@@ -1,6 +1,7 @@
 """Budgets given as a cost that the reduced model must not exceed: multiply-accumulates or time."""
 
 import inspect
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -32,6 +33,9 @@ class Solution(NamedTuple):
 
 
 Attempt = Callable[[FixedBudget], Reduction]
+
+_TARGET = re.compile(r"(\d+(?:\.\d+)?)(ms|[MGT])(?:MACs?)?")
+_UNITS = {"M": 1e6, "G": 1e9, "T": 1e12}
 
 
 @runtime_checkable
@@ -230,3 +234,49 @@ class TargetLatency(CostTarget):
     def text(self, cost: int | float) -> str:
         """In milliseconds."""
         return f"{cost * 1e3:.3g} ms"
+
+
+def parse_budget(text: str, images: Tensor | None = None) -> Budget:
+    """A share ("0.5", "50%"), a count ("98"), MACs ("2.9G"), the time of a batch ("40ms"), or block by block ("3:0.7").
+
+    >>> parse_budget("0.5"), parse_budget("50%"), parse_budget("98"), parse_budget("3:0.7/6:96")
+    (0.5, 0.5, 98, {3: 0.7, 6: 96})
+
+    Args:
+        text: what was written.
+        images: the calibration batch of a target.
+
+    Raises:
+        InvalidArgument: it is none of these.
+    """
+    text = text.strip()
+    try:
+        if target := _TARGET.fullmatch(text):
+            number, unit = float(target[1]), target[2]
+            if unit == "ms":
+                return TargetLatency(number / 1e3, images)
+            return TargetMACs(number * _UNITS[unit], images)
+        if ":" in text:
+            return {int(block): _number(entry) for block, entry in (part.split(":") for part in text.split("/"))}
+        return _number(text)
+    except ValueError as error:
+        if isinstance(error, InvalidArgument):
+            raise
+        raise InvalidArgument(
+            "budget",
+            expected="a share (0.5 or 50%), a count (98), a target (2.9G MACs, 40ms), or block:share/block:share",
+            got=repr(text),
+        ) from None
+
+
+def _number(text: str) -> int | float:
+    text = text.strip()
+    if re.fullmatch(r"[+-]?\d{1,9}", text):
+        number: int | float = int(text)
+        possible = number >= 1
+    else:
+        number = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        possible = 0 < number <= 1
+    if not possible:
+        raise ValueError(text)
+    return number
