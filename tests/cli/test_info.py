@@ -32,8 +32,9 @@ def test_info_names_versions_extras_devices_models_and_implementations(capsys):
 
 def test_extras_are_those_of_the_package():
     declared = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    always = {re.split(r"[<>=\[]", one)[0] for one in declared["dependencies"]}
     packages = {
-        extra: {re.split(r"[<>=\[]", one)[0] for one in listed if not one.startswith("narrows[")}
+        extra: {re.split(r"[<>=\[]", one)[0] for one in listed if not one.startswith("narrows[")} - always
         for extra, listed in declared["optional-dependencies"].items()
         if extra != "all"
     }
