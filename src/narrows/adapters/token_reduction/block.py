@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from narrows.adapters.token_reduction.budget import Entry, count_of
 from narrows.adapters.token_reduction.calls import current_call, hand_over, handed_over, tracing
-from narrows.adapters.token_reduction.hosts.base import BlockCall, HostBlock, HostModel
+from narrows.adapters.token_reduction.hosts.base import BlockCall, HostBlock, HostModel, first_of, with_first
 from narrows.adapters.token_reduction.methods import (
     Merging,
     Pruning,
@@ -177,7 +177,7 @@ class Visit:
 
     def _attention_received(self, query: Tensor, key: Tensor) -> Float[Tensor, "B G n"]:
         """Attention that each token receives: from the class token, else from the pooling query, else the mean."""
-        host, layout, scale, bias = self.plan.host, self.state.layout, self.block.scale, self.bias
+        host, layout, scale, bias = self.plan.host, self.state.layout, self.scale_of(query), self.bias
         if host.class_token:
             of_first = bias if bias is None else bias[:, :, 0]
             return attention_of_query(layout.first(query), key, layout, scale=scale, bias=of_first)
@@ -185,6 +185,11 @@ class Visit:
         if logits is not None:
             return attention_of_logits(logits, layout, bias=self.readable)
         return mean_attention(query, key, layout, scale=scale, bias=bias)
+
+    def scale_of(self, query: Float[Tensor, "R n H d"]) -> float:
+        """Factor of the attention logits."""
+        scale = self.block.scale
+        return query.shape[-1] ** -0.5 if scale is None else scale
 
     def heads(self, normed: Float[Tensor, "R n D"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Queries, keys, values and keys without rotary positions, in this order."""
@@ -251,7 +256,7 @@ class ReducedBlock:
         tokens = _added(tokens, update, block.drop_paths()[1], state)
         if self.entry is not None and not tracing():
             self.plan.record(self.index, state, tokens.device)
-        return block.result(_first_of(args, kwargs), in_order(block, self._outgoing(tokens, state)))
+        return block.result(first_of(args, kwargs), in_order(block, self._outgoing(tokens, state)))
 
     def enter(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -259,7 +264,7 @@ class ReducedBlock:
         """A forward pre-hook of a block that keeps every token: its arguments for the tokens that are carried."""
         block = self._of(module)
         if self.index < self.plan.first:
-            tokens = block.tokens(_first_of(args, kwargs))
+            tokens = block.tokens(first_of(args, kwargs))
             if call_of(tokens) is None:
                 mark(tokens, current_call())
             return None
@@ -272,7 +277,7 @@ class ReducedBlock:
         block = self._of(module)
         if self.index > self.plan.first:  # other hooks may have replaced the tokens since
             return self._returned(block, result, *self._incoming(block, args, kwargs))
-        call = call_of(block.tokens(_first_of(args, kwargs)))
+        call = call_of(block.tokens(first_of(args, kwargs)))
         if call is not None:
             mark(block.tokens(result), call)
         return None
@@ -292,7 +297,7 @@ class ReducedBlock:
 
     def _incoming(self, block: HostBlock, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, TokenState]:
         """The tokens that are carried, and what became of the others."""
-        given = block.tokens(_first_of(args, kwargs))
+        given = block.tokens(first_of(args, kwargs))
         if call_of(given) is None:
             mark(given, current_call())
         tokens = in_order(block, given)
@@ -326,9 +331,8 @@ class ReducedBlock:
         """The block's own arguments, for fewer tokens."""
         if not visit.state.steps:
             return args, kwargs
-        first = visit.block.with_tokens(_first_of(args, kwargs), in_order(visit.block, visit.tokens))
-        kwargs = kwargs if args else {**kwargs, next(iter(kwargs)): first}
-        args = (first, *args[1:]) if args else args
+        first = visit.block.with_tokens(first_of(args, kwargs), in_order(visit.block, visit.tokens))
+        args, kwargs = with_first(args, kwargs, first)
         return visit.block.narrowed(args, kwargs, visit.rotary, visit.bias, self.plan.host.prefix)
 
     def _attention(self, visit: Visit) -> tuple[Tensor, TokenState]:
@@ -464,11 +468,6 @@ def _both(first: Tensor | None, second: Tensor | None) -> Tensor | None:
     return second.where(first, -torch.inf) if first.dtype == torch.bool else first + second
 
 
-def _first_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """What a block was given first: tokens, or a list that holds them."""
-    return args[0] if args else next(iter(kwargs.values()))
-
-
 def _attend(
     visit: Visit, query: Tensor, key: Tensor, value: Tensor, queries: TokenState, bias: Tensor | None
 ) -> Tensor:
@@ -478,7 +477,7 @@ def _attend(
         value,
         queries.layout,
         visit.state.layout,
-        scale=visit.block.scale,
+        scale=visit.scale_of(query),
         bias=bias,
         dropout=visit.block.dropout,
         fused=visit.block.fused,

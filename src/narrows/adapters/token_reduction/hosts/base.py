@@ -5,8 +5,6 @@ before the grid (`HostModel`), and, for blocks that choose or merge, the steps o
 
     class MyBlock(HostBlock):
         takes_bias = False  # its own forward takes no mask
-        @property
-        def scale(self): return self.module.attn.head_dim ** -0.5
         def arguments(self, x): return BlockCall()
         def normed(self, tokens): return self.module.norm1(tokens)
         def query_key_value(self, normed):
@@ -30,12 +28,12 @@ something.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from narrows.adapters.token_reduction.tokens import Call
@@ -93,9 +91,9 @@ class HostBlock(ABC):
         return other
 
     @property
-    @abstractmethod
-    def scale(self) -> float:
-        """Factor of the attention logits."""
+    def scale(self) -> float | None:
+        """Factor of the attention logits; None for one over the root of the heads' width."""
+        return None
 
     @property
     def dropout(self) -> float:
@@ -225,10 +223,6 @@ class RunsItself(HostBlock):
 
     takes_bias = False
 
-    @property
-    def scale(self) -> float:
-        raise NotImplementedError
-
     def arguments(self, tokens: Tensor, *args: Any, **kwargs: Any) -> BlockCall:
         for name, value in (*enumerate(args, 1), *kwargs.items()):
             if isinstance(value, Tensor | tuple | list):
@@ -318,7 +312,8 @@ class HostModel(ABC):
 
     def random_images(self, batch: int, channels: int, *size: int) -> Tensor:
         """`[batch, channels, *size]`, by default of the model's own size; always the same."""
-        like = next(self.module.parameters())
+        # Weights that were quantised are integers.
+        like = next(parameter for parameter in self.module.parameters() if parameter.is_floating_point())
         generator = torch.Generator().manual_seed(0)
         return torch.randn(batch, channels, *(size or self.image_size), generator=generator).to(like.device, like.dtype)
 
@@ -382,6 +377,21 @@ class HostModel(ABC):
                 hint="Something adds or leaves out tokens that narrows does not know of (prompts, registers, masks): "
                 "it cannot tell which may be dropped. Pass a HostModel that counts them to its prefix.",
             )
+
+
+def first_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """What a block was given first: tokens, or a list that holds them."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+def with_first(args: tuple[Any, ...], kwargs: dict[str, Any], first: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a block with another first one."""
+    return ((first, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): first})
+
+
+def added_for(mask: Bool[Tensor, "B H n m"], dtype: torch.dtype) -> Float[Tensor, "B H n m"]:
+    """What attention of tokens of this dtype adds to its logits in place of the mask."""
+    return torch.where(mask, 0.0, torch.finfo(dtype).min).to(dtype)
 
 
 def pair(size: int | Sequence[int]) -> tuple[int, int]:

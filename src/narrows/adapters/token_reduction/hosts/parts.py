@@ -71,12 +71,8 @@ class PartsBlock(HostBlock):
         return part_of(self.attention, self.parts.heads)
 
     @property
-    def scale(self) -> float:
-        if self.parts.scale:
-            return getattr(self.attention, self.parts.scale)
-        weight: Any = part_of(self.attention, self.parts.qkv[0])
-        rows = (weight if isinstance(weight, Tensor) else weight.weight).shape[0]
-        return (rows * len(self.parts.qkv) // (3 * self._heads)) ** -0.5
+    def scale(self) -> float | None:
+        return getattr(self.attention, self.parts.scale) if self.parts.scale else None
 
     @property
     def dropout(self) -> float:

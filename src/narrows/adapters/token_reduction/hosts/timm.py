@@ -19,7 +19,14 @@ from timm.models.vision_transformer import Block, ResPostBlock, VisionTransforme
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from narrows.adapters.token_reduction.hosts.base import BlockCall, HostModel, QueryKeyValue, unsupported
+from narrows.adapters.token_reduction.hosts.base import (
+    BlockCall,
+    HostModel,
+    QueryKeyValue,
+    added_for,
+    first_of,
+    unsupported,
+)
 from narrows.adapters.token_reduction.hosts.parts import Parts, PartsBlock
 from narrows.adapters.token_reduction.tokens import Call, kept_mask_of, pool_kept, with_mean_of_kept
 from narrows.validation import why_not_plain
@@ -277,8 +284,7 @@ class TimmBeitBlock(TimmBlock):
         self, args: tuple[Any, ...], kwargs: dict[str, Any], rotary: Tensor | None, bias: Tensor | None, prefix: int
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if bias is not None and bias.dtype == torch.bool:
-            like = self.attention.qkv.weight
-            bias = torch.where(bias, 0.0, torch.finfo(like.dtype).min).to(like.dtype)
+            bias = added_for(bias, first_of(args, kwargs).dtype)
         return args[:1], {"shared_rel_pos_bias": bias}
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from narrows.adapters.token_reduction.hosts.base import BlockCall, HostModel, pair, unsupported
+from narrows.adapters.token_reduction.hosts.base import BlockCall, HostModel, added_for, first_of, pair, unsupported
 from narrows.adapters.token_reduction.hosts.parts import (
     Parts,
     PartsBlock,
@@ -361,8 +361,7 @@ class TransformersBlock(PartsBlock):
         given = {**dict(zip(("attention_mask", "position_embeddings"), args[1:], strict=False)), **kwargs}
         if bias is not None:
             if bias.dtype == torch.bool and not self.fused:
-                like = getattr(self.attention, self.parts.qkv[0]).weight
-                bias = torch.where(bias, 0.0, torch.finfo(like.dtype).min).to(like.dtype)
+                bias = added_for(bias, first_of(args, kwargs).dtype)
             given["attention_mask"] = bias.expand(-1, -1, bias.shape[-1], -1)
         elif isinstance(given.get("attention_mask"), Tensor):  # a full mask of the whole grid
             given["attention_mask"] = None
@@ -439,7 +438,7 @@ class VJEPA2Block(TransformersBlock):
 
     def rotary_rows(self, rotary: Any, width: int, prefix: int) -> Int[Tensor, "1 M 1 1"]:
         """The numbers of the tokens; a fused one takes that of the first, by which nothing rotates."""
-        return F.pad(torch.arange(width, device=self.attention.query.weight.device), (0, 1))[None, :, None, None]
+        return F.pad(torch.arange(width, device=self.module.norm1.weight.device), (0, 1))[None, :, None, None]
 
     def rotate(self, heads: Float[Tensor, "R n H d"], rotary: Tensor) -> Float[Tensor, "R n H d"]:
         numbers = self.attention.get_position_ids(heads, masks=rotary[..., 0, 0])
