@@ -3,7 +3,8 @@
 Of a block that is taken apart only attention is written here, in the steps of its `HostBlock`; its modules are called.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from narrows.adapters.token_reduction.budget import Entry, count_of
-from narrows.adapters.token_reduction.calls import current_call, hand_over, handed_over, tracing
+from narrows.adapters.token_reduction.calls import current_call, hand_over, handed_over, is_computed_again, tracing
 from narrows.adapters.token_reduction.hosts.base import BlockCall, HostBlock, HostModel, first_of, with_first
 from narrows.adapters.token_reduction.methods import (
     Merging,
@@ -251,7 +252,9 @@ class ReducedBlock:
             args, kwargs = self._narrowed(visit, args, kwargs)
             return self._returned(block, own(*args, **kwargs), tokens, state)
         block.check_unobserved(self.index)
-        tokens, state = self._attention(visit)
+        self._check_kept(tokens, state)
+        with self._no_second_draw():
+            tokens, state = self._attention(visit)
         update = block.feed_forward_update(tokens)
         tokens = _added(tokens, update, block.drop_paths()[1], state)
         if self.entry is not None and not tracing():
@@ -291,6 +294,31 @@ class ReducedBlock:
                 f"{returned.shape[1]}: it is a bottleneck itself. Reduce after it."
             )
         return block.with_tokens(result, in_order(block, self._outgoing(returned, state)))
+
+    def _check_kept(self, tokens: Tensor, state: TokenState) -> None:
+        """Raise under reentrant checkpointing, whose second forward would not be given what became of the tokens."""
+        if state.call.differentiable and tokens.requires_grad and not torch.is_grad_enabled():
+            raise InvalidArgument(
+                "model",
+                expected="activation checkpointing that is not reentrant, or around the whole vision transformer",
+                got=f"reentrant checkpointing around block {self.index}",
+                hint="Use use_reentrant=False (timm.layers.set_reentrant_ckpt(False), "
+                "gradient_checkpointing_enable({'use_reentrant': False})).",
+            )
+
+    @contextmanager
+    def _no_second_draw(self) -> Iterator[None]:
+        """Raise if a method draws from the generator once more in the second forward of activation checkpointing."""
+        generator = self.plan.generator
+        before = None if generator is None or tracing() or not is_computed_again() else generator.get_state()
+        yield
+        if generator is not None and before is not None and not torch.equal(generator.get_state(), before):
+            raise InvalidArgument(
+                "generator",
+                expected="None under activation checkpointing, which restores torch's global state alone",
+                got="one that the second forward draws from again",
+                hint=f"Seed {self.plan.method.name} by torch.manual_seed.",
+            )
 
     def _of(self, module: nn.Module) -> HostBlock:
         return self.host if module is self.host.module else self.host.of(module)

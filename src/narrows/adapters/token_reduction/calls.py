@@ -21,6 +21,16 @@ def tracing() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
 
 
+def is_computed_again() -> bool:
+    """Whether a backward pass runs, in which activation checkpointing calls what it keeps no activations of again."""
+    try:
+        # Only there it is taken; of what public names there are, none tells.
+        torch.autograd.Variable._execution_engine.queue_callback(lambda: None)  # pyright: ignore
+    except RuntimeError:
+        return False
+    return True
+
+
 def drive(module: nn.Module, answers: Mapping[str, Callable[..., Any]]) -> None:
     """Let `answers[name](module, own, *args, **kwargs)` answer calls of the method `name` of the module.
 
@@ -149,7 +159,13 @@ class Tower:
         before, reader = (current_call(), getattr(_CURRENT, "inside", None)), self.host.reader(module, name, kwargs)
         _CURRENT.inside = self
         masked = any("mask" in argument and value is not None for argument, value in kwargs.items())
-        note(reader=reader, grid=None, tower=None if tracing() else module, masked=masked)
+        note(
+            reader=reader,
+            grid=None,
+            tower=None if tracing() else module,
+            masked=masked,
+            differentiable=torch.is_grad_enabled(),
+        )
         try:
             result = own(*args, **kwargs)
             return self.host.averageable(result, kwargs) if before[0].averaged else result

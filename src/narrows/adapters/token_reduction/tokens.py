@@ -210,6 +210,7 @@ class Call:
             last block; "special", nothing but special tokens after the last block.
         grid: `(height, width)` of the tokens of the images; None if unknown.
         packed: whether rows without a token are left out whatever the execution: so multiply-accumulates are counted.
+        differentiable: whether the model was called with gradients: no block of it should be without.
         averaged: whether what the model returns is averaged over the grid by a head that knows of no reduction.
         tower: the model that is called, which may be a replica of the one that was reduced.
         masked: whether the call has a mask. Without one, a mask that blocks are given under an exporter is full.
@@ -220,6 +221,7 @@ class Call:
     packed: bool = False
     masked: bool = True
     averaged: bool = False
+    differentiable: bool = False
     tower: nn.Module | None = None
 
 

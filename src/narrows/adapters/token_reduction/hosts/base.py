@@ -405,5 +405,7 @@ def unsupported(argument: str, module: nn.Module, known: str) -> InvalidType:
         argument,
         expected=known,
         got=f"{type(module).__module__}.{type(module).__qualname__}, which is not supported",
-        hint="To support it, write a HostBlock (narrows.adapters.token_reduction.hosts.base).",
+        hint="Reduce the model before its blocks are wrapped."
+        if hasattr(module, "_checkpoint_wrapped_module")
+        else "To support it, write a HostBlock (narrows.adapters.token_reduction.hosts.base).",
     )
