@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim, export
 
-from narrows.adapters.token_reduction import reduce_tokens
+from narrows.adapters.token_reduction import METHODS, reduce_tokens
 from narrows.errors import InvalidArgument
 from tests.adapters.token_reduction.families import FAMILIES, images, vit
 from tests.adapters.token_reduction.hosts import HOSTS, inputs, outputs
@@ -39,6 +40,50 @@ def test_a_compiled_model_takes_images_of_other_sizes(name: str, method: str) ->
         for height, width in ((48, 64), (40, 40), (64, 32)):
             given = images(2, 64)[..., :height, :width]
             assert_close(compiled(given), model(given))
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize(
+    ("name", "method", "marked"),
+    [
+        *(("timm vit", method, False) for method in METHODS),
+        ("timm vit", "ats", True),
+        ("timm vit", "random", True),
+        ("transformers dinov2", "tome", False),
+    ],
+)
+@torch.no_grad()
+def test_one_graph_serves_any_number_of_images(name: str, method: str, marked: bool) -> None:
+    """And one more a single image, which compilers treat apart, whatever they compile."""
+    model = HOSTS[name]().train(method == "random")  # which only then draws
+    counter = CompileCounterWithBackend("eager")
+    with reduce_tokens(model, method=method, budget={1: 0.6, 2: 0.4}):
+        torch._dynamo.reset()
+        compiled = torch.compile(model, fullgraph=True, backend=counter)
+        compilations = []
+        for batch in (1, 2, 5, 3):
+            arguments = inputs(model, batch)
+            torch.manual_seed(0)
+            expected = outputs(model, arguments)
+            if marked and batch > 1:
+                for value in arguments.values():
+                    torch._dynamo.mark_dynamic(value, 0)
+            torch.manual_seed(0)
+            for ours, theirs in zip(outputs(compiled, arguments), expected, strict=True):
+                assert_close(ours, theirs)
+            compilations.append(counter.frame_count)
+    assert compilations == [1, 2, 2, 2]
+
+
+@pytest.mark.compiled
+@torch.no_grad()
+def test_inductor_compiles_a_reduced_model_for_any_number_of_images() -> None:
+    model = vit(depth=2)
+    with reduce_tokens(model, method="ats", budget={0: 0.5}):
+        torch._dynamo.reset()
+        compiled = torch.compile(model, fullgraph=True, dynamic=True)
+        for batch in (2, 5):
+            assert_close(compiled(images(batch)), model(images(batch)))
 
 
 @pytest.mark.compiled

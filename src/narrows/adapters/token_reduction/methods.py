@@ -395,7 +395,8 @@ class Random(Scoring):
         batch, num_tokens = signals.tokens.shape[:2]
         shape, device = (batch, num_tokens - signals.prefix), signals.tokens.device
         if signals.training:
-            drawn = torch.rand(shape, generator=signals.generator, device=device)
+            # Not `torch.rand`, which compilers do not trace for any number of images where it takes a generator.
+            drawn = torch.empty(shape, device=device).uniform_(generator=signals.generator)
         else:
             # A hash in place of a generator: it can be traced, and integers are exact on every device.
             place = torch.arange(1, shape[1] + 1, device=device)
