@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from narrows.adapters.flamingo.memory import CACHES
 from narrows.errors import InvalidArgument, InvalidType
 from narrows.precision import accumulation_dtype
 from narrows.validation import check_positive
 
 ATTENTION = "attention"
-CACHES = {"past_key_values", "cache_params"}
 OTHER_STATES = {"state", "mems", "cache", "past_buckets_states"}
 HIDDEN_STATES = ("hidden_states", "activations", "x")  # as decoder layers call them
 
@@ -74,8 +74,7 @@ def find_host(language_model: nn.Module) -> Host:
         )
     (only,) = layers.values()
     skipped = tuple(getattr(config, "cross_attention_layers", None) or ())
-    cached = bool(CACHES & set(inspect.signature(model.forward).parameters))
-    return Host(model, only, config.hidden_size, skipped, cached)
+    return Host(model, only, config.hidden_size, skipped, _takes_cache(model))
 
 
 def _why_not(model: PreTrainedModel) -> str | None:
@@ -83,7 +82,7 @@ def _why_not(model: PreTrainedModel) -> str | None:
     if model.config.is_encoder_decoder:
         return "is an encoder-decoder: its decoder reads an encoder already"
     takes = inspect.signature(model.forward).parameters
-    if (states := OTHER_STATES & set(takes)) and not CACHES & set(takes):
+    if (states := OTHER_STATES & set(takes)) and not _takes_cache(model):
         return f"keeps the text before in {states.pop()}, which is no cache of transformers, where its media would be"
     config = model.config.get_text_config(decoder=True)
     causal = any(getattr(module, "is_causal", False) for module in model.modules())
@@ -91,6 +90,12 @@ def _why_not(model: PreTrainedModel) -> str | None:
     if getattr(config, "is_decoder", True) is False and not causal and "encoder_hidden_states" in takes:
         return "reads text in both directions: its config says is_decoder=False"
     return None
+
+
+def _takes_cache(model: PreTrainedModel) -> bool:
+    """Whether a model takes a cache of transformers; `cache` has been a dict of tensors in others."""
+    takes = inspect.signature(model.forward).parameters
+    return any(name in takes and (name != "cache" or "Cache" in str(takes[name].annotation)) for name in CACHES)
 
 
 def has_recurrent_state(model: PreTrainedModel) -> bool:

@@ -16,6 +16,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer
 from narrows.errors import InvalidArgument
 from narrows.layers.gated_cross_attention import MediaKeysValues
 
+CACHES = ("cache", "past_key_values", "cache_params")
+"""What language models of transformers call their cache: the first since 5.24, the last those without attention."""
+
 
 @dataclass(frozen=True)
 class MediaMemory:
@@ -187,8 +190,9 @@ def write_memory(cache: Cache, owner: str, memory: MediaMemory) -> None:
 
 
 def cache_of(arguments: Mapping[str, Any]) -> Cache | None:
-    """The cache among the arguments of a language model; those without attention call it otherwise."""
-    return text_cache(arguments.get("past_key_values", arguments.get("cache_params")))
+    """The cache among the arguments of a language model."""
+    given = (arguments.get(name) for name in CACHES)
+    return next((found for found in map(text_cache, given) if found is not None), None)
 
 
 def text_cache(cache: Any) -> Cache | None:

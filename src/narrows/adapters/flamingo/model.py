@@ -355,7 +355,7 @@ class Flamingo(
             return kwargs
 
         def unconditional(input_ids: Tensor, **given: Any) -> Any:
-            reads = None if given["past_key_values"] is not None else media
+            reads = None if cache_of(given) is not None else media
             places = torch.zeros_like(input_ids, dtype=torch.bool) if reads is None else None
             return self(input_ids, media=reads, media_locations=places, **given)
 

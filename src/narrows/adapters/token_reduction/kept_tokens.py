@@ -194,7 +194,7 @@ def check_prompt(model: nn.Module, inputs: Mapping[str, Any]) -> int:
     for name in ("input_ids", "pixel_values"):
         if not isinstance(inputs.get(name), Tensor):
             raise InvalidArgument(name, expected="a tensor", got=type(inputs.get(name)).__name__)
-    for name in ("inputs_embeds", "past_key_values", "mm_encoder_outputs", "pixel_values_videos"):
+    for name in ("inputs_embeds", "past_key_values", "cache", "mm_encoder_outputs", "pixel_values_videos"):
         if inputs.get(name) is not None:
             raise InvalidArgument(name, expected="none: a whole prompt with its images", got="one")
     mask, ids = inputs.get("attention_mask"), inputs["input_ids"]
