@@ -79,5 +79,5 @@ def test_objects_come_as_scenes_or_as_folders_of_images_and_of_clips(tmp_path):
     folder = str(write_davis(tmp_path / "davis"))
     clips, masks = next(iter(ObjectDataModule(folder, image_size=16, frames=2, batch_size=1).train_dataloader()))
     assert (clips.shape, masks.shape) == ((1, 2, 3, 16, 16), (1, 2, 16, 16))
-    with pytest.raises(InvalidArgument, match=r"data: expected one of sprites, .*, a folder, or hf:<name>, got 'sprite'"):
+    with pytest.raises(InvalidArgument, match=r"expected one of sprites, .* a folder, or hf:<name>, got 'sprite'"):
         _ = ObjectDataModule("sprite").loaded
