@@ -225,7 +225,7 @@ class ObjectDataModule(ImageDataModule):
 
     def __init__(
         self,
-        data: str = "sprites",
+        data: Data = "sprites",
         *,
         image_size: int | None = None,
         frames: int | None = None,

@@ -126,7 +126,7 @@ class Discovery(Result):
         """How well objects were found, and how sure that is."""
         mean, margin = fmean(run.attention_fg_ari for run in self.runs), self.margin("attention_fg_ari")
         frames = [run.frames_fg_ari for run in self.runs if run.frames_fg_ari is not None]
-        samples = "clips" if self.options["video"] else "images"
+        samples = "clips" if self.options.get("video") else "images"
         if not math.isfinite(mean):
             return f"No mask of the {self.held_out:,} held-out {samples} is known: nothing was scored."
         found = f"The slots' attention finds the objects of {self.held_out:,} held-out {samples} with an FG-ARI of"
