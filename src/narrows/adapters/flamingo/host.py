@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from narrows.adapters.flamingo.memory import CACHES
 from narrows.errors import InvalidArgument, InvalidType
 from narrows.precision import accumulation_dtype
 from narrows.validation import check_positive
 
 ATTENTION = "attention"
+CACHES = ("cache", "past_key_values", "cache_params")
+"""What language models of transformers call their cache: the first since 5.24, the last those without attention."""
 OTHER_STATES = {"state", "mems", "cache", "past_buckets_states"}
 HIDDEN_STATES = ("hidden_states", "activations", "x")  # as decoder layers call them
 

@@ -13,11 +13,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer
 
+from narrows.adapters.flamingo.host import CACHES
 from narrows.errors import InvalidArgument
 from narrows.layers.gated_cross_attention import MediaKeysValues
-
-CACHES = ("cache", "past_key_values", "cache_params")
-"""What language models of transformers call their cache: the first since 5.24, the last those without attention."""
 
 
 @dataclass(frozen=True)
