@@ -12,10 +12,16 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
 
+@torch.compiler.assume_constant_result  # torch 2.11 does not trace the question
+def has_autocast(device: str) -> bool:
+    """Whether there is autocast on devices of this type."""
+    return torch.amp.is_autocast_available(device)
+
+
 def compute_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype in which `tensor` is multiplied: autocast's where that is on, its own otherwise; float64 stays."""
     device = tensor.device.type
-    if tensor.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+    if tensor.dtype == torch.float64 or not has_autocast(device):
         return tensor.dtype
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
 
@@ -33,7 +39,7 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 def autocast_off(tensor: Tensor) -> AbstractContextManager[object]:
     """A context in which autocast does not touch operations on the device of `tensor`."""
     device = tensor.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if has_autocast(device) else nullcontext()
 
 
 def is_transformed(*tensors: Tensor) -> bool:

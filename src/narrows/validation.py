@@ -10,6 +10,7 @@ from numbers import Real
 from types import NoneType, UnionType
 from typing import Any, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -208,8 +209,8 @@ def check_generator(generator: torch.Generator | None) -> None:
 def _is_integer(value: Any) -> bool:
     if isinstance(value, int | torch.SymInt):
         return not isinstance(value, bool)
-    if isinstance(value, Tensor) and value.dtype == torch.bool:
-        return False
+    if isinstance(value, np.bool_) or (isinstance(value, Tensor) and value.dtype == torch.bool):
+        return False  # NumPy 1 takes its truth values for numbers
     try:
         operator.index(value)
     except TypeError:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from narrows.precision import is_transformed
+from narrows.precision import has_autocast, is_transformed
 
 Result = TypeVar("Result", Tensor, tuple[Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor])
 
@@ -46,7 +46,7 @@ class _Recomputed(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         device = next(argument.device.type for argument in args if isinstance(argument, Tensor))
         ctx.function, ctx.autocast = function, nullcontext
-        if torch.amp.is_autocast_available(device):
+        if has_autocast(device):
             autocast = {"dtype": torch.get_autocast_dtype(device), "enabled": torch.is_autocast_enabled(device)}
             ctx.autocast = partial(torch.autocast, device, **autocast)
         ctx.others = [None if isinstance(argument, Tensor) else argument for argument in args]
