@@ -70,7 +70,7 @@ class Table:
         Raises:
             DataError: there is none, or several.
         """
-        columns = {name: type(feature).__name__ for name, feature in self.splits[split].features.items()}
+        columns = self._kinds(split)
         found = [name for name, of_kind in columns.items() if of_kind == kind and name != but]
         if len(found) == 1:
             return found[0]
@@ -88,7 +88,7 @@ class Table:
 
     def has_classes(self, split: str) -> bool:
         """Whether a split has a column of classes."""
-        return any(type(feature).__name__ == "ClassLabel" for feature in self.splits[split].features.values())
+        return "ClassLabel" in self._kinds(split).values()
 
     def rows(self, split: str) -> list[Row]:
         """The pictures of a split."""
@@ -96,10 +96,14 @@ class Table:
 
     def rows_and_masks(self, split: str) -> tuple[list[Row], list[Row]]:
         """The pictures of a split, and the masks in a second column of pictures, called as in `MASKS`; or none."""
-        columns = {name: type(feature).__name__ for name, feature in self.splits[split].features.items()}
+        columns = self._kinds(split)
         masks = next((name for name, kind in columns.items() if kind == "Image" and name.lower() in MASKS), None)
         images = self.column(split, "Image", but=masks)
         return self._rows(split, images), [] if masks is None else self._rows(split, masks)
+
+    def _kinds(self, split: str) -> dict[str, str]:
+        """The type of each column of a split, by its name."""
+        return {name: type(feature).__name__ for name, feature in self.splits[split].features.items()}
 
     def _rows(self, split: str, column: str) -> list[Row]:
         from datasets import Image
